@@ -1,0 +1,203 @@
+"""Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from snp_llm.data import BUNDLED
+from snp_llm.errors import SnpError
+from snp_llm.models.families import embedding_rows, find_family
+from snp_llm.models.layouts import needs_code
+
+TINY_OPT = "tiny-opt"
+LARGEST_SHARD = "5GB"
+# Largest difference of a logit after reloading, relative to the largest logit. The same kernels on the same device give
+# the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
+LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+RELOAD = Path(__file__).with_name("reload.py")
+
+
+def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model of a supported family and its tokenizer, on the CPU.
+
+    Args:
+        name: hub id, local folder, or `tiny-opt`.
+        dtype: "auto" for the checkpoint's, or a torch dtype's name.
+
+    Raises:
+        SnpError: not found, unsupported, quantised, or weights that do not fit the config.
+    """
+    path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
+    if name != TINY_OPT and not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
+    with _explained(name):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_config(name, config)
+    with _explained(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below with their names
+        )
+    model, info = loaded
+    if mismatched := sorted(info["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise SnpError(
+            f"model {name}: {len(mismatched)} tensors disagree with its config; {key} is {tuple(found)}, expected "
+            f"{tuple(expected)}. The checkpoint is damaged, or its config.json is another model's."
+        )
+    for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
+        if keys:
+            raise SnpError(f"model {name}: the checkpoint {verb} {len(keys)} tensors, {sorted(keys)[0]} first.")
+    with _explained(name, "tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    rows = embedding_rows(model)
+    if not (vocabulary := tokenizer.get_vocab()) or max(vocabulary.values()) >= rows:
+        largest = max(vocabulary.values(), default=-1)
+        raise SnpError(
+            f"tokenizer of {name}: expected token ids 0 to {rows - 1:,}, the model's vocabulary; its largest is "
+            f"{largest:,}. They do not belong together."
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def check_config(name: str, config: PretrainedConfig) -> None:
+    """Refuses what cannot be pruned, before any weight is read."""
+    if config.is_encoder_decoder:
+        raise SnpError(f"model {name}: {config.model_type} is an encoder-decoder; expected a decoder-only model.")
+    if getattr(config, "quantization_config", None):
+        raise SnpError(f"model {name}: the checkpoint is quantised; expected float weights. Dequantise it first.")
+    find_family(config)
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raises SnpError if the finished model could not be put there, before hours are spent on it."""
+    if folder.exists() and not overwrite:
+        raise SnpError(f"output {folder}: exists. Choose another --output, or replace it with --overwrite.")
+    if folder.is_file():
+        raise SnpError(f"output {folder}: is a file; expected a folder or nothing.")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
+
+
+@contextmanager
+def finished_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `folder` to write into, renamed to it when the context ends well, else removed."""
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        try:
+            partial.chmod(0o777 & ~_umask())
+            yield partial
+            if folder.exists() and overwrite:
+                old = partial.with_name(partial.name.replace("partial", "old"))
+                folder.rename(old)
+                partial.rename(folder)
+                shutil.rmtree(old)
+            else:
+                check_output(folder, overwrite=False)
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one."""
+    if needs_code(model.config):
+        type(model.config).register_for_auto_class()
+        type(model).register_for_auto_class("AutoModelForCausalLM")
+    model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    tokenizer.save_pretrained(folder)
+
+
+def verify(model: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.device) -> float:
+    """Reloads a folder in a fresh process that never imports this package, and compares logits.
+
+    Args:
+        model: what was saved.
+        folder: where.
+        tokens: to compare on, (batch, T), int64.
+        device: on which both run.
+
+    Returns:
+        The largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        SnpError: the folder does not load, or its logits differ by more than rounding.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"tokens": tokens.contiguous()}, given)
+        # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
+        process = subprocess.run(
+            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result), str(device)],
+            cwd=scratch,
+            env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
+        reloaded = load_file(result)["logits"]
+    model.to(device)  # type: ignore[arg-type]
+    with torch.no_grad():
+        logits = model(tokens.to(device), use_cache=False).logits.cpu()
+    difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
+    if not difference <= LOGIT_TOLERANCE[model.dtype]:
+        raise SnpError(
+            f"the saved model computes something else after reloading: logits differ by {difference:.1e} of the "
+            f"largest, expected at most {LOGIT_TOLERANCE[model.dtype]:.0e}."
+        )
+    return difference
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@contextmanager
+def _explained(name: str, what: str = "model ") -> Iterator[None]:
+    try:
+        yield
+    except SnpError:
+        raise
+    except Exception as error:  # transformers, the hub client and safetensors raise dozens of kinds
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise SnpError(f"{what}{name}: cannot be loaded. {lines[0][:300]}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

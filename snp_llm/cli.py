@@ -1,0 +1,195 @@
+"""The command line: parse, run, print. Every expected failure becomes one line on stderr and exit code 2."""
+
+import contextlib
+import io
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from snp_llm import checkpoint, measure, pipeline, report
+from snp_llm.data import Windows, evaluation_windows
+from snp_llm.device import compute_device
+from snp_llm.errors import SnpError
+from snp_llm.pipeline import OnSite
+from snp_llm.recipe import EvaluationRecipe, Recipe
+from snp_llm.site import SiteResult
+from snp_llm.version import __version__
+
+log = logging.getLogger("snp_llm")
+T = TypeVar("T")
+
+USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
+
+  snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
+  snp-llm eval MODEL                    perplexity of any supported model
+
+Each has --help. MODEL is a hub id, a local folder, or the bundled tiny-opt."""
+
+
+def main() -> int:
+    """The console script `snp-llm`."""
+    commands = {"prune": prune_main, "eval": evaluate_main}
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command in commands:
+        return commands[command](rest)
+    if command in ("--help", "-h", "--version"):
+        print(USAGE)
+        return 0
+    return _fail(f"unknown command {command!r}; expected one of {', '.join(commands)}.")
+
+
+def prune_main(arguments: Sequence[str]) -> int:
+    """`snp-llm prune`."""
+    return _guarded(lambda: run_prune(_parse(Recipe, "snp-llm prune", arguments), ["snp-llm", "prune", *arguments]))
+
+
+def evaluate_main(arguments: Sequence[str]) -> int:
+    """`snp-llm eval`."""
+    return _guarded(lambda: run_evaluate(_parse(EvaluationRecipe, "snp-llm eval", arguments)))
+
+
+def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
+    """Load, prune, save, verify, measure, print the closing table."""
+    folder = Path(recipe.output_folder)
+    if not recipe.dry_run:
+        checkpoint.check_output(folder, overwrite=recipe.overwrite)
+    bundled = recipe.model == checkpoint.TINY_OPT
+    recipe = replace(recipe, calibration=recipe.calibration or ("bundled" if bundled else "wikitext2"))
+    recipe = replace(recipe, eval_dataset=recipe.eval_dataset or ("bundled" if bundled else "wikitext2"))
+    device = compute_device(recipe.device)
+    dense, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    recipe = pipeline.resolve(recipe, dense)
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    if recipe.dry_run:
+        print_plan(dense, pipeline.plan(dense, tokenizer, recipe), recipe)
+        return
+
+    windows: Windows | None = None
+    if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
+        windows = evaluation_windows(
+            tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
+        )
+    with progress(2 * dense.config.num_hidden_layers) as on_site:
+        pruned = pipeline.prune(dense, tokenizer, recipe, on_site=on_site)
+    with checkpoint.finished_folder(folder, overwrite=recipe.overwrite) as partial:
+        checkpoint.save(pruned.model, tokenizer, partial)
+        sample = pruned.calibration.tokens[:1]
+        difference = checkpoint.verify(pruned.model, partial, sample, device)
+        models = (dense, pruned.model)
+        perplexities: list[float | None] = [None, None]
+        if windows is not None:
+            perplexities = [
+                measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+            ]
+        speeds = measure.prefill_speed(models, sample, device=device)
+        sizes = [measure.model_size(m, recipe.seq_len) for m in models]
+        disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
+        before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
+        facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+        if windows is not None:
+            facts["evaluation"] = windows.description
+        summary = report.build_report(pruned, before, after, facts)
+        report.write_report(summary, partial)
+        report.write_card(summary, pruned, partial)
+    achieved = report.achieved_sparsity(before, after)
+    title = f"{recipe.model} → {folder}: sparsity {achieved:.3f} ({recipe.sparsity:g} asked for)"
+    console = Console()
+    console.print(report.closing_table(before, after, pruned.seconds, title))
+    if windows is not None:
+        console.print(f"perplexity on {windows.description}", highlight=False)
+    console.print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest", highlight=False)
+
+
+def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
+    """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
+    size = measure.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    attention, ffn = plan[::2], plan[1::2]
+    print("block  heads         FFN channels")
+    for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
+        print(f"{a.block:5d}  {f'{heads} of {a.units}':12s}  {channels:,} of {f.units:,}")
+    print(
+        f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
+        f"{removed / size.block_linear:.3f} ({recipe.sparsity:g} asked for); nothing was written"
+    )
+
+
+def run_evaluate(recipe: EvaluationRecipe) -> None:
+    """Perplexity of one model, with everything needed to repeat the number."""
+    device = compute_device(recipe.device)
+    model, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    windows = evaluation_windows(
+        tokenizer,
+        recipe.dataset or ("bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"),
+        split=recipe.split,
+        column=recipe.text_column,
+        seq_len=pipeline.window_length(recipe.seq_len, int(model.config.max_position_embeddings)),
+        max_windows=recipe.max_windows,
+    )
+    value = measure.perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
+    print(f"{windows.description}, {windows.tokens.numel():,} tokens: perplexity {value:.4f}")
+
+
+@contextlib.contextmanager
+def progress(sites: int) -> Iterator[OnSite]:
+    """A bar over sites on a terminal, a line a site elsewhere; both with error and seconds."""
+
+    def line(result: SiteResult) -> str:
+        units = f"{len(result.kept):,} of {result.site.units:,}"
+        return f"{result.site.name}: kept {units}, error {result.error:.2e}, {result.seconds:.1f} s"
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda result: log.info(line(result))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("calibrating", total=sites)
+        yield lambda result: bar.update(task, advance=1, description=line(result))
+
+
+def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
+    """A recipe from command-line arguments; tyro's boxed errors become one line."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(kind, prog=program, args=list(arguments))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        text = re.sub(r"[─━╭╮╰╯│|]+", " ", captured.getvalue())
+        raise SnpError(" ".join(text.split())) from None
+
+
+def _guarded(run: Callable[[], None]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        run()
+    except SnpError as error:
+        return _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        return _fail(
+            f"out of memory on the device ({str(error).splitlines()[0]}). Use a smaller --batch-size or --seq-len."
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written.", code=130)
+    return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"snp-llm: error: {message}", file=sys.stderr)
+    return code

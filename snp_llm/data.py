@@ -1,0 +1,227 @@
+"""Token windows out of datasets, for calibration and for evaluation. Knows tokenizers and `datasets`, no models."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from snp_llm.errors import SnpError
+
+BUNDLED = Path(__file__).parent / "bundled"
+# Characters of calibration text read for every token wanted: about eight times what is needed, so that the seed has
+# windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
+CHARACTERS_A_TOKEN = 32
+BUILDERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the documents of a dataset come from.
+
+    Attributes:
+        path: hub id, or the name of a `datasets` builder for local files.
+        options: further arguments of `datasets.load_dataset`.
+        column: holds the text.
+        joiner: stands between two documents.
+        calibration_split, evaluation_split: read unless the user names a split.
+        evaluation_documents: at most so many are evaluated on, where a corpus has no small split.
+    """
+
+    path: str
+    options: dict[str, Any]
+    column: str = "text"
+    joiner: str = "\n\n"
+    calibration_split: str = "train"
+    evaluation_split: str = "test"
+    evaluation_documents: int | None = None
+
+
+NAMED = {
+    "wikitext2": Source("Salesforce/wikitext", {"name": "wikitext-2-raw-v1"}),
+    # The published numbers on C4 use the first 1,100 validation documents, joined by a blank.
+    "c4": Source("allenai/c4", {"name": "en"}, joiner=" ", evaluation_split="validation", evaluation_documents=1100),
+    # The original repository is a loading script, which `datasets` no longer runs; the hub's own conversion is not.
+    "ptb": Source(
+        "ptb-text-only/ptb_text_only",
+        {
+            "revision": "refs/convert/parquet",
+            "data_files": {s: f"penn_treebank/{s}/*.parquet" for s in ("train", "validation", "test")},
+        },
+        column="sentence",
+        joiner=" ",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Equally long, non-overlapping windows of tokens.
+
+    Attributes:
+        tokens: (windows, T), int64.
+        description: dataset, split, window length and count, for people.
+        digest: SHA-256 of the tokens.
+    """
+
+    tokens: Tensor
+    description: str
+    digest: str
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    split: str | None,
+    column: str,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+) -> Windows:
+    """A seeded draw of `num_samples` windows; fewer, said in the description, where the text is short.
+
+    Args:
+        name: as in `--calibration`; `random` draws uniform ids over the tokenizer's vocabulary.
+
+    Raises:
+        SnpError: no such dataset, split or column, or not one full window of text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if name == "random":
+        ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+        tokens = ids[torch.randint(len(ids), (num_samples, seq_len), generator=generator)]
+        return _windows(tokens, "uniformly random token ids")
+    documents, source, split = _open(name, split, column, "calibration_split")
+    limit = CHARACTERS_A_TOKEN * num_samples * seq_len
+    tokens = _cut(_tokenize(tokenizer, source.joiner.join(_take(documents, limit))), seq_len, name)
+    chosen = torch.randperm(len(tokens), generator=generator)[:num_samples]
+    short = f" ({num_samples} asked for, the text holds no more)" if len(tokens) < num_samples else ""
+    return _windows(tokens[chosen], f"{name} ({split})", short)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    split: str | None,
+    column: str,
+    seq_len: int,
+    max_windows: int | None = None,
+) -> Windows:
+    """All full windows of a split: documents joined, tokenised once, cut without overlap, the rest dropped.
+
+    Raises:
+        SnpError: no such dataset, split or column, or not one full window of text.
+    """
+    documents, source, split = _open(name, split, column, "evaluation_split")
+    text = source.joiner.join(islice(documents, source.evaluation_documents))
+    return _windows(_cut(_tokenize(tokenizer, text), seq_len, name)[:max_windows], f"{name} ({split})")
+
+
+def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iterator[str], Source, str]:
+    """Documents, source and split of a dataset; nothing is read from it but what its first use needs."""
+    if name == "bundled":
+        split = split or {"calibration_split": "train", "evaluation_split": "test"}[purpose]
+        files = {"train": "calibration.txt", "test": "evaluation.txt"}
+        if split not in files:
+            raise SnpError(f"dataset bundled: unknown split {split!r}; expected one of {', '.join(files)}.")
+        source = Source("text", {"data_files": str(BUNDLED / files[split]), "sample_by": "document"})
+        return _read(name, source, "train"), source, split
+    if name in NAMED:
+        source = NAMED[name]
+    elif Path(name).suffix in BUILDERS or Path(name).exists():
+        source = _local(name, column)
+    elif "/" in name:
+        path, _, config = name.partition(":")
+        source = Source(path, {"name": config} if config else {}, column=column)
+    else:
+        near = get_close_matches(name, [*NAMED, "bundled", "random"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SnpError(
+            f"unknown dataset {name!r}; expected one of {', '.join(NAMED)}, bundled, a hub id (user/name) or a .txt, "
+            f".jsonl or .parquet file.{hint}"
+        )
+    split = split or getattr(source, purpose)
+    return _read(name, source, split), source, split
+
+
+def _local(name: str, column: str) -> Source:
+    path = Path(name)
+    if not path.is_file():
+        raise SnpError(f"dataset {name}: no such file.")
+    builder = BUILDERS.get(path.suffix)
+    if builder is None:
+        raise SnpError(f"dataset {name}: expected one of {', '.join(BUILDERS)}, got {path.suffix or 'no ending'!r}.")
+    source = Source(builder, {"data_files": str(path)}, column=column)
+    source = replace(source, calibration_split="train", evaluation_split="train")  # a file is one split
+    if builder == "text":  # the whole file is one string, blank lines and all
+        return replace(source, options={**source.options, "sample_by": "document"}, column="text")
+    return source
+
+
+def _read(name: str, source: Source, split: str) -> Iterator[str]:
+    """The documents of a split, streamed.
+
+    Raises:
+        SnpError: whatever `datasets` could not do, in one line.
+    """
+    from datasets import load_dataset  # importing it takes a second that --help need not pay
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    rows = _explained(name, lambda: iter(load_dataset(source.path, split=split, streaming=True, **source.options)))
+    while (row := _explained(name, lambda: next(rows, None))) is not None:
+        if not isinstance(row.get(source.column), str):
+            raise SnpError(
+                f"dataset {name}: expected a text column {source.column!r}; its columns are {', '.join(row)}. "
+                "Choose one with --text-column."
+            )
+        yield row[source.column]
+
+
+def _explained(name: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except SnpError:
+        raise
+    except Exception as error:  # datasets, fsspec and pyarrow raise dozens of kinds
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SnpError(
+            f"dataset {name} cannot be read: {first_line[:300]}. Check the name, the split and the network."
+        ) from error
+
+
+def _take(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Documents until `characters` are there; the last one is cut."""
+    for document in documents:
+        yield document[:characters]
+        characters -= len(document)
+        if characters <= 0:
+            return
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _cut(tokens: Tensor, seq_len: int, name: str) -> Tensor:
+    count = len(tokens) // seq_len
+    if count == 0:
+        raise SnpError(
+            f"dataset {name}: expected at least one window of {seq_len:,} tokens, got {len(tokens):,} tokens. "
+            "Use more text or a smaller --seq-len."
+        )
+    return tokens[: count * seq_len].reshape(count, seq_len)
+
+
+def _windows(tokens: Tensor, origin: str, remark: str = "") -> Windows:
+    count, length = tokens.shape
+    description = f"{origin}, {count} windows of {length} tokens{remark}"
+    return Windows(tokens, description, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())

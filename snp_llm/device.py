@@ -1,0 +1,44 @@
+"""Where a run computes, and how long each phase of it takes. Knows torch only."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from snp_llm.errors import SnpError
+
+PHASES = ("calibration", "linear algebra", "surgery")
+
+
+def compute_device(name: str) -> torch.device:
+    """The device a recipe's `device` stands for.
+
+    Raises:
+        SnpError: it is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in present.items() if there)
+    if not present[name]:
+        raise SnpError(
+            f"--device {name}: not available here; expected one of {', '.join(k for k in present if present[k])}."
+        )
+    return torch.device(name)
+
+
+@dataclass
+class Clock:
+    """Seconds by phase."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start

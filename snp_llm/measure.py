@@ -1,0 +1,108 @@
+"""What a model costs and how well it predicts: sizes, FLOPs, speed, perplexity. Knows nothing of pruning."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from snp_llm.errors import SnpError
+from snp_llm.models.families import find_blocks, find_family, find_sites
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes up.
+
+    Attributes:
+        parameters: all, tied ones once.
+        block_linear: weights of the decoder blocks' linears, which is what sparsity is a fraction of.
+        bytes: of all parameters in their dtypes, tied ones once: the safetensors files less their headers.
+        flops: a token at prefill: two for every weight of a linear, LM head included, and four for every attention
+            channel and position attended to, of which a causal window of T tokens has (T + 1) / 2 on average.
+    """
+
+    parameters: int
+    block_linear: int
+    bytes: int
+    flops: float
+
+
+def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
+    """Sizes of a model of a supported family; works on the meta device too."""
+    family = find_family(model.config)
+    blocks = find_blocks(model, family)
+    unique = {id(p): p for p in model.parameters()}.values()
+    linear = sum(_weights(block) for block in blocks)
+    attended = sum(s.units * s.unit_size for s in find_sites(blocks, family) if s.kind == "attention")
+    return ModelSize(
+        parameters=sum(p.numel() for p in unique),
+        block_linear=linear,
+        bytes=sum(p.numel() * p.element_size() for p in unique),
+        flops=2.0 * _weights(model) + 4.0 * attended * (seq_len + 1) / 2,
+    )
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, *, batch_size: int = 8, device: torch.device | str = "cpu"
+) -> float:
+    """`exp` of the mean negative log-likelihood of tokens 2..T of every window.
+
+    Args:
+        model: moved to `device` and left there.
+        windows: (windows, T), int64.
+        batch_size: windows at a time; has no influence on the result beyond rounding.
+
+    Raises:
+        SnpError: the likelihood is not finite.
+    """
+    model.to(device).eval()  # type: ignore[arg-type]
+    total = 0.0
+    for batch in windows.split(batch_size):
+        batch = batch.to(device)
+        logits = model(batch, use_cache=False).logits[:, :-1]
+        # Window by window in float32: a whole batch of logits in float32 would be the largest tensor of the run.
+        for window, target in zip(logits, batch[:, 1:], strict=True):
+            total += functional.cross_entropy(window.float(), target, reduction="sum").item()
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    if not math.isfinite(mean):
+        raise SnpError(
+            f"perplexity: the model's log-likelihood is {mean}; expected a finite number. Try --dtype float32."
+        )
+    return math.exp(min(mean, 700.0))
+
+
+@torch.no_grad()
+def prefill_speed(
+    models: Sequence[PreTrainedModel], tokens: Tensor, *, device: torch.device | str = "cpu", repeats: int = 5
+) -> list[float]:
+    """Tokens a second that each model reads, the models taking turns so that drift of the machine cancels.
+
+    Args:
+        models: moved to `device` and left there.
+        tokens: one batch, (batch, T), int64.
+        repeats: timed passes of each model after one warm-up; the median counts.
+    """
+    device = torch.device(device)
+    tokens = tokens.to(device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for model in models:
+        model.to(device).eval()  # type: ignore[arg-type]
+    for _ in range(1 + repeats):
+        for times, model in zip(seconds, models, strict=True):
+            start = time.perf_counter()
+            model(tokens, use_cache=False)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return [tokens.numel() / statistics.median(times[1:]) for times in seconds]

@@ -1,0 +1,162 @@
+"""Capture and run one decoder block at a time. Knows how blocks are called, not what is inside them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """All arguments that the model passed to a block besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Reached(Exception):  # noqa: N818 - not an error
+    """Ends a block's forward pass once the module of interest has been reached."""
+
+
+@torch.no_grad()
+def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """Hidden states before the first block, and every block's own arguments, for one batch.
+
+    Each block is replaced by the identity for one forward pass, which therefore costs embeddings and masks only; every
+    block's arguments are recorded separately, since families exist in which blocks get different ones.
+
+    Args:
+        model: on whatever device it is.
+        blocks: its decoder blocks.
+        tokens: (batch, T), int64.
+
+    Returns:
+        Hidden states (batch, T, d) and one call per block, on the model's device.
+    """
+    first: list[Tensor] = []
+    calls: list[BlockCall] = []
+
+    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not first:
+            first.append(hidden)
+        calls.append(BlockCall(args, kwargs))
+        return hidden
+
+    device = next(model.get_input_embeddings().parameters()).device
+    with _replaced_forwards(dict.fromkeys(blocks, identity)):
+        model.base_model(tokens.to(device), use_cache=False)
+    return first[0], calls
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """A block's output hidden states, (batch, T, d), computed where the block is."""
+    device = next(block.parameters()).device
+    output = block(move(hidden, device), *move(call.args, device), **move(call.kwargs, device))
+    return first_tensor(output)
+
+
+@torch.no_grad()
+def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The input tensor that `module` gets inside the block; nothing after that point is computed."""
+    result: list[Tensor] = []
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        result.append(inputs[0])
+        raise _Reached
+
+    _run_to(module.register_forward_pre_hook(stop), block, hidden, call)
+    return result[0]
+
+
+@torch.no_grad()
+def output_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
+    """What `module` returns inside the block, in its own structure; nothing after that point is computed."""
+    result: list[Any] = []
+
+    def stop(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        result.append(output)
+        raise _Reached
+
+    _run_to(module.register_forward_hook(stop), block, hidden, call)
+    return result[0]
+
+
+@contextmanager
+def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Shows each module's input tensor to its watcher, as long as the context lasts."""
+    handles = [
+        module.register_forward_pre_hook(lambda _module, inputs, watch=watch: watch(inputs[0]))
+        for module, watch in watchers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """Lets `module` return `output` without computing anything, as long as the context lasts."""
+    with _replaced_forwards({module: lambda *_args, **_kwargs: output}):
+        yield
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves a module to the compute device and afterwards back to where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """The same nested structure with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: move(v, device) for k, v in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(move(v, device) for v in value)
+    return value
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in a module's output, which is a tensor or a tuple that starts with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """`output` with its hidden states replaced and other tensors (attention weights), which nobody reads, dropped."""
+    if isinstance(output, Tensor):
+        return tensor
+    return (tensor, *(None if isinstance(value, Tensor) else value for value in output[1:]))
+
+
+def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
+    try:
+        run_block(block, hidden, call)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,139 @@
+"""All settings of a run, typed and checked in one frozen dataclass. Knows no models and no files."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from snp_llm.errors import SnpError
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Remove FFN neurons and attention heads in one shot, repair by least squares, save a smaller model."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """Hub id, local folder, or the bundled `tiny-opt`."""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of the pruned model. Default: MODEL's own name, `-snp-` and the percentage, here."""
+    sparsity: float = 0.3
+    """Fraction of the decoder blocks' linear-weight parameters to remove, in [0, 1)."""
+    ffn_sparsity: float | None = None
+    """The same for FFN sites alone, a budget of their own."""
+    head_sparsity: float | None = None
+    """The same for attention sites alone, a budget of their own."""
+    ordering: Literal["zca", "saw", "variance", "residual", "obs", "greedy", "random"] = "zca"
+    """Which units go first: the score that ranks them."""
+    allocation: Literal["uniform", "variance"] = "variance"
+    """How many units each site keeps."""
+    dampening: float = 0.01
+    """Added to each channel's energy, relative to it."""
+    absorb_bias: bool = True
+    """Move the mean of what is pruned into the out-projection's bias, where there is one."""
+    round_to: int = 8
+    """FFN widths are multiples of this."""
+    calibration: Text | None = None
+    """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, `random`
+    token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""
+    calibration_split: Text | None = None
+    """Default: the training split."""
+    text_column: str = "text"
+    """Column that holds the text, for datasets that are not known by name."""
+    num_samples: int = 128
+    """Calibration windows."""
+    seq_len: int | None = None
+    """Tokens a window, for calibration and evaluation. Default: the model's maximum, at most 2048."""
+    batch_size: int = 8
+    """Windows run through a block at a time."""
+    seed: int = 0
+    """Draws the calibration windows and the random ordering."""
+    device: Device = "auto"
+    """Where blocks are run. auto: cuda, else mps, else cpu."""
+    hidden_device: Literal["compute", "cpu"] = "cpu"
+    """Where the hidden states of all calibration tokens wait between blocks."""
+    dtype: Dtype = "auto"
+    """Type of the weights, while running and saved. auto: as in the checkpoint."""
+    eval: bool = True
+    """Measure perplexity of the dense and the pruned model."""
+    eval_dataset: Text | None = None
+    """As for --calibration, without `random`. Default: wikitext2; bundled for the bundled model."""
+    eval_split: Text | None = None
+    """Default: the test split."""
+    trust_remote_code: bool = False
+    """Allow Python code in MODEL's repository to run."""
+    overwrite: bool = False
+    """Replace an existing output folder, once its successor has been verified."""
+    dry_run: bool = False
+    """Print the planned widths and sizes; write nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("sparsity", "ffn_sparsity", "head_sparsity"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise SnpError(f"--{name.replace('_', '-')}: expected a fraction in [0, 1), got {value:g}.")
+        if not 0 <= self.dampening < float("inf"):
+            raise SnpError(f"--dampening: expected a finite number >= 0, got {self.dampening:g}.")
+        for name in ("round_to", "num_samples", "batch_size", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < (2 if name == "seq_len" else 1):
+                raise SnpError(f"--{name.replace('_', '-')}: expected a positive number, got {value}.")
+        if not 0 <= self.seed < 2**63:
+            raise SnpError(f"--seed: expected an integer in [0, 2^63), got {self.seed}.")
+
+    @property
+    def output_folder(self) -> str:
+        name = os.path.basename(os.path.normpath(self.model))
+        return self.output or f"{name}-snp-{100 * self.sparsity:g}"
+
+    def sparsity_of(self, kind: str) -> float:
+        """The sparsity asked for at sites of a kind, "attention" or "ffn"."""
+        own = self.head_sparsity if kind == "attention" else self.ffn_sparsity
+        return self.sparsity if own is None else own
+
+    @property
+    def budgets(self) -> list[tuple[tuple[str, ...], float]]:
+        """Kinds of site that share a budget, and its sparsity."""
+        if self.ffn_sparsity is None and self.head_sparsity is None:
+            return [(("attention", "ffn"), self.sparsity)]
+        return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Perplexity of a model, by the protocol that pruning papers use."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """Hub id, local folder, or the bundled `tiny-opt`."""
+    dataset: Text | None = None
+    """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, or `bundled`.
+    Default: wikitext2; bundled for the bundled model."""
+    split: Text | None = None
+    """Default: the test split."""
+    text_column: str = "text"
+    """Column that holds the text, for datasets that are not known by name."""
+    seq_len: int | None = None
+    """Tokens a window. Default: the model's maximum, at most 2048."""
+    max_windows: int | None = None
+    """Measure on the first windows only."""
+    batch_size: int = 8
+    """Windows run through the model at a time."""
+    device: Device = "auto"
+    """auto: cuda, else mps, else cpu."""
+    dtype: Dtype = "auto"
+    """Type of the weights. auto: as in the checkpoint."""
+    trust_remote_code: bool = False
+    """Allow Python code in MODEL's repository to run."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 2), ("max_windows", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SnpError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")

@@ -1,0 +1,17 @@
+"""Loads a saved model as a user would and writes its logits. Run as text by `checkpoint.verify`; must not know the rest
+of the package."""
+
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, given, result, device = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+model.to(device).eval()  # type: ignore[arg-type]
+AutoTokenizer.from_pretrained(folder)
+assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
+tokens = load_file(given)["tokens"].to(device)
+with torch.no_grad():
+    save_file({"logits": model(tokens, use_cache=False).logits.cpu().contiguous()}, result)

@@ -1,0 +1,180 @@
+"""What a run did, as JSON, as a model card and as the closing table. Knows results, changes nothing."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+
+from snp_llm.measure import ModelSize
+from snp_llm.models.layouts import needs_code
+from snp_llm.pipeline import PrunedModel
+from snp_llm.version import __version__
+
+REPORT = "prune_report.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one model, dense or pruned.
+
+    Attributes:
+        size: parameters, bytes, FLOPs a token.
+        disk: bytes of its weight files, or of its parameters where it has no folder of safetensors.
+        perplexity: or None if not evaluated.
+        speed: tokens a second at prefill, or None if not measured.
+    """
+
+    size: ModelSize
+    disk: int
+    perplexity: float | None
+    speed: float | None
+
+
+def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything worth knowing about a run, ready for JSON.
+
+    Args:
+        pruned: the result.
+        dense, after: figures of the dense and of the pruned model.
+        facts: further top-level entries (command, evaluation text, verification).
+    """
+    sites = [
+        {
+            "site": result.site.name,
+            "kind": result.site.kind,
+            "units_before": result.site.units,
+            "units_after": len(result.kept),
+            "ratio": len(result.kept) / result.site.units,
+            "energy": result.energy,
+            "relative_error": result.error,
+            "predicted_error": result.predicted_error,
+            "dampening": result.dampening,
+            "seconds": round(result.seconds, 4),
+            "kept": result.kept.tolist(),
+        }
+        for result in pruned.sites
+    ]
+    return {
+        "snp_llm": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "recipe": pruned.recipe.as_dict(),
+        "seed": pruned.recipe.seed,
+        "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
+        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, after)},
+        "dense": asdict(dense),
+        "pruned": asdict(after),
+        "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
+        "sites": sites,
+        **facts,
+    }
+
+
+def achieved_sparsity(dense: Measured, pruned: Measured) -> float:
+    """Fraction of the block-linear parameters that is gone."""
+    return 1 - pruned.size.block_linear / dense.size.block_linear
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    (folder / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def closing_table(dense: Measured, pruned: Measured, seconds: dict[str, float], title: str) -> Table:
+    """Dense and pruned side by side, with their ratio."""
+    table = Table(title=title, title_justify="left")
+    for column in ("", "dense", "pruned", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(name: str, before: float | None, after: float | None, form: str) -> None:
+        if before is not None and after is not None:
+            table.add_row(name, format(before, form), format(after, form), f"{after / before:.3f}")
+
+    row("parameters", dense.size.parameters, pruned.size.parameters, ",")
+    row("block-linear parameters", dense.size.block_linear, pruned.size.block_linear, ",")
+    row("size on disk, MB", dense.disk / 1e6, pruned.disk / 1e6, ",.2f")
+    row("MFLOPs a token", dense.size.flops / 1e6, pruned.size.flops / 1e6, ",.2f")
+    row("perplexity", dense.perplexity, pruned.perplexity, ",.2f")
+    row("prefill, tokens a second", dense.speed, pruned.speed, ",.0f")
+    total = sum(seconds.values())
+    parts = " / ".join(f"{value:.1f}" for value in seconds.values())
+    table.add_row("pruning, s", "", f"{total:.1f}", "")
+    table.add_row(f"  {' / '.join(seconds)}", "", parts, "")
+    return table
+
+
+def model_card(report: dict[str, Any], base_model: str, *, has_code: bool) -> str:
+    """The folder's README.md: front matter for the hub, then what was done and how to load it."""
+    recipe, sparsity = report["recipe"], report["sparsity"]
+    dense, pruned = report["dense"], report["pruned"]
+    front = ["---"]
+    if base_model.count("/") == 1 and not Path(base_model).exists():
+        front += [f"base_model: {json.dumps(base_model)}"]
+    front += ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += ["tags:", "- snp-llm", "- pruned", "- structured-pruning", *(["- custom_code"] if has_code else [])]
+    evaluation = report.get("evaluation")
+    if pruned["perplexity"] is not None and evaluation:
+        front += [
+            "metrics:",
+            "- perplexity",
+            "model-index:",
+            f"- name: {json.dumps(Path(recipe['model']).name + ' pruned')}",
+        ]
+        front += ["  results:", "  - task:", "      type: text-generation", "    dataset:"]
+        front += [f"      name: {json.dumps(evaluation)}", f"      type: {json.dumps(evaluation.split(' ')[0])}"]
+        front += ["    metrics:", "    - type: perplexity", f"      value: {pruned['perplexity']:.4f}"]
+    front += ["---"]
+    trust = ", trust_remote_code=True" if has_code else ""
+    lines = [
+        f"# {Path(recipe['model']).name}, {100 * sparsity['achieved']:.1f} % of its block-linear parameters removed",
+        "",
+        "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
+        f"repaired by least squares, with snp-llm {report['snp_llm']}.",
+        "",
+        "| | dense | pruned |",
+        "|---|---:|---:|",
+        f"| parameters | {dense['size']['parameters']:,} | {pruned['size']['parameters']:,} |",
+        f"| block-linear parameters | {dense['size']['block_linear']:,} | {pruned['size']['block_linear']:,} |",
+        f"| size on disk, MB | {dense['disk'] / 1e6:,.2f} | {pruned['disk'] / 1e6:,.2f} |",
+        f"| MFLOPs a token | {dense['size']['flops'] / 1e6:,.2f} | {pruned['size']['flops'] / 1e6:,.2f} |",
+    ]
+    if pruned["perplexity"] is not None:
+        lines.append(f"| perplexity | {dense['perplexity']:,.2f} | {pruned['perplexity']:,.2f} |")
+        lines += ["", f"Perplexity on {evaluation}."]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "```",
+        "",
+    ]
+    if has_code:
+        lines += [
+            "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
+            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed.",
+            "",
+        ]
+    lines += [
+        f"Calibrated on {report['calibration']['text']}. Made with `{report['command']}`."
+        if "command" in report
+        else f"Calibrated on {report['calibration']['text']}.",
+        f"Every setting, kept unit and error is in `{REPORT}`.",
+        "",
+    ]
+    return "\n".join([*front, "", *lines])
+
+
+def write_card(report: dict[str, Any], pruned: PrunedModel, folder: Path) -> None:
+    card = model_card(report, pruned.recipe.model, has_code=needs_code(pruned.model.config))
+    (folder / "README.md").write_text(card, encoding="utf-8")
