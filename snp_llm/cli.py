@@ -21,9 +21,9 @@ from snp_llm import checkpoint, measure, pipeline, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
-from snp_llm.pipeline import OnSite
+from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.pipeline import OnStep
 from snp_llm.recipe import EvaluationRecipe, Recipe
-from snp_llm.site import SiteResult
 from snp_llm.version import __version__
 
 log = logging.getLogger("snp_llm")
@@ -72,7 +72,9 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     recipe = pipeline.resolve(recipe, dense)
     assert recipe.seq_len is not None and recipe.eval_dataset is not None
     if recipe.dry_run:
-        print_plan(dense, pipeline.plan(dense, tokenizer, recipe), recipe)
+        with progress(dense.config.num_hidden_layers) as on_step:
+            plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
+        print_plan(dense, plan, recipe)
         return
 
     windows: Windows | None = None
@@ -80,8 +82,9 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         windows = evaluation_windows(
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
-    with progress(2 * dense.config.num_hidden_layers) as on_site:
-        pruned = pipeline.prune(dense, tokenizer, recipe, on_site=on_site)
+    curve_steps = 1 if recipe.allocation in NEEDS_CURVES else 0
+    with progress((2 + curve_steps) * dense.config.num_hidden_layers) as on_step:
+        pruned = pipeline.prune(dense, tokenizer, recipe, on_step=on_step)
     with checkpoint.finished_folder(folder, overwrite=recipe.overwrite) as partial:
         checkpoint.save(pruned.model, tokenizer, partial)
         sample = pruned.calibration.tokens[:1]
@@ -103,12 +106,12 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         report.write_report(summary, partial)
         report.write_card(summary, pruned, partial)
     achieved = report.achieved_sparsity(before, after)
-    title = f"{recipe.model} → {folder}: sparsity {achieved:.3f} ({recipe.sparsity:g} asked for)"
-    console = Console()
-    console.print(report.closing_table(before, after, pruned.seconds, title))
+    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
+    Console().print(report.closing_table(before, after, pruned))
     if windows is not None:
-        console.print(f"perplexity on {windows.description}", highlight=False)
-    console.print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest", highlight=False)
+        print(f"perplexity on {windows.description}")
+    print(f"calibrated on {pruned.calibration.description}")
+    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
 
 
 def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
@@ -121,8 +124,15 @@ def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]],
         print(f"{a.block:5d}  {f'{heads} of {a.units}':12s}  {channels:,} of {f.units:,}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
-        f"{removed / size.block_linear:.3f} ({recipe.sparsity:g} asked for); nothing was written"
+        f"{removed / size.block_linear:.3f} ({asked(recipe)} asked for); nothing was written"
     )
+
+
+def asked(recipe: Recipe) -> str:
+    """The sparsity that the user wanted."""
+    if recipe.ffn_sparsity is None and recipe.head_sparsity is None:
+        return f"{recipe.sparsity:g}"
+    return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"
 
 
 def run_evaluate(recipe: EvaluationRecipe) -> None:
@@ -142,21 +152,16 @@ def run_evaluate(recipe: EvaluationRecipe) -> None:
 
 
 @contextlib.contextmanager
-def progress(sites: int) -> Iterator[OnSite]:
-    """A bar over sites on a terminal, a line a site elsewhere; both with error and seconds."""
-
-    def line(result: SiteResult) -> str:
-        units = f"{len(result.kept):,} of {result.site.units:,}"
-        return f"{result.site.name}: kept {units}, error {result.error:.2e}, {result.seconds:.1f} s"
-
+def progress(steps: int) -> Iterator[OnStep]:
+    """A bar with the last step's line on a terminal, a line a step elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda result: log.info(line(result))
+        yield log.info
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("calibrating", total=sites)
-        yield lambda result: bar.update(task, advance=1, description=line(result))
+        task = bar.add_task("calibrating", total=steps)
+        yield lambda line: bar.update(task, advance=1, description=line)
 
 
 def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:

@@ -98,12 +98,12 @@ def calibration_windows(
         ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
         tokens = ids[torch.randint(len(ids), (num_samples, seq_len), generator=generator)]
         return _windows(tokens, "uniformly random token ids")
-    documents, source, split = _open(name, split, column, "calibration_split")
+    documents, source, label = _open(name, split, column, "calibration_split")
     limit = CHARACTERS_A_TOKEN * num_samples * seq_len
     tokens = _cut(_tokenize(tokenizer, source.joiner.join(_take(documents, limit))), seq_len, name)
     chosen = torch.randperm(len(tokens), generator=generator)[:num_samples]
     short = f" ({num_samples} asked for, the text holds no more)" if len(tokens) < num_samples else ""
-    return _windows(tokens[chosen], f"{name} ({split})", short)
+    return _windows(tokens[chosen], label, short)
 
 
 def evaluation_windows(
@@ -120,24 +120,25 @@ def evaluation_windows(
     Raises:
         SnpError: no such dataset, split or column, or not one full window of text.
     """
-    documents, source, split = _open(name, split, column, "evaluation_split")
+    documents, source, label = _open(name, split, column, "evaluation_split")
     text = source.joiner.join(islice(documents, source.evaluation_documents))
-    return _windows(_cut(_tokenize(tokenizer, text), seq_len, name)[:max_windows], f"{name} ({split})")
+    return _windows(_cut(_tokenize(tokenizer, text), seq_len, name)[:max_windows], label)
 
 
 def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iterator[str], Source, str]:
-    """Documents, source and split of a dataset; nothing is read from it but what its first use needs."""
+    """Documents of a dataset, streamed, where they come from, and the name and split as people are told."""
     if name == "bundled":
         split = split or {"calibration_split": "train", "evaluation_split": "test"}[purpose]
         files = {"train": "calibration.txt", "test": "evaluation.txt"}
         if split not in files:
             raise SnpError(f"dataset bundled: unknown split {split!r}; expected one of {', '.join(files)}.")
         source = Source("text", {"data_files": str(BUNDLED / files[split]), "sample_by": "document"})
-        return _read(name, source, "train"), source, split
+        return _read(name, source, "train"), source, f"{name} ({split})"
     if name in NAMED:
         source = NAMED[name]
     elif Path(name).suffix in BUILDERS or Path(name).exists():
         source = _local(name, column)
+        return _read(name, source, "train"), source, name
     elif "/" in name:
         path, _, config = name.partition(":")
         source = Source(path, {"name": config} if config else {}, column=column)
@@ -149,7 +150,7 @@ def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iter
             f".jsonl or .parquet file.{hint}"
         )
     split = split or getattr(source, purpose)
-    return _read(name, source, split), source, split
+    return _read(name, source, split), source, f"{name} ({split})"
 
 
 def _local(name: str, column: str) -> Source:
@@ -160,7 +161,6 @@ def _local(name: str, column: str) -> Source:
     if builder is None:
         raise SnpError(f"dataset {name}: expected one of {', '.join(BUILDERS)}, got {path.suffix or 'no ending'!r}.")
     source = Source(builder, {"data_files": str(path)}, column=column)
-    source = replace(source, calibration_split="train", evaluation_split="train")  # a file is one split
     if builder == "text":  # the whole file is one string, blank lines and all
         return replace(source, options={**source.options, "sample_by": "document"}, column="text")
     return source

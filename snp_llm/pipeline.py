@@ -48,7 +48,7 @@ class PrunedModel:
     seconds: dict[str, float]
 
 
-OnSite = Callable[[SiteResult], None]
+OnStep = Callable[[str], None]
 
 
 def prune(
@@ -56,7 +56,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
-    on_site: OnSite = lambda _result: None,
+    on_step: OnStep = lambda _line: None,
 ) -> PrunedModel:
     """Remove units from every attention and FFN site and repair the out-projections by least squares.
 
@@ -64,7 +64,7 @@ def prune(
         model: dense model of a supported family; left as it was.
         tokenizer: its tokenizer.
         recipe: all settings. Everything about files and evaluation is ignored here.
-        on_site: called after each site, for progress.
+        on_step: called with a line of text after each site, and after each block of the dense model's visit.
 
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
@@ -77,13 +77,19 @@ def prune(
     device = compute_device(recipe.device)
     clock = Clock(device)
     stream = capture(model, blocks, windows.tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock)
-    pruned_blocks, results = prune_blocks(blocks, family, stream, widths, recipe, clock, on_site)
+    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
+    pruned_blocks, results = prune_blocks(blocks, family, stream, widths, recipe, clock, on_step)
     pruned = assemble(model, family, pruned_blocks)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
 
 
-def plan(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[tuple[Site, int]]:
+def plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    on_step: OnStep = lambda _line: None,
+) -> list[tuple[Site, int]]:
     """The width of every site that `prune` would choose, without pruning."""
     recipe = resolve(recipe, model)
     family = find_family(model.config)
@@ -93,7 +99,7 @@ def plan(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     clock = Clock(compute_device(recipe.device))
     if recipe.allocation in NEEDS_CURVES:
         stream = capture(model, blocks, read_calibration(tokenizer, recipe, model).tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock)
+    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
     return list(zip(find_sites(blocks, family), widths, strict=True))
 
 
@@ -140,7 +146,7 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
 
 
 def plan_widths(
-    blocks: nn.ModuleList, family: Family, stream: Stream | None, recipe: Recipe, clock: Clock
+    blocks: nn.ModuleList, family: Family, stream: Stream | None, recipe: Recipe, clock: Clock, on_step: OnStep
 ) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
@@ -151,7 +157,7 @@ def plan_widths(
     curves: list[Tensor | None] = [None] * len(sites)
     if recipe.allocation in NEEDS_CURVES and any(recipe.sparsity_of(s.kind) for s in sites):
         assert stream is not None
-        curves = list(dense_curves(blocks, sites, stream, recipe, clock))
+        curves = [*dense_curves(blocks, sites, stream, recipe, clock, on_step)]
     budgets = [
         SiteBudget(
             kind=site.kind,
@@ -174,7 +180,7 @@ def plan_widths(
 
 
 def dense_curves(
-    blocks: nn.ModuleList, sites: Sequence[Site], stream: Stream, recipe: Recipe, clock: Clock
+    blocks: nn.ModuleList, sites: Sequence[Site], stream: Stream, recipe: Recipe, clock: Clock, on_step: OnStep
 ) -> list[Tensor]:
     """Energy curve of every site on the dense model's own activations."""
     hidden = list(stream.hidden)
@@ -194,6 +200,7 @@ def dense_curves(
                 for site, moment in zip(here, moments, strict=True):
                     factored = factor_site(block, site, moment, recipe)
                     curves.append(energy_curve(factored.subspace.D, site.unit_size).cpu())
+        on_step(f"block {index}: energy curves of the dense model")
     return curves
 
 
@@ -204,7 +211,7 @@ def prune_blocks(
     widths: Sequence[int],
     recipe: Recipe,
     clock: Clock,
-    on_site: OnSite,
+    on_step: OnStep,
 ) -> tuple[nn.ModuleList, list[SiteResult]]:
     """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
 
@@ -226,7 +233,7 @@ def prune_blocks(
                 moments, contexts, attended = attention_statistics(block, family, hidden, calls)
             result = cut(block, family, attention_site, moments, attention_width, recipe, clock, start)
             results.append(result)
-            on_site(result)
+            on_step(str(result))
 
             start = time.perf_counter()
             channels = unit_channels(result.kept, attention_site.unit_size).to(clock.device)
@@ -242,7 +249,7 @@ def prune_blocks(
                     moments = add_moments(moments, inputs)
             result = cut(block, family, ffn_site, moments, ffn_width, recipe, clock, start)
             results.append(result)
-            on_site(result)
+            on_step(str(result))
 
             with clock.phase("calibration"):
                 for b, batch in enumerate(hidden):

@@ -87,26 +87,28 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     (folder / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def closing_table(dense: Measured, pruned: Measured, seconds: dict[str, float], title: str) -> Table:
+def closing_table(dense: Measured, after: Measured, pruned: PrunedModel) -> Table:
     """Dense and pruned side by side, with their ratio."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("", "dense", "pruned", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
 
-    def row(name: str, before: float | None, after: float | None, form: str) -> None:
-        if before is not None and after is not None:
-            table.add_row(name, format(before, form), format(after, form), f"{after / before:.3f}")
+    def row(name: str, before: float | None, now: float | None, form: str) -> None:
+        if before is not None and now is not None:
+            table.add_row(name, format(before, form), format(now, form), f"{now / before:.3f}")
 
-    row("parameters", dense.size.parameters, pruned.size.parameters, ",")
-    row("block-linear parameters", dense.size.block_linear, pruned.size.block_linear, ",")
-    row("size on disk, MB", dense.disk / 1e6, pruned.disk / 1e6, ",.2f")
-    row("MFLOPs a token", dense.size.flops / 1e6, pruned.size.flops / 1e6, ",.2f")
-    row("perplexity", dense.perplexity, pruned.perplexity, ",.2f")
-    row("prefill, tokens a second", dense.speed, pruned.speed, ",.0f")
-    total = sum(seconds.values())
-    parts = " / ".join(f"{value:.1f}" for value in seconds.values())
-    table.add_row("pruning, s", "", f"{total:.1f}", "")
-    table.add_row(f"  {' / '.join(seconds)}", "", parts, "")
+    row("parameters", dense.size.parameters, after.size.parameters, ",")
+    row("block-linear parameters", dense.size.block_linear, after.size.block_linear, ",")
+    for kind, name in (("attention", "attention heads"), ("ffn", "FFN channels")):
+        sites = [result for result in pruned.sites if result.site.kind == kind]
+        row(name, sum(r.site.units for r in sites), sum(len(r.kept) for r in sites), ",")
+    row("size on disk, MB", dense.disk / 1e6, after.disk / 1e6, ",.2f")
+    row("MFLOPs a token", dense.size.flops / 1e6, after.size.flops / 1e6, ",.2f")
+    row("perplexity", dense.perplexity, after.perplexity, ",.2f")
+    row("prefill, tokens a second", dense.speed, after.speed, ",.0f")
+    table.add_row("seconds spent pruning", "", f"{sum(pruned.seconds.values()):.1f}", "")
+    for phase, seconds in pruned.seconds.items():
+        table.add_row(f"  {phase}", "", f"{seconds:.1f}", "")
     return table
 
 

@@ -43,6 +43,10 @@ class SiteResult:
     dampening: float
     seconds: float
 
+    def __str__(self) -> str:
+        units = f"{len(self.kept):,} of {self.site.units:,}"
+        return f"{self.site.name}: kept {units}, error {self.error:.2e}, {self.seconds:.1f} s"
+
 
 @dataclass(frozen=True)
 class FactoredSite:

@@ -26,9 +26,7 @@ def reconstruct(W: Tensor, L: Tensor, width: int) -> Tensor:
     """
     n = W.shape[1]
     if L.shape != (n, n) or not 1 <= width <= n:
-        raise SnpError(
-            f"reconstruct: expected L of ({n}, {n}) and 1 <= width <= {n}, got {tuple(L.shape)} and {width}."
-        )
+        raise SnpError(f"expected L of ({n}, {n}) and a width of 1 to {n}, got {tuple(L.shape)} and {width}.")
     kept, pruned = slice(None, width), slice(width, None)
     # Solving only for what is added leaves W untouched to the bit where nothing is pruned.
     added = W[:, pruned] @ L[pruned, kept]

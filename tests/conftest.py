@@ -1,0 +1,76 @@
+"""Small models of every shape, and the bundled tokenizer. No test needs the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from snp_llm import Recipe
+from snp_llm.data import BUNDLED
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+# Every kind of OPT there is: the common pre-norm one, 350m (post-norm, projected embeddings), and one without biases.
+OPT_VARIANTS = {
+    "pre-norm": {},
+    "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
+    "no-bias": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    "untied": {"tie_word_embeddings": False},
+}
+
+
+def small_opt(dtype: torch.dtype = torch.float32, **overrides) -> OPTForCausalLM:
+    """A random OPT whose residual stream is not dominated by the embeddings, so that pruning it shows."""
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        **overrides,
+    }
+    model = OPTForCausalLM(OPTConfig(**values)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "layers" in name and parameter.dim() == 2:
+            parameter.normal_(0, 0.3)
+        elif "layers" in name and name.endswith("bias"):
+            parameter.normal_(0, 0.1)
+    return model.to(dtype)
+
+
+def small_recipe(**overrides) -> Recipe:
+    values = {"model": "small", "calibration": "bundled", "num_samples": 6, "seq_len": 32, "batch_size": 4}
+    return Recipe(**{**values, **overrides})
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
+
+
+@pytest.fixture
+def opt_folder(tmp_path, tokenizer) -> Path:
+    """A small random OPT on disk."""
+    return save_model(small_opt(), tokenizer, tmp_path / "small-opt")
+
+
+def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the trained models and texts beside the checkout are not there")
+    return SHARED

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from snp_llm.errors import SnpError
+from snp_llm.linalg.allocation import SiteBudget, uniform, variance
+
+
+def energy(*shares):
+    curve = torch.tensor([0.0, *shares], dtype=torch.float64).cumsum(0)
+    return curve / curve[-1]
+
+
+def ffn(units=64, cost=10, multiple=8, minimum=8, energy=None):
+    return SiteBudget("ffn", units, cost, multiple, minimum, energy)
+
+
+def heads(units=8, cost=40, energy=None):
+    return SiteBudget("attention", units, cost, 1, 1, energy)
+
+
+def kept_fraction(sites, widths):
+    return sum(w * s.cost for w, s in zip(widths, sites, strict=True)) / sum(s.units * s.cost for s in sites)
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.7, 0.5, 0.3])
+def test_uniform_gives_every_block_the_same_and_hits_the_total(keep):
+    sites = [heads(cost=320), ffn(units=1024, cost=5)] * 3
+    widths = uniform(sites, keep)
+    assert widths[0] == widths[2] == widths[4] and widths[1] == widths[3] == widths[5]
+    # Heads come in eighths of their third of the parameters; the FFN makes up for it to within its rounding.
+    assert kept_fraction(sites, widths) == pytest.approx(keep, abs=0.5 * 8 * 5 / (8 * 320 + 1024 * 5))
+    assert widths[1] % 8 == 0
+
+
+def test_widths_round_to_the_multiple_or_stay_whole():
+    assert uniform([ffn(units=100)], 0.999) == [100]
+    assert uniform([ffn(units=100)], 0.5) == [48]
+
+
+def test_uniform_refuses_to_empty_a_site():
+    with pytest.raises(SnpError, match=r"leaves 0.4 of 8 units at every attention site; the minimum is 1"):
+        uniform([heads()], 0.05)
+    with pytest.raises(SnpError, match="minimum is 8"):
+        uniform([ffn()], 0.05)
+
+
+def test_variance_is_one_threshold_for_all_sites():
+    generator = torch.Generator().manual_seed(0)
+
+    def random_curve(n):
+        return energy(*torch.rand(n, generator=generator, dtype=torch.float64).sort(descending=True).values)
+
+    sites = [heads(energy=random_curve(8)), ffn(energy=random_curve(64)), ffn(energy=random_curve(64))]
+    for keep in (0.9, 0.6, 0.4):
+        widths = variance(sites, keep)
+        # Some alpha explains all widths: each site's width reaches it and the next smaller permitted one does not.
+        reached = [float(s.energy[w]) for s, w in zip(sites, widths, strict=True)]
+        missed = [
+            float(s.energy[max(x for x in s.widths() if x < w)]) if w > min(s.widths()) else 0.0
+            for s, w in zip(sites, widths, strict=True)
+        ]
+        assert max(missed) <= min(r for r, s, w in zip(reached, sites, widths, strict=True) if w < s.units)
+        assert kept_fraction(sites, widths) == pytest.approx(keep, abs=80 / 1600)
+
+
+def test_variance_keeps_more_where_energy_is_spread():
+    flat = energy(*[1.0] * 64)
+    steep = energy(*[2.0**-i for i in range(64)])
+    widths = variance([ffn(energy=flat), ffn(energy=steep)], 0.5)
+    assert widths[0] > widths[1] >= 8
+
+
+def test_variance_never_goes_below_the_minimum_and_says_what_is_possible():
+    steep = energy(*[2.0**-i for i in range(64)])
+    sites = [ffn(energy=steep), ffn(energy=steep)]
+    assert variance(sites, 0.13) == [8, 8]
+    with pytest.raises(SnpError, match="fewer than the 160 of every site at its minimum.*below 0.875"):
+        variance(sites, 0.02)
+
+
+def test_variance_needs_curves():
+    with pytest.raises(SnpError, match="energy curves"):
+        variance([ffn()], 0.5)
+
+
+@pytest.mark.parametrize("rule", [uniform, variance])
+def test_keeping_everything_keeps_everything(rule):
+    sites = [heads(energy=energy(*[1.0] * 8)), ffn(units=60, energy=energy(*[1.0] * 60))]
+    assert rule(sites, 1.0) == [8, 60]

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
+from tests.linalg.problems import make_inputs
+
+
+def moments_of(X, pieces=3):
+    moments = empty_moments(X.shape[-1], X.dtype)
+    for piece in X.tensor_split(pieces):
+        moments = add_moments(moments, piece)
+    return moments
+
+
+@pytest.mark.parametrize("n", [1, 12, 64, 65, 130, 700])
+def test_gram_equals_the_product(n):
+    X = make_inputs(50, n)
+    torch.testing.assert_close(gram_matrix(moments_of(X), centred=False), X.T @ X, rtol=1e-12, atol=1e-9)
+
+
+def test_batches_of_any_shape_add_up():
+    X = make_inputs(48, 12)
+    moments = add_moments(empty_moments(12, torch.float64), X.reshape(4, 12, 12))
+    assert moments.tokens == 48
+    torch.testing.assert_close(gram_matrix(moments, centred=False), X.T @ X)
+
+
+def test_centring_is_the_schur_complement_of_a_constant_channel():
+    X = make_inputs(100, 12)
+    ones = torch.cat([torch.ones(100, 1, dtype=torch.float64), X], 1)
+    G = ones.T @ ones
+    schur = G[1:, 1:] - torch.outer(G[1:, 0], G[0, 1:]) / G[0, 0]
+    torch.testing.assert_close(gram_matrix(moments_of(X), centred=True), schur, rtol=1e-10, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_inputs_are_summed_in_float32(dtype):
+    X = make_inputs(500, 70).to(dtype)
+    moments = moments_of(X, pieces=7)
+    assert moments.second.dtype == torch.float32
+    exact = X.double().T @ X.double()
+    error = (gram_matrix(moments, centred=False) - exact).abs().max() / exact.abs().max()
+    assert error < 1e-6
+
+
+def test_a_constant_channel_is_dead_once_centred():
+    X = make_inputs(300, 12).float()
+    X[:, 4] = 3.7
+    X[:, 7] = 0.0
+    gram = gram_matrix(moments_of(X), centred=True)
+    assert gram[4, 4] == 0 and gram[7, 7] == 0
+    assert not gram[4].any() and not gram[:, 7].any()
+    assert (gram.diagonal() > 0).sum() == 10

@@ -1,0 +1,158 @@
+"""Every ordering against an independent computation of its definition, for channels and for heads."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from snp_llm.errors import SnpError
+from snp_llm.linalg.ldl import make_definite
+from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units
+from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
+from tests.linalg.problems import make_inputs, make_weight
+
+SIZES = [1, 3]  # channels, and heads of three
+
+
+def make_problem(size, units=6, *, dampening=0.0, seed=0):
+    n = size * units
+    X, W = make_inputs(200, n, seed=seed), make_weight(7, n, seed=seed + 1)
+    in_weight = torch.rand(units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return OrderingProblem(make_definite(X.T @ X, dampening), W, in_weight, size, seed=seed), X
+
+
+def error_without(X, W, removed, size):
+    """Squared output error of the best repair after removing units, by lstsq."""
+    gone = unit_channels(torch.tensor(removed), size).tolist()
+    kept = [i for i in range(X.shape[1]) if i not in gone]
+    Y = X @ W.T
+    if not kept:
+        return Y.square().sum().item()
+    solution = torch.linalg.lstsq(X[:, kept], Y, driver="gelsd").solution
+    return (X[:, kept] @ solution - Y).square().sum().item()
+
+
+def test_unit_helpers():
+    matrix = torch.arange(36.0).reshape(6, 6)
+    blocks = diagonal_blocks(matrix, 2)
+    assert all(torch.equal(blocks[i], matrix[2 * i : 2 * i + 2, 2 * i : 2 * i + 2]) for i in range(3))
+    assert unit_channels(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    assert per_unit(torch.arange(6.0), 2).tolist() == [1, 5, 9]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_zca_is_the_energy_under_the_whitening_rescaled_to_unit_blocks(size):
+    problem, X = make_problem(size)
+    G = X.T @ X
+    u, s, _ = torch.linalg.svd(G)
+    whitening = u @ torch.diag(s**-0.5) @ u.T
+    torch.testing.assert_close(whitening @ G @ whitening, torch.eye(len(G), dtype=torch.float64), rtol=0, atol=1e-8)
+    expected = []
+    for unit in range(6):
+        rows = slice(unit * size, (unit + 1) * size)
+        rescaled = torch.linalg.inv(whitening[rows, rows]) @ whitening[rows]  # identity on the unit's own block
+        torch.testing.assert_close(rescaled[:, rows], torch.eye(size, dtype=torch.float64))
+        expected.append(torch.trace(rescaled @ G @ rescaled.T))
+    torch.testing.assert_close(ORDERINGS["zca"](problem), torch.stack(expected), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_residual_is_the_energy_others_cannot_explain(size):
+    problem, X = make_problem(size)
+    expected = []
+    for unit in range(6):
+        own = list(range(unit * size, (unit + 1) * size))
+        others = [i for i in range(X.shape[1]) if i not in own]
+        fit = torch.linalg.lstsq(X[:, others], X[:, own], driver="gelsd").solution
+        expected.append((X[:, own] - X[:, others] @ fit).square().sum())
+    torch.testing.assert_close(ORDERINGS["residual"](problem), torch.stack(expected), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_obs_is_the_exact_cost_of_removing_one_unit(size):
+    problem, X = make_problem(size)
+    expected = torch.tensor([error_without(X, problem.W, [u], size) for u in range(6)], dtype=torch.float64)
+    torch.testing.assert_close(ORDERINGS["obs"](problem), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_takes_the_cheapest_unit_at_every_step(size, seed):
+    problem, X = make_problem(size, units=8 if size == 1 else 5, seed=seed)
+    removed: list[int] = []
+    while len(removed) < len(problem.in_weight):
+        left = [u for u in range(len(problem.in_weight)) if u not in removed]
+        removed.append(min(left, key=lambda u: error_without(X, problem.W, [*removed, u], size)))
+    assert order_units("greedy", problem).tolist() == removed[::-1]
+
+
+def test_greedy_in_blocks_removes_all_units_once():
+    problem, _ = make_problem(1, units=300, dampening=0.01)
+    scores = ORDERINGS["greedy"](problem)
+    assert sorted(scores.tolist()) == list(range(300))
+
+
+def test_greedy_beats_single_removals_on_a_duplicated_pair():
+    # Two copies of one channel are both free to remove alone, but not together: obs cannot see it, greedy does.
+    X = make_inputs(200, 6)
+    X[:, 4] = X[:, 5] + 1e-4 * torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    W = make_weight(7, 6)
+    problem = OrderingProblem(make_definite(X.T @ X, 0.0), W, torch.ones(6, dtype=torch.float64), 1, seed=0)
+    assert set(order_units("obs", problem)[-2:].tolist()) == {4, 5}
+    assert set(order_units("greedy", problem)[-2:].tolist()) != {4, 5}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_simple_scores(size):
+    problem, X = make_problem(size)
+    assert torch.equal(ORDERINGS["saw"](problem), problem.in_weight)
+    energies = X.square().sum(0).reshape(6, size).sum(1)
+    torch.testing.assert_close(ORDERINGS["variance"](problem), energies)
+
+
+def test_random_is_seeded():
+    first, _ = make_problem(1, seed=1)
+    second, _ = make_problem(1, seed=2)
+    assert torch.equal(ORDERINGS["random"](first), ORDERINGS["random"](first))
+    assert not torch.equal(ORDERINGS["random"](first), ORDERINGS["random"](second))
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_dead_units_go_first_and_the_order_is_a_permutation(name):
+    X, W = make_inputs(200, 12), make_weight(7, 12)
+    X[:, 4:6] = 0  # unit 2 is dead
+    X[:, 6] = 0  # unit 3 is half dead: it stays where its other channel puts it
+    W[:, 4:6] = 100
+    problem = OrderingProblem(make_definite(X.T @ X, 0.01), W, torch.full((6,), 5.0, dtype=torch.float64), 2, seed=0)
+    order = order_units(name, problem).tolist()
+    assert sorted(order) == list(range(6))
+    assert order[-1] == 2
+
+
+@pytest.mark.parametrize("name", ["zca", "residual", "obs", "greedy", "variance"])
+def test_orderings_follow_a_permutation_of_the_units(name):
+    problem, X = make_problem(3)
+    shuffle = torch.tensor([3, 1, 5, 0, 4, 2])
+    channels = unit_channels(shuffle, 3)
+    moved = OrderingProblem(
+        make_definite((X.T @ X)[channels][:, channels], 0.0),
+        problem.W[:, channels],
+        problem.in_weight[shuffle],
+        3,
+        seed=0,
+    )
+    assert shuffle[order_units(name, moved)].tolist() == order_units(name, problem).tolist()
+
+
+def test_greedy_is_never_far_from_the_best_subset():
+    problem, X = make_problem(1, units=7)
+    order = order_units("greedy", problem)
+    for k in (2, 4):
+        best = min(error_without(X, problem.W, list(c), 1) for c in combinations(range(7), k))
+        assert error_without(X, problem.W, order[-k:].tolist(), 1) <= 2 * best
+
+
+def test_an_unknown_name_gets_a_suggestion():
+    problem, _ = make_problem(1)
+    with pytest.raises(SnpError, match="unknown ordering 'greddy'.*Did you mean 'greedy'"):
+        order_units("greddy", problem)

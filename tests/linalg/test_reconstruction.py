@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from snp_llm.errors import SnpError
+from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
+from snp_llm.linalg.ldl import build_subspace, error_curve, ldl, make_definite
+from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
+from tests.linalg.problems import least_squares, make_inputs, make_weight
+
+
+@pytest.mark.parametrize("width", [1, 5, 11, 12])
+def test_agrees_with_lstsq(width):
+    X, W = make_inputs(), make_weight()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
+    L, _ = ldl((X.T @ X)[order][:, order])
+    expected = least_squares(X, X @ W.T, order[:width])
+    torch.testing.assert_close(reconstruct(W[:, order], L, width), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_with_a_bias_it_agrees_with_lstsq_with_an_intercept():
+    X, W = make_inputs(mean=2.0), make_weight()
+    bias = make_weight(7, 1, seed=4)[:, 0]
+    kept = torch.tensor([0, 3, 4, 9])
+    order = torch.cat([kept, torch.tensor([i for i in range(12) if i not in kept])])
+    moments = add_moments(empty_moments(12, torch.float64), X)
+    G = gram_matrix(moments, centred=True)
+    L, _ = ldl(G[order][:, order])
+    W_new = reconstruct(W[:, order], L, 4)
+    new_bias = absorb_mean(bias, W, W_new, kept, X.mean(0))
+    with_ones = torch.cat([X[:, kept], torch.ones(len(X), 1, dtype=torch.float64)], 1)
+    expected = torch.linalg.lstsq(with_ones, X @ W.T + bias, driver="gelsd").solution.T
+    torch.testing.assert_close(W_new, expected[:, :4], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new_bias, expected[:, 4], rtol=1e-9, atol=1e-9)
+
+
+def test_full_width_is_the_same_weight_to_the_bit():
+    X, W = make_inputs(), make_weight()
+    L, _ = ldl(X.T @ X)
+    assert torch.equal(reconstruct(W, L, 12), W)
+
+
+def test_a_duplicated_channel_costs_nothing_to_remove():
+    X, W = make_inputs(), make_weight()
+    X = torch.cat([X, 2 * X[:, 3:4]], 1)
+    W = torch.cat([W, W[:, :1]], 1)
+    definite = make_definite(X.T @ X, 1e-10)
+    subspace = build_subspace(definite, torch.arange(13))
+    W_new = reconstruct(W, subspace.L, 12)
+    assert relative_error(W, W_new, torch.arange(12), X.T @ X) < 1e-9
+    torch.testing.assert_close(X[:, :12] @ W_new.T, X @ W.T, rtol=1e-5, atol=1e-5)
+
+
+def test_relative_error_is_what_the_curve_predicts():
+    X, W = make_inputs(), make_weight()
+    G = X.T @ X
+    L, D = ldl(G)
+    curve = error_curve(W, L, D)
+    for k in (1, 6, 11):
+        error = relative_error(W, reconstruct(W, L, k), torch.arange(k), G)
+        assert error == pytest.approx(float(curve[k] / curve[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [0, 13])
+def test_width_out_of_range_is_refused(width):
+    with pytest.raises(SnpError, match="width of 1 to 12"):
+        reconstruct(make_weight(), torch.eye(12, dtype=torch.float64), width)

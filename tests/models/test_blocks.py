@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from snp_llm.models.blocks import capture_calls, fixed_output, input_of, move, output_of, run_block, with_first_tensor
+from snp_llm.models.families import FAMILIES, find_blocks, find_family
+from tests.conftest import OPT_VARIANTS, small_opt
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", OPT_VARIANTS)
+def test_running_captured_blocks_one_by_one_is_the_model(variant, attention):
+    model = small_opt(**OPT_VARIANTS[variant])
+    model.set_attn_implementation(attention)
+    blocks = find_blocks(model, find_family(model.config))
+    tokens = torch.randint(2048, (3, 20))
+    hidden, calls = capture_calls(model, blocks, tokens)
+    assert len(calls) == 3 and "position_ids" in calls[0].kwargs
+    states = model(tokens, output_hidden_states=True).hidden_states
+    assert torch.equal(hidden, states[0])
+    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        hidden = run_block(block, hidden, call)
+        if index < 2:  # the last one is recorded after the final norm
+            assert torch.equal(hidden, states[index + 1])
+
+
+def test_capture_leaves_the_model_as_it_was():
+    model = small_opt()
+    tokens = torch.randint(2048, (1, 8))
+    before = model(tokens).logits
+    capture_calls(model, find_blocks(model, FAMILIES[0]), tokens)
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_inputs_and_outputs_inside_a_block():
+    model = small_opt()
+    block = find_blocks(model, FAMILIES[0])[0]
+    hidden, calls = capture_calls(model, find_blocks(model, FAMILIES[0]), torch.randint(2048, (2, 8)))
+    whole = run_block(block, hidden, calls[0])
+    inner = input_of(block.fc2, block, hidden, calls[0]).reshape(2, 8, 64)
+    attended = output_of(block.self_attn, block, hidden, calls[0])
+    assert inner.min() >= 0  # after the ReLU
+    assert torch.equal(run_block(block, hidden, calls[0]), whole)  # no hook was left behind
+    torch.testing.assert_close(hidden + attended[0] + block.fc2(inner), whole)
+    with fixed_output(block.self_attn, with_first_tensor(attended, torch.zeros_like(attended[0]))):
+        without = input_of(block.fc2, block, hidden, calls[0]).reshape(2, 8, 64)
+    assert torch.equal(without, block.fc1(block.final_layer_norm(hidden)).relu())
+    assert torch.equal(run_block(block, hidden, calls[0]), whole)
+
+
+def test_move_keeps_structure():
+    value = {"a": (torch.ones(2), None), "b": [3, {"c": torch.zeros(1)}]}
+    moved = move(value, torch.device("meta"))
+    assert moved["a"][0].is_meta and moved["a"][1] is None and moved["b"][1]["c"].is_meta and moved["b"][0] == 3
