@@ -46,7 +46,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Pre
         SnpError: not found, unsupported, quantised, or weights that do not fit the config.
     """
     path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
-    if name != TINY_OPT and not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not Path(path).exists() and not is_hub_id(name):
         raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
     with _explained(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -72,13 +72,19 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Pre
     with _explained(name, "tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     rows = embedding_rows(model)
-    if not (vocabulary := tokenizer.get_vocab()) or max(vocabulary.values()) >= rows:
-        largest = max(vocabulary.values(), default=-1)
+    ids = set(tokenizer.get_vocab().values())
+    # Embeddings are often padded to a round number, never to twice the vocabulary.
+    if len(ids) < rows / 2 or max(ids) >= rows:
         raise SnpError(
-            f"tokenizer of {name}: expected token ids 0 to {rows - 1:,}, the model's vocabulary; its largest is "
-            f"{largest:,}. They do not belong together."
+            f"tokenizer of {name}: expected about {rows:,} tokens, as many as the model embeds, with ids below that; "
+            f"it has {len(ids):,}, up to id {max(ids, default=-1):,}. They do not belong together."
         )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name means a repository on the Hub, not a folder."""
+    return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
 def check_config(name: str, config: PretrainedConfig) -> None:

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -104,7 +105,8 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
             facts["evaluation"] = windows.description
         summary = report.build_report(pruned, before, after, facts)
         report.write_report(summary, partial)
-        report.write_card(summary, pruned, partial)
+        base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
+        report.write_card(summary, pruned, base_model, partial)
     achieved = report.achieved_sparsity(before, after)
     print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
     Console().print(report.closing_table(before, after, pruned))
@@ -182,6 +184,8 @@ def _guarded(run: Callable[[], None]) -> int:
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders are removed
     try:
         run()
     except SnpError as error:
@@ -190,9 +194,13 @@ def _guarded(run: Callable[[], None]) -> int:
         return _fail(
             f"out of memory on the device ({str(error).splitlines()[0]}). Use a smaller --batch-size or --seq-len."
         )
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written.", code=130)
+    except KeyboardInterrupt as interrupt:
+        return _fail("interrupted; nothing was written.", code=interrupt.args[0] if interrupt.args else 130)
     return 0
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(128 + number)
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -95,7 +95,8 @@ def calibration_windows(
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "random":
-        ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
         tokens = ids[torch.randint(len(ids), (num_samples, seq_len), generator=generator)]
         return _windows(tokens, "uniformly random token ids")
     documents, source, label = _open(name, split, column, "calibration_split")

@@ -76,9 +76,7 @@ def perplexity(
             total += functional.cross_entropy(window.float(), target, reduction="sum").item()
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
     if not math.isfinite(mean):
-        raise SnpError(
-            f"perplexity: the model's log-likelihood is {mean}; expected a finite number. Try --dtype float32."
-        )
+        raise SnpError(f"perplexity: expected a finite log-likelihood, got {mean}. Try --dtype float32.")
     return math.exp(min(mean, 700.0))
 
 

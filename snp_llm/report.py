@@ -112,12 +112,12 @@ def closing_table(dense: Measured, after: Measured, pruned: PrunedModel) -> Tabl
     return table
 
 
-def model_card(report: dict[str, Any], base_model: str, *, has_code: bool) -> str:
+def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool) -> str:
     """The folder's README.md: front matter for the hub, then what was done and how to load it."""
     recipe, sparsity = report["recipe"], report["sparsity"]
     dense, pruned = report["dense"], report["pruned"]
     front = ["---"]
-    if base_model.count("/") == 1 and not Path(base_model).exists():
+    if base_model is not None:
         front += [f"base_model: {json.dumps(base_model)}"]
     front += ["library_name: transformers", "pipeline_tag: text-generation"]
     front += ["tags:", "- snp-llm", "- pruned", "- structured-pruning", *(["- custom_code"] if has_code else [])]
@@ -177,6 +177,6 @@ def model_card(report: dict[str, Any], base_model: str, *, has_code: bool) -> st
     return "\n".join([*front, "", *lines])
 
 
-def write_card(report: dict[str, Any], pruned: PrunedModel, folder: Path) -> None:
-    card = model_card(report, pruned.recipe.model, has_code=needs_code(pruned.model.config))
+def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
+    card = model_card(report, base_model, has_code=needs_code(pruned.model.config))
     (folder / "README.md").write_text(card, encoding="utf-8")

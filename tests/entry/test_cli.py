@@ -1,0 +1,227 @@
+"""The command line as a user meets it: what it prints, what it writes, how it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+
+from snp_llm.cli import evaluate_main, main, prune_main
+from tests.conftest import save_model, small_opt
+
+QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples", "4", "--seq-len", "32"]
+
+
+def refuse(capsys, arguments, message, command=prune_main):
+    """Runs a command that must fail: exit code 2, one or two lines, no traceback."""
+    assert command(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("snp-llm: error: ") and error.count("\n") <= 2 and "Traceback" not in error
+    assert re.search(message, error), error
+
+
+@pytest.mark.slow
+def test_the_demo_end_to_end(tmp_path):
+    """The bundled model through a real process, then loaded where the package cannot be imported."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "snp_llm.prune", "tiny-opt", "--sparsity", "0.3", "--output", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for words in (
+        "parameters",
+        "size on disk",
+        "perplexity",
+        "tokens a second",
+        "seconds spent pruning",
+        "fresh process",
+    ):
+        assert words in run.stdout
+    assert "block 4 fc2: kept" in run.stderr
+    report = json.loads((out / "prune_report.json").read_text())
+    dense, pruned = report["dense"], report["pruned"]
+    assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.01)
+    assert pruned["disk"] == (out / "model.safetensors").stat().st_size < dense["disk"]
+    assert dense["perplexity"] < pruned["perplexity"] < 1.5 * dense["perplexity"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    code = (
+        "import sys; sys.modules['snp_llm'] = None\n"  # any import of it would fail
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})\n"
+        "text = model.generate(**tokenizer('The value of the', return_tensors='pt'), max_new_tokens=8)\n"
+        "print(type(model).__name__, text.shape[1])\n"
+    )
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    assert fresh.stdout.startswith("SnpOPTForCausalLM")
+
+
+def test_prune_then_eval_agree(opt_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prune_main([str(opt_folder), "--output", str(out), *QUICK]) == 0
+    capsys.readouterr()
+    report = json.loads((out / "prune_report.json").read_text())
+    assert evaluate_main([str(out), "--dataset", "bundled", "--seq-len", "32"]) == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"bundled \(test\), \d+ windows of 32 tokens, [\d,]+ tokens: perplexity [\d.]+\n", printed)
+    value = float(printed.split()[-1])
+    assert value == pytest.approx(report["pruned"]["perplexity"], rel=1e-4)
+
+
+def test_only_ffn_and_uniform_is_a_plain_opt(opt_folder, tmp_path):
+    out = tmp_path / "out"
+    options = ["--head-sparsity", "0", "--ffn-sparsity", "0.5", "--allocation", "uniform", "--no-eval"]
+    assert prune_main([str(opt_folder), "--output", str(out), *QUICK, *options]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "opt" and config["ffn_dim"] == 32 and "auto_map" not in config
+    assert not list(out.glob("*.py"))
+    code = "import sys, transformers as t; print(t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).config.ffn_dim)"
+    run = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
+    assert run.stdout.strip() == "32"
+    assert json.loads((out / "prune_report.json").read_text())["pruned"]["perplexity"] is None
+
+
+def test_sparsity_zero_saves_the_same_model(opt_folder, tmp_path):
+    out = tmp_path / "out"
+    assert prune_main([str(opt_folder), "--output", str(out), "--sparsity", "0", "--no-eval", *QUICK]) == 0
+    tokens = torch.randint(2048, (1, 20))
+    dense, same = (AutoModelForCausalLM.from_pretrained(f).eval()(tokens).logits for f in (opt_folder, out))
+    assert torch.equal(dense, same)
+
+
+def test_dry_run_prints_widths_and_writes_nothing(opt_folder, tmp_path, capsys):
+    for allocation in ("uniform", "variance"):
+        options = ["--dry-run", "--allocation", allocation, "--output", str(tmp_path / "out")]
+        assert prune_main([str(opt_folder), *options, *QUICK]) == 0
+        printed = capsys.readouterr().out
+        assert len(re.findall(r"^ +\d  \d of 4 +\d+ of 64$", printed, re.M)) == 3
+        assert "nothing was written" in printed and "(0.3 asked for)" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite(opt_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [str(opt_folder), "--output", str(out), "--no-eval", *QUICK]
+    assert prune_main(arguments) == 0
+    refuse(capsys, arguments, "exists. Choose another --output, or replace it with --overwrite")
+    (out / "stale").write_text("")
+    assert prune_main([*arguments, "--overwrite"]) == 0
+    assert not (out / "stale").exists() and (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "1"], r"--sparsity: expected a fraction in \[0, 1\), got 1"),
+        (["--sparsity", "-0.2"], r"--sparsity"),
+        (["--sparsity", "much"], "sparsity"),
+        (["--sparsity", "0.97"], "Ask for a"),
+        (["--sparsity", "0.97", "--allocation", "uniform"], "the minimum is 1"),
+        (["--seq-len", "65"], "--seq-len: expected at most the model's 64 positions, got 65"),
+        (["--ordring", "zca"], "Unrecognized.*--ordring.*--ordering"),
+        (["--ordering", "zac"], "zac.*zca"),
+        (["--calibration", "wikitxt2"], "Did you mean 'wikitext2'"),
+        (["--calibration", "nobody/nothing"], "nobody/nothing cannot be read"),
+        (["--calibration", "missing.jsonl"], "no such file"),
+        (["--eval-dataset", "missing.txt"], "no such file"),
+        (["--device", "cuda"], "--device cuda: not available here"),
+        (["--output", "/proc/out"], "cannot be written"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(options, message, opt_folder, tmp_path, capsys, monkeypatch):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refuse(capsys, [str(opt_folder), "--output", "out", *QUICK, *options], message)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_calibration_text(opt_folder, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Only a few words.")
+    refuse(
+        capsys,
+        [str(opt_folder), *QUICK, "--calibration", str(tmp_path / "short.txt")],
+        "at least one window of 32 tokens",
+    )
+
+
+def test_bad_models(tmp_path, tokenizer, capsys):
+    refuse(capsys, ["nobody/nothing"], "model nobody/nothing: cannot be loaded")
+    refuse(capsys, ["./nowhere"], "no such folder")
+    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    bert.save_pretrained(tmp_path / "bert")
+    refuse(capsys, [str(tmp_path / "bert")], "'bert' is not supported; expected a decoder-only model: opt")
+    model = small_opt()
+    model.model.decoder.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
+    save_model(model, tokenizer, tmp_path / "inf")
+    refuse(capsys, [str(tmp_path / "inf"), *QUICK], r"layers.2.self_attn.v_proj.weight: weights hold NaN or Inf")
+
+
+def test_eval_refuses_too(opt_folder, capsys):
+    refuse(capsys, [str(opt_folder), "--dataset", "ptbb"], "Did you mean 'ptb'", evaluate_main)
+    refuse(capsys, [str(opt_folder), "--max-windows", "0"], "--max-windows: expected at least 1", evaluate_main)
+    refuse(capsys, ["./nowhere"], "no such folder", evaluate_main)
+
+
+def test_console_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["snp-llm"])
+    assert main() == 0
+    assert "snp-llm prune MODEL" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["snp-llm", "prnue"])
+    assert main() == 2
+    assert "unknown command 'prnue'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["prune", "evaluate"])
+def test_modules_have_help(module):
+    run = subprocess.run([sys.executable, "-m", f"snp_llm.{module}", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "--seq-len" in run.stdout and run.stderr == ""
+
+
+def test_importing_the_package_reaches_for_nothing():
+    """No network, no files of datasets, no dataset library, in an import."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*_args, **_kwargs): raise AssertionError('the network was reached for')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import snp_llm\n"
+        "assert 'datasets' not in sys.modules\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_trained_model_stays_close(shared, tmp_path):
+    """The 7M OPT beside the checkout: 30 % off costs little, and less than dropping units at random."""
+    perplexities = {}
+    for ordering, allocation in (("zca", "variance"), ("random", "uniform")):
+        out = tmp_path / ordering
+        arguments = [str(shared / "models/opt-7m"), "--output", str(out), "--ordering", ordering]
+        arguments += ["--allocation", allocation, "--num-samples", "32", "--seq-len", "128", "--no-eval"]
+        arguments += ["--calibration", str(shared / "data/wikitext-2/wiki.valid.tokens")]
+        assert prune_main(arguments) == 0
+        from snp_llm import perplexity
+        from snp_llm.data import evaluation_windows
+
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        windows = evaluation_windows(
+            tokenizer,
+            str(shared / "data/wikitext-2/wiki.test.raw"),
+            split=None,
+            column="text",
+            seq_len=128,
+            max_windows=64,
+        )
+        perplexities[ordering] = perplexity(AutoModelForCausalLM.from_pretrained(out), windows.tokens)
+        perplexities["dense"] = perplexity(
+            AutoModelForCausalLM.from_pretrained(shared / "models/opt-7m"), windows.tokens
+        )
+    assert perplexities["dense"] < perplexities["zca"] < 1.1 * perplexities["dense"]
+    assert perplexities["zca"] < perplexities["random"]

@@ -1,0 +1,231 @@
+"""Folders: saved, reloaded where the package does not exist, never half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+
+from snp_llm import checkpoint, prune
+from snp_llm.errors import SnpError
+from tests.conftest import OPT_VARIANTS, save_model, small_opt, small_recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["pre-norm", "350m"])
+def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer, tmp_path):
+    dense = small_opt(dtype, **OPT_VARIANTS[variant])
+    pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3))
+    checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
+    assert checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:2], CPU) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_with_the_package_imported_no_remote_code_is_needed(tokenizer, tmp_path):
+    pruned = prune(small_opt(), tokenizer, small_recipe())
+    checkpoint.save(pruned.model, tokenizer, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model).__name__ == "SnpOPTForCausalLM" and type(model).__module__.startswith("snp_llm.")
+    tokens = pruned.calibration.tokens[:1]
+    assert torch.equal(model.eval()(tokens).logits, pruned.model(tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("text")["input_ids"] == tokenizer("text")["input_ids"]
+
+
+def test_large_models_are_sharded(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGEST_SHARD", "100KB")
+    pruned = prune(small_opt(), tokenizer, small_recipe())
+    checkpoint.save(pruned.model, tokenizer, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and (tmp_path / "model.safetensors.index.json").exists()
+    reloaded, _ = checkpoint.load(str(tmp_path), "auto")
+    tokens = pruned.calibration.tokens[:1]
+    assert torch.equal(reloaded(tokens).logits, pruned.model(tokens).logits)
+
+
+def test_no_pickles_are_written(tokenizer, tmp_path):
+    checkpoint.save(prune(small_opt(), tokenizer, small_recipe()).model, tokenizer, tmp_path)
+    endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert endings == {".json", ".safetensors", ".py"}
+
+
+def test_verification_notices_changed_weights(tokenizer, tmp_path):
+    pruned = prune(small_opt(), tokenizer, small_recipe())
+    checkpoint.save(pruned.model, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.decoder.layers.1.fc2.bias"][0] += 0.5
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SnpError, match="computes something else after reloading: logits differ by"):
+        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1], CPU)
+
+
+def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
+    pruned = prune(small_opt(), tokenizer, small_recipe())
+    checkpoint.save(pruned.model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pruned_layers"]["0"]["ffn_dim"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SnpError, match="does not load in a fresh process"):
+        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1], CPU)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_loading_respects_the_checkpoints_dtype_or_the_users(tokenizer, tmp_path):
+    save_model(small_opt(torch.bfloat16), tokenizer, tmp_path)
+    assert checkpoint.load(str(tmp_path), "auto")[0].dtype == torch.bfloat16
+    assert checkpoint.load(str(tmp_path), "float64")[0].dtype == torch.float64
+
+
+def test_unknown_models():
+    with pytest.raises(SnpError, match="model ./nowhere: no such folder"):
+        checkpoint.load("./nowhere", "auto")
+    with pytest.raises(SnpError, match="model nobody/nothing: cannot be loaded"):
+        checkpoint.load("nobody/nothing", "auto")
+
+
+def test_encoders_are_refused_before_weights_are_read(tmp_path):
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SnpError, match="'bert' is not supported; expected a decoder-only model: opt"):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+def test_quantised_checkpoints_are_refused(opt_folder):
+    config = json.loads((opt_folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (opt_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SnpError, match="quantised; expected float weights"):
+        checkpoint.load(str(opt_folder), "auto")
+
+
+def test_shapes_that_disagree_with_the_config(opt_folder):
+    config = json.loads((opt_folder / "config.json").read_text())
+    config["ffn_dim"] = 48
+    (opt_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SnpError, match=r"9 tensors disagree with its config; .*fc1.bias is \(64,\), expected \(48,\)"):
+        checkpoint.load(str(opt_folder), "auto")
+
+
+def test_a_checkpoint_that_lacks_tensors(opt_folder):
+    weights = load_file(opt_folder / "model.safetensors")
+    del weights["model.decoder.layers.2.fc1.weight"]
+    save_file(weights, opt_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SnpError, match=r"lacks 1 tensors, model.decoder.layers.2.fc1.weight first"):
+        checkpoint.load(str(opt_folder), "auto")
+
+
+def test_a_truncated_checkpoint(opt_folder):
+    path = opt_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SnpError, match="cannot be loaded"):
+        checkpoint.load(str(opt_folder), "auto")
+
+
+def test_a_tokenizer_that_does_not_match(tokenizer, tmp_path):
+    save_model(small_opt(vocab_size=512), tokenizer, tmp_path)
+    with pytest.raises(SnpError, match="expected about 512 tokens, .*; it has 2,048, up to id 2,047"):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+def test_a_missing_tokenizer(tmp_path):
+    small_opt().save_pretrained(tmp_path)
+    with pytest.raises(SnpError, match="tokenizer of .* They do not belong together"):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path):
+    with (
+        pytest.raises(SnpError, match="went wrong"),
+        checkpoint.finished_folder(tmp_path / "out", overwrite=False) as folder,
+    ):
+        (folder / "half").write_text("")
+        raise SnpError("went wrong")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_until_its_successor_is_finished(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(SnpError, match=r"out: exists.*--overwrite"):
+        checkpoint.check_output(out, overwrite=False)
+    with pytest.raises(SnpError), checkpoint.finished_folder(out, overwrite=True):
+        raise SnpError("went wrong")
+    assert (out / "old").exists()
+    with checkpoint.finished_folder(out, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in out.iterdir()] == ["new"]
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(SnpError, match="exists"), checkpoint.finished_folder(tmp_path / "out", overwrite=False):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs").write_text("")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SnpError, match="is a file"):
+        checkpoint.check_output(tmp_path / "file", overwrite=True)
+    with pytest.raises(SnpError, match="cannot be written"):
+        checkpoint.check_output(tmp_path / "file" / "out", overwrite=False)
+    with pytest.raises(SnpError, match="cannot be written"):
+        checkpoint.check_output(Path("/proc/out"), overwrite=False)
+
+
+def test_missing_parents_are_made(tmp_path):
+    checkpoint.check_output(tmp_path / "a/b/out", overwrite=False)
+    with checkpoint.finished_folder(tmp_path / "a/b/out", overwrite=False):
+        pass
+    assert (tmp_path / "a/b/out").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_killed_while_writing_leaves_no_output(number, tmp_path):
+    """A real process, really killed once its temporary folder holds weights."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snp_llm.prune", "tiny-opt", "--output", str(out), "--num-samples", "2"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not list(tmp_path.glob(".out.partial-*/model.safetensors")):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert not out.exists()
+    if number != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == [] and "Traceback" not in stderr
+        assert "interrupted; nothing was written" in stderr
+
+
+def test_config_says_how_to_load_it(tokenizer, tmp_path):
+    checkpoint.save(prune(small_opt(), tokenizer, small_recipe()).model, tokenizer, tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {
+        "AutoConfig": "modeling_snp_opt.SnpOPTConfig",
+        "AutoModelForCausalLM": "modeling_snp_opt.SnpOPTForCausalLM",
+    }
+    assert config.architectures == ["SnpOPTForCausalLM"]
+    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp_opt.py").exists()

@@ -1,0 +1,156 @@
+import json
+
+import datasets
+import pytest
+import torch
+
+from snp_llm.data import NAMED, calibration_windows, evaluation_windows
+from snp_llm.errors import SnpError
+
+
+def calibrate(tokenizer, name, **overrides):
+    values = {"split": None, "column": "text", "num_samples": 4, "seq_len": 16, "seed": 0, **overrides}
+    return calibration_windows(tokenizer, name, **values)
+
+
+def evaluate(tokenizer, name, **overrides):
+    return evaluation_windows(tokenizer, name, **{"split": None, "column": "text", "seq_len": 16, **overrides})
+
+
+@pytest.fixture
+def texts():
+    return [f"The sentence number {i} has a tail of {i * 7} words or so." for i in range(40)]
+
+
+def write(path, texts):
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(texts))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts)))
+    else:
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+def test_local_files_are_joined_and_tokenised_once(ending, texts, tmp_path, tokenizer):
+    windows = evaluate(tokenizer, write(tmp_path / f"data.{ending}", texts))
+    ids = tokenizer("\n\n".join(texts))["input_ids"]
+    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert windows.description == f"{tmp_path}/data.{ending}, {len(ids) // 16} windows of 16 tokens"
+
+
+def test_blank_lines_and_line_ends_of_a_text_file_are_kept(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(" = Title = \n\n one line \n two lines \n" * 20)
+    windows = evaluate(tokenizer, str(tmp_path / "a.txt"))
+    assert tokenizer.decode(windows.tokens[0][1:]).startswith(" = Title = \n\n one line \n two")
+
+
+def test_calibration_draws_different_windows_of_the_same_text(texts, tmp_path, tokenizer):
+    path = write(tmp_path / "data.txt", texts)
+    everything = {tuple(w) for w in evaluate(tokenizer, path).tokens.tolist()}
+    first, again, other = (calibrate(tokenizer, path, seed=s) for s in (0, 0, 1))
+    assert first.digest == again.digest != other.digest
+    drawn = [tuple(w) for w in first.tokens.tolist()]
+    assert len(set(drawn)) == 4 and set(drawn) <= everything
+
+
+def test_short_text_gives_fewer_windows_and_says_so(texts, tmp_path, tokenizer):
+    windows = calibrate(tokenizer, write(tmp_path / "data.txt", texts[:3]), num_samples=100)
+    assert len(windows.tokens) < 100 and "(100 asked for, the text holds no more)" in windows.description
+
+
+def test_too_little_text_for_one_window(tmp_path, tokenizer):
+    path = write(tmp_path / "data.txt", ["Too short."])
+    for read in (calibrate, evaluate):
+        with pytest.raises(SnpError, match=r"data.txt: expected at least one window of 16 tokens, got \d tokens"):
+            read(tokenizer, path)
+
+
+def test_random_ids_cover_the_vocabulary_but_no_special_tokens(tokenizer):
+    windows = calibrate(tokenizer, "random", num_samples=200, seq_len=64)
+    assert windows.tokens.min() >= 4 and windows.tokens.max() < 2048
+    assert len(windows.tokens.unique()) > 1900
+    assert windows.digest == calibrate(tokenizer, "random", num_samples=200, seq_len=64).digest
+
+
+def test_bundled_texts_are_disjoint(tokenizer):
+    train, test = calibrate(tokenizer, "bundled"), evaluate(tokenizer, "bundled", seq_len=256)
+    assert train.description.startswith("bundled (train)") and len(test.tokens) >= 50
+    assert evaluate(tokenizer, "bundled", split="train").digest != test.digest
+    with pytest.raises(SnpError, match="unknown split 'dev'; expected one of train, test"):
+        evaluate(tokenizer, "bundled", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikitext", "unknown dataset 'wikitext'; expected .* Did you mean 'wikitext2'"),
+        ("nowhere.txt", "dataset nowhere.txt: no such file"),
+        ("someone/nothing", "dataset someone/nothing cannot be read: .* Check the name, the split and the network"),
+    ],
+)
+def test_unknown_datasets(name, message, tokenizer):
+    with pytest.raises(SnpError, match=message):
+        calibrate(tokenizer, name)
+
+
+def test_a_missing_column_lists_what_is_there(texts, tmp_path, tokenizer):
+    path = write(tmp_path / "data.jsonl", texts)
+    with pytest.raises(SnpError, match="expected a text column 'body'; its columns are id, text.*--text-column"):
+        calibrate(tokenizer, path, column="body")
+
+
+def test_damaged_files_are_one_line(tmp_path, tokenizer):
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all" * 10)
+    with pytest.raises(SnpError, match="bad.parquet cannot be read"):
+        calibrate(tokenizer, str(tmp_path / "bad.parquet"))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_datasets_ask_the_hub_for_the_right_thing(name, monkeypatch, tokenizer, texts):
+    """The hub is not reached; what is checked is the request, the split and the joining."""
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options))
+        column = NAMED[name].column
+        return datasets.Dataset.from_dict({column: texts}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    windows = evaluate(tokenizer, name)
+    calibrate(tokenizer, name)
+    (path, evaluation), (_, calibration) = asked
+    assert path == {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}[name]
+    assert evaluation["split"] == ("validation" if name == "c4" else "test") and calibration["split"] == "train"
+    assert evaluation["streaming"]
+    joined = {"wikitext2": "\n\n", "c4": " ", "ptb": " "}[name].join(texts)
+    ids = tokenizer(joined)["input_ids"]
+    assert torch.equal(windows.tokens.flatten(), torch.tensor(ids[: len(ids) // 16 * 16]))
+
+
+def test_a_hub_dataset_with_a_configuration(monkeypatch, tokenizer, texts):
+    asked = []
+
+    def load(path, **options):
+        asked.append((path, options))
+        return datasets.Dataset.from_dict({"body": texts}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    windows = calibrate(tokenizer, "user/corpus:en", split="dev", column="body")
+    assert asked == [("user/corpus", {"split": "dev", "streaming": True, "name": "en"})]
+    assert windows.description.startswith("user/corpus:en (dev), 4 windows")
+
+
+def test_only_as_much_is_read_as_the_windows_need(monkeypatch, tokenizer):
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield {"text": "word " * 100}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: endless())
+    calibrate(tokenizer, "user/endless")
+    assert read * 500 <= 2 * 32 * 4 * 16 + 500
