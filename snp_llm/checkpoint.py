@@ -122,6 +122,8 @@ def finished_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
+            for file in partial.rglob("*"):  # safetensors makes its files readable by their owner only
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             if folder.exists() and overwrite:
                 old = partial.with_name(partial.name.replace("partial", "old"))
                 folder.rename(old)
@@ -145,14 +147,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
 
 
-def verify(model: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.device) -> float:
-    """Reloads a folder in a fresh process that never imports this package, and compares logits.
+def verify(model: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
+    """Reloads a folder in a fresh process that never imports this package, and compares logits, both on the CPU.
 
     Args:
-        model: what was saved.
+        model: what was saved, on the CPU.
         folder: where.
         tokens: to compare on, (batch, T), int64.
-        device: on which both run.
 
     Returns:
         The largest difference of a logit, relative to the largest logit.
@@ -165,7 +166,7 @@ def verify(model: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.d
         save_file({"tokens": tokens.contiguous()}, given)
         # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
         process = subprocess.run(
-            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result), str(device)],
+            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result)],
             cwd=scratch,
             env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -175,9 +176,8 @@ def verify(model: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.d
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
         reloaded = load_file(result)["logits"]
-    model.to(device)  # type: ignore[arg-type]
     with torch.no_grad():
-        logits = model(tokens.to(device), use_cache=False).logits.cpu()
+        logits = model(tokens, use_cache=False).logits
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[model.dtype]:
         raise SnpError(

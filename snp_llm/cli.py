@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import huggingface_hub
 import torch
 import transformers
 import tyro
@@ -28,6 +29,7 @@ from snp_llm.recipe import EvaluationRecipe, Recipe
 from snp_llm.version import __version__
 
 log = logging.getLogger("snp_llm")
+LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
 T = TypeVar("T")
 
 USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
@@ -88,15 +90,18 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         pruned = pipeline.prune(dense, tokenizer, recipe, on_step=on_step)
     with checkpoint.finished_folder(folder, overwrite=recipe.overwrite) as partial:
         checkpoint.save(pruned.model, tokenizer, partial)
-        sample = pruned.calibration.tokens[:1]
-        difference = checkpoint.verify(pruned.model, partial, sample, device)
+        difference = checkpoint.verify(pruned.model, partial, pruned.calibration.tokens[:1, :LONGEST_COMPARISON])
         models = (dense, pruned.model)
         perplexities: list[float | None] = [None, None]
-        if windows is not None:
-            perplexities = [
-                measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
-            ]
-        speeds = measure.prefill_speed(models, sample, device=device)
+        speeds: list[float | None] = [None, None]
+        try:
+            if windows is not None:
+                perplexities = [
+                    measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+                ]
+            speeds = [*measure.prefill_speed(models, pruned.calibration.tokens[:1], device=device)]
+        except torch.OutOfMemoryError:  # a whole model needs more than the one block that pruning had there
+            log.warning("%s: not enough memory to measure a whole model; the pruned model is saved without", device)
         sizes = [measure.model_size(m, recipe.seq_len) for m in models]
         disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
         before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
@@ -175,14 +180,19 @@ def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = re.sub(r"[─━╭╮╰╯│|]+", " ", captured.getvalue())
+        body = [
+            line for line in captured.getvalue().splitlines() if not line.startswith("╭")
+        ]  # that is the box's title
+        text = re.sub(r"[─╰╯│]+", " ", " ".join(body))
         raise SnpError(" ".join(text.split())) from None
 
 
 def _guarded(run: Callable[[], None]) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())  # to stderr
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries end in an error that says the same in one line
     transformers.logging.disable_progress_bar()
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders are removed

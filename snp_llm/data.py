@@ -139,7 +139,7 @@ def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iter
         source = NAMED[name]
     elif Path(name).suffix in BUILDERS or Path(name).exists():
         source = _local(name, column)
-        return _read(name, source, "train"), source, name
+        return _read(name, source, "train"), source, Path(name).name  # a report may be published: no folders of ours
     elif "/" in name:
         path, _, config = name.partition(":")
         source = Source(path, {"name": config} if config else {}, column=column)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from snp_llm.device import synchronize
 from snp_llm.errors import SnpError
+from snp_llm.models.blocks import on_device
 from snp_llm.models.families import find_blocks, find_family, find_sites
 
 
@@ -59,21 +61,21 @@ def perplexity(
     """`exp` of the mean negative log-likelihood of tokens 2..T of every window.
 
     Args:
-        model: moved to `device` and left there.
+        model: on `device` for as long as it takes.
         windows: (windows, T), int64.
         batch_size: windows at a time; has no influence on the result beyond rounding.
 
     Raises:
         SnpError: the likelihood is not finite.
     """
-    model.to(device).eval()  # type: ignore[arg-type]
     total = 0.0
-    for batch in windows.split(batch_size):
-        batch = batch.to(device)
-        logits = model(batch, use_cache=False).logits[:, :-1]
-        # Window by window in float32: a whole batch of logits in float32 would be the largest tensor of the run.
-        for window, target in zip(logits, batch[:, 1:], strict=True):
-            total += functional.cross_entropy(window.float(), target, reduction="sum").item()
+    with on_device(model.eval(), torch.device(device)):
+        for batch in windows.split(batch_size):
+            batch = batch.to(device)
+            logits = model(batch, use_cache=False).logits[:, :-1]
+            # Window by window in float32: a whole batch of logits in float32 would be the largest tensor of the run.
+            for window, target in zip(logits, batch[:, 1:], strict=True):
+                total += functional.cross_entropy(window.float(), target, reduction="sum").item()
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
     if not math.isfinite(mean):
         raise SnpError(f"perplexity: expected a finite log-likelihood, got {mean}. Try --dtype float32.")
@@ -87,20 +89,20 @@ def prefill_speed(
     """Tokens a second that each model reads, the models taking turns so that drift of the machine cancels.
 
     Args:
-        models: moved to `device` and left there.
+        models: on `device` one at a time, so that both need not fit.
         tokens: one batch, (batch, T), int64.
-        repeats: timed passes of each model after one warm-up; the median counts.
+        repeats: timed passes of each model, each after a warm-up; the median counts.
     """
     device = torch.device(device)
     tokens = tokens.to(device)
     seconds: list[list[float]] = [[] for _ in models]
-    for model in models:
-        model.to(device).eval()  # type: ignore[arg-type]
-    for _ in range(1 + repeats):
+    for _ in range(repeats):
         for times, model in zip(seconds, models, strict=True):
-            start = time.perf_counter()
-            model(tokens, use_cache=False)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return [tokens.numel() / statistics.median(times[1:]) for times in seconds]
+            with on_device(model.eval(), device):
+                model(tokens, use_cache=False)
+                synchronize(device)
+                start = time.perf_counter()
+                model(tokens, use_cache=False)
+                synchronize(device)
+                times.append(time.perf_counter() - start)
+    return [tokens.numel() / statistics.median(times) for times in seconds]

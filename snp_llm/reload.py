@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, given, result, device = sys.argv[1:]
+folder, given, result = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-model.to(device).eval()  # type: ignore[arg-type]
+model.eval()
 AutoTokenizer.from_pretrained(folder)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
-tokens = load_file(given)["tokens"].to(device)
+tokens = load_file(given)["tokens"]
 with torch.no_grad():
-    save_file({"logits": model(tokens, use_cache=False).logits.cpu().contiguous()}, result)
+    save_file({"logits": model(tokens, use_cache=False).logits.contiguous()}, result)

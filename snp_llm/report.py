@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import EvalResult, ModelCardData
 from rich.table import Table
 
 from snp_llm.measure import ModelSize
@@ -116,23 +117,25 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
     """The folder's README.md: front matter for the hub, then what was done and how to load it."""
     recipe, sparsity = report["recipe"], report["sparsity"]
     dense, pruned = report["dense"], report["pruned"]
-    front = ["---"]
-    if base_model is not None:
-        front += [f"base_model: {json.dumps(base_model)}"]
-    front += ["library_name: transformers", "pipeline_tag: text-generation"]
-    front += ["tags:", "- snp-llm", "- pruned", "- structured-pruning", *(["- custom_code"] if has_code else [])]
     evaluation = report.get("evaluation")
-    if pruned["perplexity"] is not None and evaluation:
-        front += [
-            "metrics:",
-            "- perplexity",
-            "model-index:",
-            f"- name: {json.dumps(Path(recipe['model']).name + ' pruned')}",
-        ]
-        front += ["  results:", "  - task:", "      type: text-generation", "    dataset:"]
-        front += [f"      name: {json.dumps(evaluation)}", f"      type: {json.dumps(evaluation.split(' ')[0])}"]
-        front += ["    metrics:", "    - type: perplexity", f"      value: {pruned['perplexity']:.4f}"]
-    front += ["---"]
+    measured = pruned["perplexity"] is not None and evaluation is not None
+    name = f"{Path(recipe['model']).name} pruned"
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type=str(recipe["eval_dataset"]),
+        dataset_name=str(evaluation),
+        metric_type="perplexity",
+        metric_value=pruned["perplexity"],
+    )
+    front = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
+        metrics=["perplexity"] if measured else None,
+        model_name=name if measured else None,
+        eval_results=[result] if measured else None,
+    )
     trust = ", trust_remote_code=True" if has_code else ""
     lines = [
         f"# {Path(recipe['model']).name}, {100 * sparsity['achieved']:.1f} % of its block-linear parameters removed",
@@ -147,7 +150,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
         f"| size on disk, MB | {dense['disk'] / 1e6:,.2f} | {pruned['disk'] / 1e6:,.2f} |",
         f"| MFLOPs a token | {dense['size']['flops'] / 1e6:,.2f} | {pruned['size']['flops'] / 1e6:,.2f} |",
     ]
-    if pruned["perplexity"] is not None:
+    if measured:
         lines.append(f"| perplexity | {dense['perplexity']:,.2f} | {pruned['perplexity']:,.2f} |")
         lines += ["", f"Perplexity on {evaluation}."]
     lines += [
@@ -174,7 +177,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
         f"Every setting, kept unit and error is in `{REPORT}`.",
         "",
     ]
-    return "\n".join([*front, "", *lines])
+    return "\n".join(["---", front.to_yaml(), "---", "", *lines])
 
 
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:

@@ -17,8 +17,6 @@ from snp_llm import checkpoint, prune
 from snp_llm.errors import SnpError
 from tests.conftest import OPT_VARIANTS, save_model, small_opt, small_recipe
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -27,7 +25,7 @@ def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer,
     dense = small_opt(dtype, **OPT_VARIANTS[variant])
     pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3))
     checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
-    assert checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:2], CPU) == 0
+    assert checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:2]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -64,7 +62,7 @@ def test_verification_notices_changed_weights(tokenizer, tmp_path):
     weights["model.decoder.layers.1.fc2.bias"][0] += 0.5
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SnpError, match="computes something else after reloading: logits differ by"):
-        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1], CPU)
+        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1])
 
 
 def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
@@ -74,7 +72,7 @@ def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
     config["pruned_layers"]["0"]["ffn_dim"] = 8
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SnpError, match="does not load in a fresh process"):
-        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1], CPU)
+        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1])
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -187,6 +185,15 @@ def test_a_place_that_cannot_be_written(tmp_path):
         checkpoint.check_output(tmp_path / "file" / "out", overwrite=False)
     with pytest.raises(SnpError, match="cannot be written"):
         checkpoint.check_output(Path("/proc/out"), overwrite=False)
+
+
+def test_files_are_as_readable_as_the_user_wants(tmp_path):
+    with checkpoint.finished_folder(tmp_path / "out", overwrite=False) as folder:
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+        (folder / "other").write_text("")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
 
 
 def test_missing_parents_are_made(tmp_path):

@@ -37,7 +37,7 @@ def test_local_files_are_joined_and_tokenised_once(ending, texts, tmp_path, toke
     windows = evaluate(tokenizer, write(tmp_path / f"data.{ending}", texts))
     ids = tokenizer("\n\n".join(texts))["input_ids"]
     assert windows.tokens.flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert windows.description == f"{tmp_path}/data.{ending}, {len(ids) // 16} windows of 16 tokens"
+    assert windows.description == f"data.{ending}, {len(ids) // 16} windows of 16 tokens"
 
 
 def test_blank_lines_and_line_ends_of_a_text_file_are_kept(tmp_path, tokenizer):

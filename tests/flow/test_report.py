@@ -12,7 +12,7 @@ from tests.conftest import small_opt, small_recipe
 @pytest.fixture
 def run(tokenizer):
     dense = small_opt()
-    pruned = prune(dense, tokenizer, small_recipe(model="user/small", sparsity=0.3))
+    pruned = prune(dense, tokenizer, small_recipe(model="user/small", sparsity=0.3, eval_dataset="wikitext2"))
     sizes = [model_size(m, 32) for m in (dense, pruned.model)]
     before, after = (report.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
     facts = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
@@ -43,7 +43,8 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
     assert data["base_model"] == "user/small" and data["library_name"] == "transformers"
     assert {"snp-llm", "pruned", "custom_code"} <= set(data["tags"])
     result = data["model-index"][0]["results"][0]
-    assert result["metrics"] == [{"type": "perplexity", "value": 55.5}] and result["dataset"]["type"] == "wikitext2"
+    assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 55.5
+    assert result["dataset"]["type"] == "wikitext2"
     assert "trust_remote_code=True" in text and "snp-llm prune user/small" in text
 
 
