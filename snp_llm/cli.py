@@ -188,8 +188,7 @@ def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
 
 
 def _guarded(run: Callable[[], None]) -> int:
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())  # to stderr
+    log.handlers = [logging.StreamHandler()]  # to what is stderr now
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries end in an error that says the same in one line

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, given, result = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 model.eval()
-AutoTokenizer.from_pretrained(folder)
+AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
 tokens = load_file(given)["tokens"]
 with torch.no_grad():

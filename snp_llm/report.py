@@ -160,7 +160,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
         "",
         'folder = "path/to/this/folder"',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         "```",
         "",
     ]
