@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snp_llm.errors import SnpError
 from snp_llm.linalg.ldl import DefiniteGram
-from snp_llm.linalg.units import diagonal_blocks, per_unit
+from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 
 GREEDY_ROUNDS = 128  # removals happen in at most so many rounds: the block size r is units / GREEDY_ROUNDS
 
@@ -77,42 +77,31 @@ def obs(problem: OrderingProblem) -> Tensor:
 def greedy(problem: OrderingProblem) -> Tensor:
     """Backward elimination by `obs`: remove the cheapest, repair W, downdate `G^-1`, repeat to the last unit.
 
-    A unit's score is the round at which it went. r units go at once, the cheapest first, with r = 1 up to 128 units. At
-    every halving the problem is rebuilt on the survivors, which bounds both the cost and the drift of the updates.
+    A unit's score is the place at which it went. r units go at once, cheapest first, r = 1 up to 128 units; removing
+    P leaves `W_K - W_P [G^-1]_PP^-1 [G^-1]_PK` and `[G^-1]_KK - [G^-1]_KP [G^-1]_PP^-1 [G^-1]_PK` on the rest K. At
+    every halving the inverse is computed afresh, so that updates do not drift.
     """
-    size = problem.unit_size
-    units = problem.W.shape[1] // size
+    size, gram = problem.unit_size, problem.definite.gram
+    units = len(gram) // size
     block = max(1, units // GREEDY_ROUNDS)
-    scores = torch.zeros(units, dtype=torch.float64, device=problem.W.device)
-    alive = torch.arange(units, device=problem.W.device)  # units still in the problem below
-    W, gram = problem.W, problem.definite.gram
-    inverse = torch.cholesky_inverse(problem.definite.cholesky)
-    present = torch.ones(units, dtype=torch.bool, device=W.device)  # of those, the ones not yet removed
-    removed = 0
-    while removed < units:
-        if 2 * int(present.sum()) <= len(alive):
-            channels = _mask_channels(present, size)
-            W, gram, alive = W[:, channels], gram[channels][:, channels], alive[present]
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-            present = torch.ones(len(alive), dtype=torch.bool, device=W.device)
-        costs = _removal_costs(W, inverse, size).masked_fill(~present, torch.inf)
-        going = torch.argsort(costs, stable=True)[: min(block, units - removed)]
-        for unit in going.tolist():
-            scores[alive[unit]] = removed
-            removed += 1
-        mask = torch.zeros_like(present)
-        mask[going] = True
-        P = _mask_channels(mask, size)
-        share = torch.linalg.solve(inverse[P][:, P], inverse[P])  # [G^-1]_PP^-1 [G^-1]_P:
-        W = W - W[:, P] @ share
-        inverse = inverse - inverse[:, P] @ share
-        present = present & ~mask
-        # Rows of removed channels are zero up to rounding now; an identity there keeps the blocks invertible.
-        gone = _mask_channels(~present, size)
-        W[:, gone] = 0
-        inverse[gone] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = 1
+    scores = torch.zeros(units, dtype=torch.float64, device=gram.device)
+    alive = torch.arange(units, device=gram.device)
+    W, inverse = problem.W, torch.cholesky_inverse(problem.definite.cholesky)
+    refresh_at = units // 2
+    while len(alive) > 0:
+        ranked = torch.argsort(_removal_costs(W, inverse, size), stable=True)
+        going, staying = ranked[:block], ranked[block:].sort().values
+        scores[alive[going]] = units - len(alive) + torch.arange(len(going), dtype=scores.dtype, device=gram.device)
+        P, K = unit_channels(going, size), unit_channels(staying, size)
+        rows = inverse[P]
+        share = torch.linalg.solve(rows[:, P], rows[:, K])
+        W = W[:, K] - W[:, P] @ share
+        inverse = inverse[K][:, K].addmm_(rows[:, K].T, share, alpha=-1)
+        alive = alive[staying]
+        if len(alive) <= refresh_at:
+            channels = unit_channels(alive, size)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[channels][:, channels]))
+            refresh_at = len(alive) // 2
     return scores
 
 
@@ -162,8 +151,3 @@ def _removal_costs(W: Tensor, inverse: Tensor, unit_size: int) -> Tensor:
     blocks = diagonal_blocks(inverse, unit_size)
     columns = W.reshape(W.shape[0], -1, unit_size).permute(1, 2, 0)  # (units, unit_size, d_out)
     return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-
-
-def _mask_channels(units: Tensor, unit_size: int) -> Tensor:
-    """Indices of the channels whose unit is marked, (k,), int64."""
-    return units.repeat_interleave(unit_size).nonzero().squeeze(1)
