@@ -151,7 +151,7 @@ def markdown(rows: list[dict[str, Any]], names: list[str], caption: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], names: list[str], caption: str, path: Path) -> None:
-    """Excess perplexity over dense, logarithmic, one line a combination."""
+    """Excess perplexity over dense, logarithmic above 1, one line a combination."""
     dense = rows[0]["dense"]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     styles = itertools.cycle(["-", "--"])
@@ -161,7 +161,8 @@ def plot(rows: list[dict[str, Any]], names: list[str], caption: str, path: Path)
         sparsities = sorted(curve)
         excess = [statistics.mean(curve[s]) - dense for s in sparsities]
         axes.plot([100 * s for s in sparsities], excess, next(styles), color=colour, marker="o", label=", ".join(key))
-    axes.set_yscale("log")
+    axes.set_yscale("symlog", linthresh=1.0)  # some cuts of 10 % cost nothing, or less
+    axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("block-linear parameters removed, %")
     axes.set_ylabel("perplexity above dense")
     axes.set_title(caption, fontsize=9, wrap=True)

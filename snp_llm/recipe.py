@@ -27,10 +27,10 @@ class Recipe:
     """The same for FFN sites alone, a budget of their own."""
     head_sparsity: float | None = None
     """The same for attention sites alone, a budget of their own."""
-    ordering: Literal["zca", "saw", "variance", "residual", "obs", "greedy", "random"] = "zca"
-    """Which units go first: the score that ranks them."""
+    ordering: Literal["zca", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
+    """Which units go first: the score that ranks them. zca is the paper's."""
     allocation: Literal["uniform", "variance"] = "variance"
-    """How many units each site keeps."""
+    """How many units each site keeps. variance: one threshold on the share of latent energy for all sites."""
     dampening: float = 0.01
     """Added to each channel's energy, relative to it."""
     absorb_bias: bool = True

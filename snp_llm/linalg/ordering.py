@@ -81,27 +81,33 @@ def greedy(problem: OrderingProblem) -> Tensor:
     P leaves `W_K - W_P [G^-1]_PP^-1 [G^-1]_PK` and `[G^-1]_KK - [G^-1]_KP [G^-1]_PP^-1 [G^-1]_PK` on the rest K. At
     every halving the inverse is computed afresh, so that updates do not drift.
     """
-    size, gram = problem.unit_size, problem.definite.gram
+    size, W, gram = problem.unit_size, problem.W.clone(), problem.definite.gram
     units = len(gram) // size
     block = max(1, units // GREEDY_ROUNDS)
-    scores = torch.zeros(units, dtype=torch.float64, device=gram.device)
-    alive = torch.arange(units, device=gram.device)
-    W, inverse = problem.W, torch.cholesky_inverse(problem.definite.cholesky)
-    refresh_at = units // 2
-    while len(alive) > 0:
-        ranked = torch.argsort(_removal_costs(W, inverse, size), stable=True)
-        going, staying = ranked[:block], ranked[block:].sort().values
-        scores[alive[going]] = units - len(alive) + torch.arange(len(going), dtype=scores.dtype, device=gram.device)
-        P, K = unit_channels(going, size), unit_channels(staying, size)
+    scores = torch.empty(units, dtype=W.dtype, device=W.device)
+    inverse = torch.cholesky_inverse(problem.definite.cholesky)
+    alive = torch.arange(units, device=W.device)  # units that the matrices still hold
+    gone = torch.zeros(units, dtype=torch.bool, device=W.device)  # of those, the removed ones: updated, but never read
+    removed = 0
+    while removed < units:
+        costs = _removal_costs(W, inverse, size).masked_fill(gone, torch.inf)
+        going = torch.argsort(costs, stable=True)[: min(block, units - removed)]
+        scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=W.dtype, device=W.device)
+        gone[going] = True
+        removed += len(going)
+        P = unit_channels(going, size)
         rows = inverse[P]
-        share = torch.linalg.solve(rows[:, P], rows[:, K])
-        W = W[:, K] - W[:, P] @ share
-        inverse = inverse[K][:, K].addmm_(rows[:, K].T, share, alpha=-1)
-        alive = alive[staying]
-        if len(alive) <= refresh_at:
-            channels = unit_channels(alive, size)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[channels][:, channels]))
-            refresh_at = len(alive) // 2
+        share = torch.linalg.solve(rows[:, P], rows)
+        W.addmm_(W[:, P], share, alpha=-1)
+        inverse.addmm_(
+            rows.T, share, alpha=-1
+        )  # in place on all channels: gathering the rest would cost ten times this
+        inverse.diagonal()[P] += 1.0  # was zero up to rounding; keeps the blocks of removed units invertible
+        if 2 * int((~gone).sum()) <= len(gone):
+            channels = unit_channels((~gone).nonzero().squeeze(1), size)
+            W, gram, alive = W[:, channels], gram[channels][:, channels], alive[~gone]
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            gone = torch.zeros(len(alive), dtype=torch.bool, device=W.device)
     return scores
 
 
