@@ -1,6 +1,7 @@
 """Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Pre
             raise SnpError(f"model {name}: the checkpoint {verb} {len(keys)} tensors, {sorted(keys)[0]} first.")
     with _explained(name, "tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:  # else the pruned model, whose own code its users do trust, would point to that code
+        tokenizer.init_kwargs.pop("auto_map", None)
     rows = embedding_rows(model)
     ids = set(tokenizer.get_vocab().values())
     # Embeddings are often padded to a round number, never to twice the vocabulary.
@@ -199,6 +202,16 @@ def _explained(name: str, what: str = "model ") -> Iterator[None]:
     except SnpError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors raise dozens of kinds
+        if isinstance(error, pickle.UnpicklingError):
+            raise SnpError(
+                f"{what}{name}: its weights are a pickle that is damaged or holds more than tensors, which might run "
+                "code when loaded; expected safetensors. Convert them with software that you trust."
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise SnpError(
+                f"{what}{name}: needs Python code from its own repository, which is not run unasked. If you have read "
+                "that code and trust it, allow it with --trust-remote-code."
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise SnpError(f"{what}{name}: cannot be loaded. {lines[0][:300]}") from error
 

@@ -19,13 +19,13 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from snp_llm import checkpoint, measure, pipeline, report
+from snp_llm import checkpoint, hub, measure, pipeline, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.pipeline import OnStep
-from snp_llm.recipe import EvaluationRecipe, Recipe
+from snp_llm.recipe import EvaluationRecipe, PushRecipe, Recipe
 from snp_llm.version import __version__
 
 log = logging.getLogger("snp_llm")
@@ -36,13 +36,14 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
 
   snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
   snp-llm eval MODEL                    perplexity of any supported model
+  snp-llm push FOLDER user/name         upload such a smaller model to the Hugging Face Hub
 
 Each has --help. MODEL is a hub id, a local folder, or the bundled tiny-opt."""
 
 
 def main() -> int:
     """The console script `snp-llm`."""
-    commands = {"prune": prune_main, "eval": evaluate_main}
+    commands = {"prune": prune_main, "eval": evaluate_main, "push": push_main}
     command, *rest = sys.argv[1:] or ["--help"]
     if command in commands:
         return commands[command](rest)
@@ -62,11 +63,18 @@ def evaluate_main(arguments: Sequence[str]) -> int:
     return _guarded(lambda: run_evaluate(_parse(EvaluationRecipe, "snp-llm eval", arguments)))
 
 
+def push_main(arguments: Sequence[str]) -> int:
+    """`snp-llm push`."""
+    return _guarded(lambda: run_push(_parse(PushRecipe, "snp-llm push", arguments)))
+
+
 def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     """Load, prune, save, verify, measure, print the closing table."""
     folder = Path(recipe.output_folder)
     if not recipe.dry_run:
         checkpoint.check_output(folder, overwrite=recipe.overwrite)
+        if recipe.push_to_hub is not None:
+            hub.check_access(recipe.push_to_hub)
     bundled = recipe.model == checkpoint.TINY_OPT
     recipe = replace(recipe, calibration=recipe.calibration or ("bundled" if bundled else "wikitext2"))
     recipe = replace(recipe, eval_dataset=recipe.eval_dataset or ("bundled" if bundled else "wikitext2"))
@@ -119,6 +127,15 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         print(f"perplexity on {windows.description}")
     print(f"calibrated on {pruned.calibration.description}")
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
+    if recipe.push_to_hub is not None:
+        run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
+
+
+def run_push(recipe: PushRecipe) -> None:
+    """Upload a finished folder."""
+    if sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()  # an upload takes long
+    print(f"{recipe.folder} -> {hub.push(Path(recipe.folder), recipe.repo_id, private=recipe.private)}")
 
 
 def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:

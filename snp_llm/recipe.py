@@ -1,6 +1,7 @@
 """All settings of a run, typed and checked in one frozen dataclass. Knows no models and no files."""
 
 import os
+import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,10 @@ class Recipe:
     """Default: the test split."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None
+    """Upload the finished folder to this repository on the Hub, with the token of `hf auth login` or HF_TOKEN."""
+    private: bool = False
+    """That repository is private."""
     overwrite: bool = False
     """Replace an existing output folder, once its successor has been verified."""
     dry_run: bool = False
@@ -84,6 +89,10 @@ class Recipe:
                 raise SnpError(f"--{name.replace('_', '-')}: expected a positive number, got {value}.")
         if not 0 <= self.seed < 2**63:
             raise SnpError(f"--seed: expected an integer in [0, 2^63), got {self.seed}.")
+        if self.push_to_hub is not None:
+            _check_repo_id("--push-to-hub", self.push_to_hub)
+        elif self.private:
+            raise SnpError("--private: expected together with --push-to-hub USER/NAME.")
 
     @property
     def output_folder(self) -> str:
@@ -137,3 +146,27 @@ class EvaluationRecipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SnpError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")
+
+
+@dataclass(frozen=True)
+class PushRecipe:
+    """Upload a finished output folder to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
+
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
+    """What `snp-llm prune` wrote. It is left as it is."""
+    repo_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="USER/NAME")]]
+    """Repository on the Hub; made if it does not exist."""
+    private: bool = False
+    """It is private. A repository that exists and is public is refused then."""
+
+    def __post_init__(self) -> None:
+        _check_repo_id("snp-llm push", self.repo_id)
+
+
+def _check_repo_id(where: str, value: str) -> None:
+    parts = value.split("/")
+    well_formed = all(re.fullmatch(r"\w([\w.-]{,94}\w)?", part, re.ASCII) for part in parts)
+    if len(parts) != 2 or not well_formed or re.search(r"--|\.\.|\.git$", value):
+        raise SnpError(
+            f"{where}: expected user/name, of letters, digits, single `-` and `.` inside, and `_`; got {value!r}."
+        )

@@ -113,7 +113,7 @@ def closing_table(dense: Measured, after: Measured, pruned: PrunedModel) -> Tabl
     return table
 
 
-def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool) -> str:
+def model_card(report: dict[str, Any], base_model: str | None, *, model_type: str, has_code: bool) -> str:
     """The folder's README.md: front matter for the hub, then what was done and how to load it."""
     recipe, sparsity = report["recipe"], report["sparsity"]
     dense, pruned = report["dense"], report["pruned"]
@@ -158,7 +158,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'folder = "path/to/this/folder"',
+        'folder = "path/to/this/folder"  # or user/name on the Hub',
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         "```",
@@ -167,7 +167,14 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
     if has_code:
         lines += [
             "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
-            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed.",
+            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed. It loads in",
+            "transformers, and not in engines with models of their own, such as vLLM and llama.cpp.",
+            "",
+        ]
+    else:
+        lines += [
+            f"A plain `{model_type}` config and safetensors, without any code: it loads in transformers, and in every",
+            f"other engine that reads `{model_type}` checkpoints.",
             "",
         ]
     lines += [
@@ -181,5 +188,6 @@ def model_card(report: dict[str, Any], base_model: str | None, *, has_code: bool
 
 
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
-    card = model_card(report, base_model, has_code=needs_code(pruned.model.config))
+    config = pruned.model.config
+    card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
     (folder / "README.md").write_text(card, encoding="utf-8")

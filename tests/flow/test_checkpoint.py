@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from snp_llm import checkpoint, prune
+from snp_llm.cli import evaluate_main, prune_main
 from snp_llm.errors import SnpError
 from tests.conftest import OPT_VARIANTS, save_model, small_opt, small_recipe
 
@@ -141,6 +142,96 @@ def test_a_missing_tokenizer(tmp_path):
     small_opt().save_pretrained(tmp_path)
     with pytest.raises(SnpError, match="tokenizer of .* They do not belong together"):
         checkpoint.load(str(tmp_path), "auto")
+
+
+# --- code in inputs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A file that untrusted code would write, and a terminal that nobody answers."""
+
+    def ask(*_args):
+        raise AssertionError("the user was asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    return tmp_path / "executed"
+
+
+def with_code(folder, trap, file, **values):
+    """Puts a module that springs the trap when imported into a model's folder, and values into one of its configs."""
+    code = (
+        f"open({str(trap)!r}, 'w').close()\n"
+        "from transformers import OPTConfig, PreTrainedTokenizerFast\n"
+        "class Config(OPTConfig): model_type = 'custom'\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    (folder / "custom.py").write_text(code)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("command", [prune_main, evaluate_main])
+def test_code_of_a_model_does_not_run_unasked(command, opt_folder, trap, capsys):
+    with_code(opt_folder, trap, "config.json", model_type="custom", auto_map={"AutoConfig": "custom.Config"})
+    before = sorted(opt_folder.parent.iterdir())
+    assert command([str(opt_folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("snp-llm: error: model ") and error.count("\n") == 1
+    assert "needs Python code from its own repository" in error and "allow it with --trust-remote-code" in error
+    assert sorted(opt_folder.parent.iterdir()) == before  # not sprung, and no output
+
+
+def test_code_of_a_model_runs_when_it_is_trusted(opt_folder, trap):
+    """So that the trap of the other tests is one."""
+    with_code(opt_folder, trap, "config.json", model_type="custom", auto_map={"AutoConfig": "custom.Config"})
+    with pytest.raises(SnpError, match="'custom' is not supported"):
+        checkpoint.load(str(opt_folder), "auto", trust_remote_code=True)
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("module", ["custom", "somebody/repository--custom"])
+def test_a_pruned_model_does_not_point_to_code_that_was_not_trusted(module, opt_folder, trap, tmp_path):
+    """Users are told to trust the code of a pruned model, which must then be none but its own."""
+    with_code(opt_folder, trap, "config.json", auto_map={"AutoConfig": f"{module}.Config"})
+    with_code(opt_folder, trap, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, f"{module}.Tokenizer"]})
+    model, tokenizer = checkpoint.load(str(opt_folder), "auto")
+    pruned = prune(model, tokenizer, small_recipe())
+    checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
+    checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:1])
+    assert not trap.exists() and not list((tmp_path / "out").glob("custom*"))
+    for file in (tmp_path / "out").glob("*.json"):
+        assert "custom" not in file.read_text()
+
+
+class Pickled:
+    def __init__(self, trap):
+        self.trap = trap
+
+    def __reduce__(self):
+        return open, (self.trap, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_is_more_than_tensors_is_refused(zipped, opt_folder, trap, capsys):
+    (opt_folder / "model.safetensors").unlink()
+    state = {"lm_head.weight": Pickled(str(trap))}
+    torch.save(state, opt_folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert prune_main([str(opt_folder), "--output", str(opt_folder.parent / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("snp-llm: error: model ") and error.count("\n") == 1 and "expected safetensors" in error
+    assert [path.name for path in opt_folder.parent.iterdir()] == [opt_folder.name]
+    torch.load(opt_folder / "pytorch_model.bin", weights_only=False)  # the trap is one
+    assert trap.exists()
+
+
+def test_a_pickle_of_tensors_loads(opt_folder):
+    dense, _ = checkpoint.load(str(opt_folder), "auto")
+    (opt_folder / "model.safetensors").unlink()
+    torch.save(dense.state_dict(), opt_folder / "pytorch_model.bin")
+    same, _ = checkpoint.load(str(opt_folder), "auto")
+    tokens = torch.arange(20)[None]
+    assert torch.equal(dense(tokens).logits, same(tokens).logits)
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------

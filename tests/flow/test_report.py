@@ -37,7 +37,7 @@ def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
 
 
 def test_card_front_matter_is_yaml_that_the_hub_understands(run):
-    card = report.model_card(run[3], "user/small", has_code=True)
+    card = report.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
     _, front, text = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["base_model"] == "user/small" and data["library_name"] == "transformers"
@@ -46,11 +46,13 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
     assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 55.5
     assert result["dataset"]["type"] == "wikitext2"
     assert "trust_remote_code=True" in text and "snp-llm prune user/small" in text
+    assert "not in engines with models of their own, such as vLLM" in text
 
 
 def test_card_of_a_local_plain_model(run):
-    card = report.model_card(run[3], None, has_code=False)
+    card = report.model_card(run[3], None, model_type="opt", has_code=False)
     assert "base_model" not in card and "trust_remote_code" not in card and "custom_code" not in card
+    assert "other engine that reads `opt` checkpoints" in card
 
 
 def test_closing_table_has_both_models_side_by_side(run):
