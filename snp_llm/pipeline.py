@@ -25,6 +25,7 @@ from snp_llm.site import SiteResult, cut, factor_site
 from snp_llm.stream import Stream, attention_statistics, capture, moments_for
 
 LONGEST_DEFAULT_WINDOW = 2048
+TOKENS_A_CHANNEL = 16  # from which energy curves are read
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ def prune(
     windows = read_calibration(tokenizer, recipe, model)
     device = compute_device(recipe.device)
     clock = Clock(device)
+    preview = capture_preview(model, blocks, windows, recipe, clock)
+    widths = plan_widths(blocks, family, preview, recipe, clock, on_step)
     stream = capture(model, blocks, windows.tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
     pruned_blocks, results = prune_blocks(blocks, family, stream, widths, recipe, clock, on_step)
     pruned = assemble(model, family, pruned_blocks)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
@@ -95,11 +97,10 @@ def plan(
     family = find_family(model.config)
     blocks = find_blocks(model, family)
     check_weights(model)
-    stream = None
     clock = Clock(compute_device(recipe.device))
-    if recipe.allocation in NEEDS_CURVES:
-        stream = capture(model, blocks, read_calibration(tokenizer, recipe, model).tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
+    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
+    preview = capture_preview(model, blocks, windows, recipe, clock)
+    widths = plan_widths(blocks, family, preview, recipe, clock, on_step)
     return list(zip(find_sites(blocks, family), widths, strict=True))
 
 
@@ -145,8 +146,24 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
     return windows
 
 
+def capture_preview(
+    model: PreTrainedModel, blocks: nn.ModuleList, windows: Windows | None, recipe: Recipe, clock: Clock
+) -> Stream | None:
+    """The calibration windows from which an allocation reads its curves, or None if it reads none.
+
+    A curve is a few shares of energy, which need fewer tokens than the matrix that repairs a site: the first windows of
+    the draw, `TOKENS_A_CHANNEL` tokens for every channel of the widest site.
+    """
+    if recipe.allocation not in NEEDS_CURVES:
+        return None
+    assert windows is not None
+    widest = max(s.units * s.unit_size for s in find_sites(blocks, find_family(model.config)))
+    enough = -(-TOKENS_A_CHANNEL * widest // windows.tokens.shape[1])
+    return capture(model, blocks, windows.tokens[:enough], recipe, clock)
+
+
 def plan_widths(
-    blocks: nn.ModuleList, family: Family, stream: Stream | None, recipe: Recipe, clock: Clock, on_step: OnStep
+    blocks: nn.ModuleList, family: Family, preview: Stream | None, recipe: Recipe, clock: Clock, on_step: OnStep
 ) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
@@ -156,8 +173,8 @@ def plan_widths(
     sites = find_sites(blocks, family)
     curves: list[Tensor | None] = [None] * len(sites)
     if recipe.allocation in NEEDS_CURVES and any(recipe.sparsity_of(s.kind) for s in sites):
-        assert stream is not None
-        curves = [*dense_curves(blocks, sites, stream, recipe, clock, on_step)]
+        assert preview is not None
+        curves = [*dense_curves(blocks, sites, preview, recipe, clock, on_step)]
     budgets = [
         SiteBudget(
             kind=site.kind,
