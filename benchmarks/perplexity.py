@@ -4,7 +4,8 @@
 
 All cells share the model, the calibration windows of a seed and the evaluation windows. With several seeds a cell is
 the mean over them and the CSV has every run. `--set name=value` changes a field of the recipe for all cells, and
-`--vary name=a,b` adds a dimension (for instance `--vary absorb_bias=true,false`).
+`--vary name=a,b` adds a dimension (for instance `--vary absorb_bias=true,false`). `--from-csv` draws part of an earlier
+run again, of the orderings and allocations named.
 """
 
 import argparse
@@ -31,6 +32,9 @@ ORDERINGS = "zca,saw,variance,residual,obs,greedy,random"
 
 def main() -> None:
     args = parse()
+    if args.from_csv:
+        redraw(args)
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     fixed = dict(item.split("=", 1) for item in args.set)
@@ -99,9 +103,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--vary", action="append", default=[], metavar="NAME=A,B")
+    parser.add_argument("--from-csv", type=Path)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="perplexity")
     return parser.parse_args()
+
+
+def redraw(args: argparse.Namespace) -> None:
+    """Table and plot of a part of an earlier run."""
+    with open(args.from_csv, newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    wanted = set(itertools.product(args.orderings.split(","), args.allocations.split(",")))
+    rows = [row for row in rows if (row["ordering"], row["allocation"]) in wanted]
+    for row in rows:
+        row |= {name: float(row[name]) for name in ("sparsity", "perplexity", "dense")}
+    caption = f"{Path(args.model).name}, dense {rows[0]['dense']:.2f}"
+    plot(rows, ["ordering", "allocation"], caption, args.output / f"{args.name}.png")
+    print(markdown(rows, ["ordering", "allocation"], caption))
 
 
 def tyro_recipe(values: dict[str, str]) -> Recipe:
