@@ -32,7 +32,7 @@ class Recipe:
     """Which units go first: the score that ranks them. zca is the paper's."""
     allocation: Literal["uniform", "variance"] = "variance"
     """How many units each site keeps. variance: one threshold on the share of latent energy for all sites."""
-    dampening: float = 0.01
+    dampening: float = 0.1
     """Added to each channel's energy, relative to it."""
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""

@@ -12,7 +12,9 @@ from tests.conftest import small_opt, small_recipe
 @pytest.fixture
 def run(tokenizer):
     dense = small_opt()
-    pruned = prune(dense, tokenizer, small_recipe(model="user/small", sparsity=0.3, eval_dataset="wikitext2"))
+    pruned = prune(
+        dense, tokenizer, small_recipe(model="user/small", sparsity=0.3, eval_dataset="wikitext2", dampening=0.01)
+    )
     sizes = [model_size(m, 32) for m in (dense, pruned.model)]
     before, after = (report.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
     facts = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
