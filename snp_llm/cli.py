@@ -24,6 +24,8 @@ from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm.models.layouts import describe_layout
 from snp_llm.pipeline import OnStep
 from snp_llm.recipe import EvaluationRecipe, Recipe
 from snp_llm.version import __version__
@@ -73,7 +75,10 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     device = compute_device(recipe.device)
     dense, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
     recipe = pipeline.resolve(recipe, dense)
-    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None and recipe.round_to is not None
+    family = find_family(dense.config)
+    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
     if recipe.dry_run:
         with progress(dense.config.num_hidden_layers) as on_step:
             plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
@@ -112,7 +117,7 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         report.write_report(summary, partial)
         base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
         report.write_card(summary, pruned, base_model, partial)
-    achieved = report.achieved_sparsity(before, after)
+    achieved = summary["sparsity"]["achieved"]
     print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
     Console().print(report.closing_table(before, after, pruned))
     if windows is not None:

@@ -1,6 +1,7 @@
 """The sequential loop: statistics, ordering, widths, reconstruction, surgery, block after block. Writes no files."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +14,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm.data import Windows, calibration_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import ALLOCATIONS, NEEDS_CURVES, SiteBudget
+from snp_llm.linalg.allocation import ALLOCATIONS, NEEDS_CURVES, SiteBudget, pooled_widths
 from snp_llm.linalg.gram import Moments, add_moments
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, watch_inputs, with_first_tensor
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites, linear
-from snp_llm.models.layouts import assemble
+from snp_llm.models.layouts import assemble, pad_blocks, plain_config, uniform_widths
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut, factor_site
 from snp_llm.stream import Stream, attention_statistics, capture, moments_for
 
 LONGEST_DEFAULT_WINDOW = 2048
+WIDEST_ROUNDING = 64  # FFN widths of models that other engines run: what their kernels like
+FEWEST_STEPS = 8  # that it leaves between nothing and the whole FFN, or finer rounding is used
+FARTHEST_FROM_TARGET = 0.01  # that an achieved sparsity may be without a word about it
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class PrunedModel:
     seconds: dict[str, float]
 
 
+log = logging.getLogger(__name__)
 OnStep = Callable[[str], None]
 
 
@@ -72,13 +77,17 @@ def prune(
     recipe = resolve(recipe, model)
     family = find_family(model.config)
     blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
+    check_heads(sites, recipe)
     windows = read_calibration(tokenizer, recipe, model)
     device = compute_device(recipe.device)
     clock = Clock(device)
     stream = capture(model, blocks, windows.tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
-    pruned_blocks, results = prune_blocks(blocks, family, stream, widths, recipe, clock, on_step)
+    widths = plan_widths(model, family, sites, stream, recipe, clock, on_step)
+    pruned_blocks, results = prune_blocks(blocks, family, sites, stream, widths, recipe, clock, on_step)
+    if recipe.layout == "padded":
+        pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
     pruned = assemble(model, family, pruned_blocks)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
 
@@ -94,23 +103,31 @@ def plan(
     recipe = resolve(recipe, model)
     family = find_family(model.config)
     blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
+    check_heads(sites, recipe)
     stream = None
     clock = Clock(compute_device(recipe.device))
     if recipe.allocation in NEEDS_CURVES:
         stream = capture(model, blocks, read_calibration(tokenizer, recipe, model).tokens, recipe, clock)
-    widths = plan_widths(blocks, family, stream, recipe, clock, on_step)
-    return list(zip(find_sites(blocks, family), widths, strict=True))
+    widths = plan_widths(model, family, sites, stream, recipe, clock, on_step)
+    return list(zip(sites, widths, strict=True))
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
-    """The recipe with the window length filled in from the model.
+    """The recipe with the window length and the rounding filled in from the model.
 
     Raises:
-        SnpError: the window is longer than the model's positions.
+        SnpError: the window is longer than the model's positions; the model is not of a supported family.
     """
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
-    return replace(recipe, seq_len=window_length(recipe.seq_len, positions))
+    seq_len = window_length(recipe.seq_len, positions)
+    if recipe.round_to is not None:
+        return replace(recipe, seq_len=seq_len)
+    family = find_family(model.config)
+    narrowest = min(s.units for s in find_sites(find_blocks(model, family), family) if s.kind == "ffn")
+    coarse = recipe.layout == "uniform" and narrowest >= WIDEST_ROUNDING * FEWEST_STEPS
+    return replace(recipe, seq_len=seq_len, round_to=WIDEST_ROUNDING if coarse else 8)
 
 
 def window_length(asked: int | None, positions: int) -> int:
@@ -118,6 +135,16 @@ def window_length(asked: int | None, positions: int) -> int:
     if asked is not None and asked > positions:
         raise SnpError(f"--seq-len: expected at most the model's {positions:,} positions, got {asked:,}.")
     return asked or min(positions, LONGEST_DEFAULT_WINDOW)
+
+
+def check_heads(sites: Sequence[Site], recipe: Recipe) -> None:
+    """Says what head units became of those asked for, where the model has no such choice."""
+    first = next(site for site in sites if site.kind == "attention")
+    assert first.heads is not None
+    if recipe.head_unit == "kv_group" and first.groups:
+        log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
+    elif recipe.head_unit == "query" and not first.groups:
+        log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -146,41 +173,115 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
 
 
 def plan_widths(
-    blocks: nn.ModuleList, family: Family, stream: Stream | None, recipe: Recipe, clock: Clock, on_step: OnStep
+    model: PreTrainedModel,
+    family: Family,
+    sites: Sequence[Site],
+    stream: Stream | None,
+    recipe: Recipe,
+    clock: Clock,
+    on_step: OnStep,
 ) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
     An allocation that compares sites needs the curves of all of them before the first cut: the dense model is then
     visited once, block by block, and only the curves are kept, never all Gram matrices.
+
+    Raises:
+        SnpError: the target cannot be met with the units that may go.
     """
-    sites = find_sites(blocks, family)
     curves: list[Tensor | None] = [None] * len(sites)
     if recipe.allocation in NEEDS_CURVES and any(recipe.sparsity_of(s.kind) for s in sites):
         assert stream is not None
-        curves = [*dense_curves(blocks, sites, stream, recipe, clock, on_step)]
-    budgets = [
-        SiteBudget(
-            kind=site.kind,
-            units=site.units,
-            cost=site.cost,
-            multiple=recipe.round_to if site.kind == "ffn" else 1,
-            minimum=recipe.round_to if site.kind == "ffn" else 1,
-            energy=curve,
-        )
-        for site, curve in zip(sites, curves, strict=True)
-    ]
+        curves = [*dense_curves(find_blocks(model, family), family, sites, stream, recipe, clock, on_step)]
+    budgets = [site_budget(model, family, s, recipe, c) for s, c in zip(sites, curves, strict=True)]
     widths = [site.units for site in sites]
     for kinds, sparsity in recipe.budgets:
-        members = [i for i, s in enumerate(sites) if s.kind in kinds]
-        if sparsity > 0:
-            chosen = ALLOCATIONS[recipe.allocation]([budgets[i] for i in members], 1 - sparsity)
-            for i, width in zip(members, chosen, strict=True):
-                widths[i] = width
+        concerned = [i for i, s in enumerate(sites) if s.kind in kinds]
+        found = fit_budget([sites[i] for i in concerned], [budgets[i] for i in concerned], sparsity, recipe)
+        for i, width in zip(concerned, found, strict=True):
+            widths[i] = width
+    if recipe.layout == "uniform":
+        check_uniform(model, family, sites, widths)
     return widths
 
 
+def fit_budget(sites: Sequence[Site], budgets: Sequence[SiteBudget], sparsity: float, recipe: Recipe) -> list[int]:
+    """Widths of the sites that share one budget; says so where units are too coarse to meet it.
+
+    Raises:
+        SnpError: the target is more than all units that may go.
+    """
+    uniform = recipe.layout == "uniform"
+    kinds = list(dict.fromkeys(site.kind for site in sites))
+    widths = [min(s.units for s in sites if s.kind == site.kind) if uniform else site.units for site in sites]
+    if sparsity == 0:
+        return widths
+    parameters = sum(site.parameters for site in sites)
+    movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
+    members = [i for i, site in enumerate(sites) if site.kind in movable]
+    prunable = sum(sites[i].units * sites[i].cost for i in members)
+    if sparsity * parameters >= prunable:
+        raise SnpError(
+            f"the target removes {sparsity * parameters:,.0f} parameters of {' and '.join(kinds)} sites; in this model "
+            f"and layout at most {prunable:,} may go. Ask for a sparsity below {prunable / parameters:.3f} there."
+        )
+    rule = ALLOCATIONS[recipe.allocation]
+    chosen = [budgets[i] for i in members]
+    keep = 1 - sparsity * parameters / prunable
+    found = pooled_widths(rule, chosen, keep) if uniform else rule(chosen, keep)
+    for i, width in zip(members, found, strict=True):
+        widths[i] = width
+    achieved = sum((s.units - w) * s.cost for s, w in zip(sites, widths, strict=True)) / parameters
+    if abs(achieved - sparsity) > FARTHEST_FROM_TARGET:
+        log.warning(
+            "%s: sparsity %g asked for, %.3f is as close as whole units of this model come",
+            " and ".join(kinds),
+            sparsity,
+            achieved,
+        )
+    return widths
+
+
+def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site], widths: Sequence[int]) -> None:
+    """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
+    heads = {s.heads_after(w) for s, w in zip(sites, widths, strict=True) if s.heads}
+    ffn = {w for s, w in zip(sites, widths, strict=True) if s.kind == "ffn"}
+    if len(heads) > 1 or len(ffn) > 1 or plain_config(model, family, min(heads), min(ffn)) is None:
+        counts = ", ".join(sorted(f"{h.query} query and {h.key_value} key-value" for h in heads))
+        raise SnpError(
+            f"layout uniform: expected head counts that one plain {family.name} config can hold in every block, got "
+            f"{counts} heads. The model was pruned before, block by block. Use --layout compact."
+        )
+
+
+def site_budget(model: PreTrainedModel, family: Family, site: Site, recipe: Recipe, curve: Tensor | None) -> SiteBudget:
+    """What the allocation may know of a site, and the widths that the layout lets it have."""
+    assert recipe.round_to is not None
+    multiple = recipe.round_to if site.kind == "ffn" else site.groups or 1
+    permitted: tuple[int, ...] | None = None
+    if not site.prunable:
+        permitted = ()
+    elif recipe.layout == "uniform" and site.kind == "attention":
+        permitted = uniform_widths(model, family, site)
+    return SiteBudget(
+        kind=site.kind,
+        units=site.units,
+        cost=site.cost,
+        multiple=multiple,
+        minimum=min(permitted, default=site.units) if permitted is not None else multiple,
+        energy=curve,
+        permitted=permitted,
+    )
+
+
 def dense_curves(
-    blocks: nn.ModuleList, sites: Sequence[Site], stream: Stream, recipe: Recipe, clock: Clock, on_step: OnStep
+    blocks: nn.ModuleList,
+    family: Family,
+    sites: Sequence[Site],
+    stream: Stream,
+    recipe: Recipe,
+    clock: Clock,
+    on_step: OnStep,
 ) -> list[Tensor]:
     """Energy curve of every site on the dense model's own activations."""
     hidden = list(stream.hidden)
@@ -198,7 +299,7 @@ def dense_curves(
                     hidden[b] = run_block(block, batch, stream.calls[b][index]).to(batch.device)
             with clock.phase("linear algebra"):
                 for site, moment in zip(here, moments, strict=True):
-                    factored = factor_site(block, site, moment, recipe)
+                    factored = factor_site(block, family, site, moment, recipe)
                     curves.append(energy_curve(factored.subspace.D, site.unit_size).cpu())
         on_step(f"block {index}: energy curves of the dense model")
     return curves
@@ -207,6 +308,7 @@ def dense_curves(
 def prune_blocks(
     blocks: nn.ModuleList,
     family: Family,
+    sites: Sequence[Site],
     stream: Stream,
     widths: Sequence[int],
     recipe: Recipe,
@@ -218,7 +320,6 @@ def prune_blocks(
     A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
     that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
     """
-    sites = find_sites(blocks, family)
     hidden = list(stream.hidden)
     pruned_blocks, results = [], []
     for index, dense_block in enumerate(blocks):

@@ -70,7 +70,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "recipe": pruned.recipe.as_dict(),
         "seed": pruned.recipe.seed,
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
-        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, after)},
+        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, pruned)},
         "dense": asdict(dense),
         "pruned": asdict(after),
         "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
@@ -79,9 +79,10 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
     }
 
 
-def achieved_sparsity(dense: Measured, pruned: Measured) -> float:
-    """Fraction of the block-linear parameters that is gone."""
-    return 1 - pruned.size.block_linear / dense.size.block_linear
+def achieved_sparsity(dense: Measured, pruned: PrunedModel) -> float:
+    """Fraction of the block-linear parameters that is gone, or zero where the layout is padded."""
+    removed = sum((r.site.units - len(r.kept)) * r.site.cost for r in pruned.sites)
+    return removed / dense.size.block_linear
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, OPTConfig, T5Config
+from transformers import BertConfig, BloomConfig, OPTConfig, T5Config
 
 from snp_llm.errors import SnpError
 from snp_llm.models.families import find_blocks, find_family, find_sites
@@ -18,7 +18,7 @@ def test_sites_of_an_opt_model():
     assert sum(s.units * s.cost for s in sites) == linear
 
 
-@pytest.mark.parametrize("config", [BertConfig(), T5Config(), GPT2Config()])
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), BloomConfig()])
 def test_other_architectures_are_refused_with_the_list(config):
     with pytest.raises(SnpError, match=f"model_type '{config.model_type}' is not supported; expected .*: opt"):
         find_family(config)
