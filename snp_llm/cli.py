@@ -133,7 +133,7 @@ def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]],
     attention, ffn = plan[::2], plan[1::2]
     print("block  heads         FFN channels")
     for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
-        print(f"{a.block:5d}  {f'{heads} of {a.units}':12s}  {channels:,} of {f.units:,}")
+        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
         f"{removed / size.block_linear:.3f} ({asked(recipe)} asked for); nothing was written"

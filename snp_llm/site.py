@@ -44,7 +44,7 @@ class SiteResult:
     seconds: float
 
     def __str__(self) -> str:
-        units = f"{len(self.kept):,} of {self.site.units:,}"
+        units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"
         return f"{self.site.name}: kept {units}, error {self.error:.2e}, {self.seconds:.1f} s"
 
 

@@ -188,6 +188,15 @@ class Site:
     def name(self) -> str:
         return f"block {self.block} {self.out_projection}"
 
+    @property
+    def unit(self) -> str:
+        """What one unit is, in the plural."""
+        if self.heads is None:
+            return "channels"
+        if self.groups:
+            return "query heads"
+        return "heads" if self.heads.query == self.heads.key_value else "KV groups"
+
     def heads_after(self, width: int) -> Heads:
         """Heads of an attention site that keeps `width` units."""
         assert self.heads is not None

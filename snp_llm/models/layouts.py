@@ -171,14 +171,16 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
         return (
             f"layout compact: widths of its own in every block, which no plain {family.name} config can hold; the "
             "folder carries a modelling file and loads in transformers with trust_remote_code=True, not in vLLM or "
-            f"llama.cpp (--layout uniform for those). Should all widths come out equal, a plain config is written where it can "
-            f"hold them. {rounding}{stuck}"
+            "llama.cpp (--layout uniform for those). Should all widths come out equal, a plain config is written where "
+            f"it can hold them. {rounding}{stuck}"
         )
     widths = uniform_widths(dense, family, sites[0]) if sites[0].prunable else ()
     engines = family.head_engines if widths else family.engines
     text = (
         f"layout uniform: the same widths in every block, a plain config without code, loads in {', '.join(engines)}."
     )
+    if widths and (others := ", ".join(e for e in family.engines if e not in engines)):
+        text += f" With --head-sparsity 0 also in {others}: they derive the head size from the number of heads."
     if stuck:
         text += stuck
     elif not widths:

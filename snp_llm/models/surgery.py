@@ -57,7 +57,11 @@ def pad_site(block: nn.Module, dense: nn.Module, family: Family, site: Site, kep
         small, large = linear(block, path), linear(dense, path)
         weight = torch.zeros_like(weight_of(large))
         weight[rows] = weight_of(small)
-        bias = None if large.bias is None else torch.zeros_like(large.bias).index_copy(0, rows, small.bias.detach())
+        bias = (
+            None
+            if large.bias is None
+            else torch.zeros_like(large.bias).index_copy(0, rows.to(large.bias.device), small.bias)
+        )
         block.set_submodule(path, _like(large, weight, bias))
     small, large = linear(block, site.out_projection), linear(dense, site.out_projection)
     weight = torch.zeros_like(weight_of(large))
