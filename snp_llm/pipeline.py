@@ -20,14 +20,12 @@ from snp_llm.linalg.ldl import energy_curve
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, watch_inputs, with_first_tensor
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites, linear
-from snp_llm.models.layouts import assemble, pad_blocks, plain_config, uniform_widths
+from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, pad_blocks, plain_type, uniform_widths
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut, factor_site
 from snp_llm.stream import Stream, attention_statistics, capture, moments_for
 
 LONGEST_DEFAULT_WINDOW = 2048
-WIDEST_ROUNDING = 64  # FFN widths of models that other engines run: what their kernels like
-FEWEST_STEPS = 8  # that it leaves between nothing and the whole FFN, or finer rounding is used
 FARTHEST_FROM_TARGET = 0.01  # that an achieved sparsity may be without a word about it
 
 
@@ -126,8 +124,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
         return replace(recipe, seq_len=seq_len)
     family = find_family(model.config)
     narrowest = min(s.units for s in find_sites(find_blocks(model, family), family) if s.kind == "ffn")
-    coarse = recipe.layout == "uniform" and narrowest >= WIDEST_ROUNDING * FEWEST_STEPS
-    return replace(recipe, seq_len=seq_len, round_to=WIDEST_ROUNDING if coarse else 8)
+    coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
+    return replace(recipe, seq_len=seq_len, round_to=KERNEL_MULTIPLE if coarse else 8)
 
 
 def window_length(asked: int | None, positions: int) -> int:
@@ -246,7 +244,7 @@ def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site],
     """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
     heads = {s.heads_after(w) for s, w in zip(sites, widths, strict=True) if s.heads}
     ffn = {w for s, w in zip(sites, widths, strict=True) if s.kind == "ffn"}
-    if len(heads) > 1 or len(ffn) > 1 or plain_config(model, family, min(heads), min(ffn)) is None:
+    if len(heads) > 1 or len(ffn) > 1 or plain_type(model, family, min(heads)) is None:
         counts = ", ".join(sorted(f"{h.query} query and {h.key_value} key-value" for h in heads))
         raise SnpError(
             f"layout uniform: expected head counts that one plain {family.name} config can hold in every block, got "

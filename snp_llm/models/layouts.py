@@ -47,6 +47,8 @@ for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
+KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
+FEWEST_STEPS = 8  # of that size in a whole FFN, or rounding is finer
 # Of a pruned or loaded model alone; they say nothing about the shapes.
 PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
 
@@ -101,25 +103,33 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
 
 
 def plain_config(dense: PreTrainedModel, family: Family, heads: Heads, ffn: int) -> PretrainedConfig | None:
-    """The stock config for the same widths in every block, or None where there is none.
+    """The stock config for the same widths in every block, or None where there is none."""
+    model_type = plain_type(dense, family, heads)
+    if model_type is None:
+        return None
+    values = _plain_values(dense)
+    if family.head_dim_key and _loses_heads(dense, family, heads):
+        values[family.head_dim_key] = heads.size
+    values.update(_keys(family, heads, ffn))
+    if model_type != family.model_type:
+        known = AutoConfig.for_model(model_type).to_dict()
+        values = {key: value for key, value in values.items() if key in known}
+        values["sliding_window"] = None
+    return AutoConfig.for_model(model_type, **values)
+
+
+def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | None:
+    """The model_type of the stock config that can say these heads, or None.
 
     A config that ties the head dimension to the number of heads cannot lose heads. One that wants head counts to divide
-    the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window).
+    the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
+    unless there are biases, for which that has no place.
     """
-    values = _plain_values(dense)
-    keys = _keys(family, heads, ffn)
-    if any(values[key] != count for key, count in keys.items() if key != family.ffn_key):
-        if family.head_dim_key is None:
-            return None
-        values[family.head_dim_key] = heads.size
-    values.update(keys)
-    if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
-        return AutoConfig.for_model(family.model_type, **values)
-    if family.substitute is None or _has_biases(find_blocks(dense, family), family):
+    if _loses_heads(dense, family, heads) and family.head_dim_key is None:
         return None
-    known = AutoConfig.for_model(family.substitute).to_dict()
-    values = {key: value for key, value in values.items() if key in known}
-    return AutoConfig.for_model(family.substitute, **{**values, "sliding_window": None})
+    if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
+        return family.model_type
+    return None if _has_biases(find_blocks(dense, family), family) else family.substitute
 
 
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
@@ -128,7 +138,7 @@ def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[
     return tuple(
         width
         for width in range(step, site.units, step)
-        if plain_config(dense, family, site.heads_after(width), 1) is not None
+        if plain_type(dense, family, site.heads_after(width)) is not None
     )
 
 
@@ -167,6 +177,10 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
             f"({', '.join(family.engines)}) and saves nothing.{stuck}"
         )
     rounding = f"FFN widths are multiples of {round_to}."
+    if layout == "uniform" and round_to < KERNEL_MULTIPLE and sites[1].units < KERNEL_MULTIPLE * FEWEST_STEPS:
+        rounding = (
+            f"FFN widths are multiples of {round_to}; {KERNEL_MULTIPLE} would be too coarse for {sites[1].units}."
+        )
     if layout == "compact":
         return (
             f"layout compact: widths of its own in every block, which no plain {family.name} config can hold; the "
@@ -205,6 +219,11 @@ def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:
 def _keys(family: Family, heads: Heads, ffn: int) -> dict[str, int]:
     keys = {family.heads_key: heads.query, family.ffn_key: ffn}
     return {**keys, family.kv_heads_key: heads.key_value} if family.kv_heads_key else keys
+
+
+def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
+    counts = _keys(family, heads, 0)
+    return any(getattr(dense.config, key) != count for key, count in counts.items() if key != family.ffn_key)
 
 
 def _has_biases(blocks: nn.ModuleList, family: Family) -> bool:
