@@ -77,7 +77,7 @@ def prune(
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
-    check_heads(sites, recipe)
+    announce_heads(sites, recipe)
     windows = read_calibration(tokenizer, recipe, model)
     device = compute_device(recipe.device)
     clock = Clock(device)
@@ -103,7 +103,7 @@ def plan(
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
-    check_heads(sites, recipe)
+    announce_heads(sites, recipe)
     stream = None
     clock = Clock(compute_device(recipe.device))
     if recipe.allocation in NEEDS_CURVES:
@@ -135,7 +135,7 @@ def window_length(asked: int | None, positions: int) -> int:
     return asked or min(positions, LONGEST_DEFAULT_WINDOW)
 
 
-def check_heads(sites: Sequence[Site], recipe: Recipe) -> None:
+def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
     """Says what head units became of those asked for, where the model has no such choice."""
     first = next(site for site in sites if site.kind == "attention")
     assert first.heads is not None
@@ -219,9 +219,12 @@ def fit_budget(sites: Sequence[Site], budgets: Sequence[SiteBudget], sparsity: f
     members = [i for i, site in enumerate(sites) if site.kind in movable]
     prunable = sum(sites[i].units * sites[i].cost for i in members)
     if sparsity * parameters >= prunable:
+        remedy = f"Ask for a sparsity below {prunable / parameters:.3f} there."
+        if prunable == 0:
+            remedy = "Use --head-sparsity 0." if kinds == ["attention"] else "Use a smaller --round-to."
         raise SnpError(
             f"the target removes {sparsity * parameters:,.0f} parameters of {' and '.join(kinds)} sites; in this model "
-            f"and layout at most {prunable:,} may go. Ask for a sparsity below {prunable / parameters:.3f} there."
+            f"and layout at most {prunable:,} may go. {remedy}"
         )
     rule = ALLOCATIONS[recipe.allocation]
     chosen = [budgets[i] for i in members]
@@ -232,7 +235,7 @@ def fit_budget(sites: Sequence[Site], budgets: Sequence[SiteBudget], sparsity: f
     achieved = sum((s.units - w) * s.cost for s, w in zip(sites, widths, strict=True)) / parameters
     if abs(achieved - sparsity) > FARTHEST_FROM_TARGET:
         log.warning(
-            "%s: sparsity %g asked for, %.3f is as close as whole units of this model come",
+            "%s: sparsity %g asked for, whole units give %.3f",
             " and ".join(kinds),
             sparsity,
             achieved,

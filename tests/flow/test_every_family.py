@@ -7,6 +7,7 @@ import torch
 
 from snp_llm import prune
 from snp_llm.models.families import find_blocks, find_family, find_sites, linear, weight_of
+from snp_llm.models.layouts import uniform_widths
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -18,7 +19,8 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 def cut(model, tokenizer, **overrides):
     """A pruned model; heads stay where they cannot go."""
     family = find_family(model.config)
-    stuck = not find_sites(find_blocks(model, family), family)[0].prunable
+    first = find_sites(find_blocks(model, family), family, overrides.get("head_unit", "kv_group"))[0]
+    stuck = not first.prunable or (overrides.get("layout") == "uniform" and not uniform_widths(model, family, first))
     settings = {**CUTS, **({"head_sparsity": 0.0} if stuck else {}), **overrides}
     return prune(model, tokenizer, small_recipe(**settings))
 
@@ -32,11 +34,16 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(model_type, tokenizer):
         assert pruned.model.config.model_type == model_type
 
 
-@pytest.mark.parametrize("head_unit", ["kv_group", "query"])
+@pytest.mark.parametrize(
+    ("layout", "head_unit"),
+    [("compact", "kv_group"), ("compact", "query"), ("uniform", "kv_group"), ("uniform", "query")],
+)
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
-def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(model_type, head_unit, tokenizer):
+def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
+    model_type, layout, head_unit, tokenizer
+):
     dense = small_model(model_type)
-    pruned = cut(dense, tokenizer, head_unit=head_unit)
+    pruned = cut(dense, tokenizer, head_unit=head_unit, layout=layout)
     family = find_family(dense.config)
     masked = copy.deepcopy(dense)
     removed = {"attention": 0, "ffn": 0}
@@ -49,7 +56,7 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
         weight_of(large).zero_()[:, channels] = weight_of(small)
         if small.bias is not None:
             large.bias.copy_(small.bias)
-    assert removed["ffn"] > 0 and (removed["attention"] > 0) == pruned.sites[0].site.prunable
+    assert removed["ffn"] > 0 and (removed["attention"] > 0) == bool(pruned.recipe.head_sparsity)
     torch.testing.assert_close(pruned.model(TOKENS).logits, masked(TOKENS).logits, **CLOSE)
     assert (pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > 1e-3
 
