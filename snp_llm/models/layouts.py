@@ -48,7 +48,7 @@ for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
 KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
-FEWEST_STEPS = 8  # of that size in a whole FFN, or rounding is finer
+FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
 # Of a pruned or loaded model alone; they say nothing about the shapes.
 PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
 

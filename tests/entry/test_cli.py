@@ -105,7 +105,7 @@ def test_dry_run_prints_widths_and_writes_nothing(opt_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["uniform", "compact", "padded"])
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
 def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, tmp_path, capsys):
     save_model(small_model("llama", torch.float32, num_key_value_heads=6), tokenizer, tmp_path / "llama")
     options = ["--layout", layout, "--head-sparsity", "0.16", "--ffn-sparsity", "0.25", "--no-eval"]
@@ -113,7 +113,7 @@ def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, 
     printed = capsys.readouterr().out
     assert printed.startswith(f"layout {layout}: ") and ("Mistral" in printed) == (layout == "uniform")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["model_type"] == {"uniform": "mistral", "compact": "snp_llama", "padded": "llama"}[layout]
+    assert config["model_type"] == {"uniform": "mistral", "padded": "llama"}[layout]
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     assert report["recipe"]["layout"] == layout and report["recipe"]["round_to"] == 8
     assert report["sparsity"]["achieved"] == pytest.approx(0.22, abs=0.03)

@@ -132,6 +132,17 @@ def test_decoders_with_cross_attention_are_refused(tmp_path):
         checkpoint.load(str(tmp_path), "auto")
 
 
+def test_a_pruned_folder_is_an_input_like_any_other(tokenizer, tmp_path):
+    recipe = small_recipe(sparsity=0.3, round_to=4, num_samples=2)
+    once = prune(small_model("qwen3", torch.float32), tokenizer, recipe).model
+    checkpoint.save(once, tokenizer, tmp_path)
+    again, _ = checkpoint.load(str(tmp_path), "auto")
+    tokens = torch.randint(3, 2048, (1, 12))
+    assert torch.equal(again(tokens).logits, once(tokens).logits) and again.config.model_type == "snp_qwen3"
+    twice = prune(again, tokenizer, small_recipe(sparsity=0.1, round_to=4, num_samples=2, layout="uniform")).model
+    assert twice.config.model_type == "qwen3" and not hasattr(twice.config, "pruned_layers")
+
+
 @pytest.mark.slow
 def test_every_family_and_layout_reloads_where_the_package_does_not_exist(tokenizer, tmp_path):
     """One process loads all folders, so that transformers is imported once."""

@@ -157,7 +157,7 @@ def test_the_description_names_mistral_where_it_may_come_to_that():
 
 
 def test_rounding_follows_the_layout_and_the_width():
-    wide, narrow = small_model("llama", intermediate_size=512), small_model("llama")
+    wide, narrow = small_model("llama", intermediate_size=1024), small_model("llama")
     assert [resolve(small_recipe(layout=x), wide).round_to for x in ("uniform", "compact")] == [64, 8]
     assert resolve(small_recipe(layout="uniform"), narrow).round_to == 8
     assert resolve(small_recipe(layout="uniform", round_to=16), wide).round_to == 16
