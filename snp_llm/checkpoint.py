@@ -49,6 +49,11 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Pre
     path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
     if not Path(path).exists() and not is_hub_id(name):
         raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
+    if (Path(path) / "adapter_config.json").exists():
+        raise SnpError(
+            f"model {name}: is a LoRA adapter; expected a whole model. Merge it first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)."
+        )
     with _explained(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_config(name, config)
@@ -92,10 +97,18 @@ def is_hub_id(name: str) -> bool:
 
 def check_config(name: str, config: PretrainedConfig) -> None:
     """Refuses what cannot be pruned, before any weight is read."""
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise SnpError(f"model {name}: {config.model_type} is an encoder-decoder; expected a decoder-only model.")
     if getattr(config, "quantization_config", None):
-        raise SnpError(f"model {name}: the checkpoint is quantised; expected float weights. Dequantise it first.")
+        raise SnpError(
+            f"model {name}: the checkpoint is quantised; expected float weights. Prune the float model that it was "
+            "made from, or dequantise it: from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)."
+        )
+    if config.to_dict().get("per_layer_config"):  # as an attribute it is never empty
+        raise SnpError(
+            f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
+            f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
+        )
     find_family(config)
 
 

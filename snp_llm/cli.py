@@ -24,9 +24,11 @@ from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.pipeline import OnStep
+from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm.models.layouts import describe_layout
 from snp_llm.recipe import EvaluationRecipe, PushRecipe, Recipe
 from snp_llm.version import __version__
+from snp_llm.widths import OnStep
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
@@ -81,7 +83,10 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     device = compute_device(recipe.device)
     dense, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
     recipe = pipeline.resolve(recipe, dense)
-    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None and recipe.round_to is not None
+    family = find_family(dense.config)
+    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
     if recipe.dry_run:
         with progress(dense.config.num_hidden_layers) as on_step:
             plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
@@ -120,7 +125,7 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         report.write_report(summary, partial)
         base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
         report.write_card(summary, pruned, base_model, partial)
-    achieved = report.achieved_sparsity(before, after)
+    achieved = summary["sparsity"]["achieved"]
     print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
     Console().print(report.closing_table(before, after, pruned))
     if windows is not None:
@@ -145,7 +150,7 @@ def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]],
     attention, ffn = plan[::2], plan[1::2]
     print("block  heads         FFN channels")
     for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
-        print(f"{a.block:5d}  {f'{heads} of {a.units}':12s}  {channels:,} of {f.units:,}")
+        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
         f"{removed / size.block_linear:.3f} ({asked(recipe)} asked for); nothing was written"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.device import synchronize
 from snp_llm.errors import SnpError
 from snp_llm.models.blocks import on_device
-from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm.models.families import Projection, find_blocks, find_family, find_sites
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
 
 
 def _weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
 
 
 @torch.no_grad()

@@ -1,31 +1,32 @@
 """The sequential loop: statistics, ordering, widths, reconstruction, surgery, block after block. Writes no files."""
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.data import Windows, calibration_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import ALLOCATIONS, NEEDS_CURVES, SiteBudget
-from snp_llm.linalg.gram import Moments, add_moments
-from snp_llm.linalg.ldl import energy_curve
+from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.linalg.gram import add_moments
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, watch_inputs, with_first_tensor
+from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, with_first_tensor
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites, linear
-from snp_llm.models.layouts import assemble
+from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, pad_blocks
 from snp_llm.recipe import Recipe
-from snp_llm.site import SiteResult, cut, factor_site
+from snp_llm.site import SiteResult, cut
 from snp_llm.stream import Stream, attention_statistics, capture, moments_for
+from snp_llm.widths import OnStep, plan_widths
 
 LONGEST_DEFAULT_WINDOW = 2048
-TOKENS_A_CHANNEL = 16  # from which energy curves are read
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,6 @@ class PrunedModel:
     seconds: dict[str, float]
 
 
-OnStep = Callable[[str], None]
-
-
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,14 +71,17 @@ def prune(
     recipe = resolve(recipe, model)
     family = find_family(model.config)
     blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
+    announce_heads(sites, recipe)
     windows = read_calibration(tokenizer, recipe, model)
     device = compute_device(recipe.device)
     clock = Clock(device)
-    preview = capture_preview(model, blocks, windows, recipe, clock)
-    widths = plan_widths(blocks, family, preview, recipe, clock, on_step)
+    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
     stream = capture(model, blocks, windows.tokens, recipe, clock)
-    pruned_blocks, results = prune_blocks(blocks, family, stream, widths, recipe, clock, on_step)
+    pruned_blocks, results = prune_blocks(blocks, family, sites, stream, widths, recipe, clock, on_step)
+    if recipe.layout == "padded":
+        pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
     pruned = assemble(model, family, pruned_blocks)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
 
@@ -96,22 +97,29 @@ def plan(
     recipe = resolve(recipe, model)
     family = find_family(model.config)
     blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
+    announce_heads(sites, recipe)
     clock = Clock(compute_device(recipe.device))
     windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    preview = capture_preview(model, blocks, windows, recipe, clock)
-    widths = plan_widths(blocks, family, preview, recipe, clock, on_step)
-    return list(zip(find_sites(blocks, family), widths, strict=True))
+    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
+    return list(zip(sites, widths, strict=True))
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
-    """The recipe with the window length filled in from the model.
+    """The recipe with the window length and the rounding filled in from the model.
 
     Raises:
-        SnpError: the window is longer than the model's positions.
+        SnpError: the window is longer than the model's positions; the model is not of a supported family.
     """
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
-    return replace(recipe, seq_len=window_length(recipe.seq_len, positions))
+    seq_len = window_length(recipe.seq_len, positions)
+    if recipe.round_to is not None:
+        return replace(recipe, seq_len=seq_len)
+    family = find_family(model.config)
+    narrowest = min(s.units for s in find_sites(find_blocks(model, family), family) if s.kind == "ffn")
+    coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
+    return replace(recipe, seq_len=seq_len, round_to=KERNEL_MULTIPLE if coarse else 8)
 
 
 def window_length(asked: int | None, positions: int) -> int:
@@ -119,6 +127,16 @@ def window_length(asked: int | None, positions: int) -> int:
     if asked is not None and asked > positions:
         raise SnpError(f"--seq-len: expected at most the model's {positions:,} positions, got {asked:,}.")
     return asked or min(positions, LONGEST_DEFAULT_WINDOW)
+
+
+def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
+    """Says what head units became of those asked for, where the model has no such choice."""
+    first = next(site for site in sites if site.kind == "attention")
+    assert first.heads is not None
+    if recipe.head_unit == "kv_group" and first.groups:
+        log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
+    elif recipe.head_unit == "query" and not first.groups:
+        log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -146,84 +164,10 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
     return windows
 
 
-def capture_preview(
-    model: PreTrainedModel, blocks: nn.ModuleList, windows: Windows | None, recipe: Recipe, clock: Clock
-) -> Stream | None:
-    """The calibration windows from which an allocation reads its curves, or None if it reads none.
-
-    A curve is a few shares of energy, which need fewer tokens than the matrix that repairs a site: the first windows of
-    the draw, `TOKENS_A_CHANNEL` tokens for every channel of the widest site.
-    """
-    if recipe.allocation not in NEEDS_CURVES:
-        return None
-    assert windows is not None
-    widest = max(s.units * s.unit_size for s in find_sites(blocks, find_family(model.config)))
-    enough = -(-TOKENS_A_CHANNEL * widest // windows.tokens.shape[1])
-    return capture(model, blocks, windows.tokens[:enough], recipe, clock)
-
-
-def plan_widths(
-    blocks: nn.ModuleList, family: Family, preview: Stream | None, recipe: Recipe, clock: Clock, on_step: OnStep
-) -> list[int]:
-    """Units kept at every site, in the order of `find_sites`.
-
-    An allocation that compares sites needs the curves of all of them before the first cut: the dense model is then
-    visited once, block by block, and only the curves are kept, never all Gram matrices.
-    """
-    sites = find_sites(blocks, family)
-    curves: list[Tensor | None] = [None] * len(sites)
-    if recipe.allocation in NEEDS_CURVES and any(recipe.sparsity_of(s.kind) for s in sites):
-        assert preview is not None
-        curves = [*dense_curves(blocks, sites, preview, recipe, clock, on_step)]
-    budgets = [
-        SiteBudget(
-            kind=site.kind,
-            units=site.units,
-            cost=site.cost,
-            multiple=recipe.round_to if site.kind == "ffn" else 1,
-            minimum=recipe.round_to if site.kind == "ffn" else 1,
-            energy=curve,
-        )
-        for site, curve in zip(sites, curves, strict=True)
-    ]
-    widths = [site.units for site in sites]
-    for kinds, sparsity in recipe.budgets:
-        members = [i for i, s in enumerate(sites) if s.kind in kinds]
-        if sparsity > 0:
-            chosen = ALLOCATIONS[recipe.allocation]([budgets[i] for i in members], 1 - sparsity)
-            for i, width in zip(members, chosen, strict=True):
-                widths[i] = width
-    return widths
-
-
-def dense_curves(
-    blocks: nn.ModuleList, sites: Sequence[Site], stream: Stream, recipe: Recipe, clock: Clock, on_step: OnStep
-) -> list[Tensor]:
-    """Energy curve of every site on the dense model's own activations."""
-    hidden = list(stream.hidden)
-    curves = []
-    for index, block in enumerate(blocks):
-        here = [s for s in sites if s.block == index]
-        with on_device(block, clock.device):
-            outs = [linear(block, s.out_projection) for s in here]
-            moments = [moments_for(out, clock.device) for out in outs]
-            watchers: dict[nn.Module, Callable[[Tensor], None]] = {
-                out: partial(_accumulate, moments, at) for at, out in enumerate(outs)
-            }
-            with clock.phase("calibration"), watch_inputs(watchers):
-                for b, batch in enumerate(hidden):
-                    hidden[b] = run_block(block, batch, stream.calls[b][index]).to(batch.device)
-            with clock.phase("linear algebra"):
-                for site, moment in zip(here, moments, strict=True):
-                    factored = factor_site(block, site, moment, recipe)
-                    curves.append(energy_curve(factored.subspace.D, site.unit_size).cpu())
-        on_step(f"block {index}: energy curves of the dense model")
-    return curves
-
-
 def prune_blocks(
     blocks: nn.ModuleList,
     family: Family,
+    sites: Sequence[Site],
     stream: Stream,
     widths: Sequence[int],
     recipe: Recipe,
@@ -235,7 +179,6 @@ def prune_blocks(
     A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
     that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
     """
-    sites = find_sites(blocks, family)
     hidden = list(stream.hidden)
     pruned_blocks, results = [], []
     for index, dense_block in enumerate(blocks):
@@ -276,7 +219,3 @@ def prune_blocks(
                         raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
         pruned_blocks.append(block)
     return nn.ModuleList(pruned_blocks), results
-
-
-def _accumulate(moments: list[Moments], at: int, inputs: Tensor) -> None:
-    moments[at] = add_moments(moments[at], inputs)

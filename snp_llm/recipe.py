@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg.units import HeadUnit
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+Layout = Literal["uniform", "compact", "padded"]
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
 
@@ -32,12 +34,18 @@ class Recipe:
     """Which units go first: the score that ranks them. zca is the paper's."""
     allocation: Literal["uniform", "variance"] = "variance"
     """How many units each site keeps. variance: one threshold on the share of latent energy for all sites."""
+    head_unit: HeadUnit = "kv_group"
+    """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
+    every group; the only choice where there is one key-value head."""
+    layout: Layout = "compact"
+    """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
+    every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
     dampening: float = 0.1
     """Added to each channel's energy, relative to it."""
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""
-    round_to: int = 8
-    """FFN widths are multiples of this."""
+    round_to: int | None = None
+    """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
     calibration: Text | None = None
     """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, `random`
     token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""

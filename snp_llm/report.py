@@ -48,6 +48,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         {
             "site": result.site.name,
             "kind": result.site.kind,
+            "unit": result.site.unit,
             "units_before": result.site.units,
             "units_after": len(result.kept),
             "ratio": len(result.kept) / result.site.units,
@@ -70,7 +71,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "recipe": pruned.recipe.as_dict(),
         "seed": pruned.recipe.seed,
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
-        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, after)},
+        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, pruned)},
         "dense": asdict(dense),
         "pruned": asdict(after),
         "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
@@ -79,9 +80,10 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
     }
 
 
-def achieved_sparsity(dense: Measured, pruned: Measured) -> float:
-    """Fraction of the block-linear parameters that is gone."""
-    return 1 - pruned.size.block_linear / dense.size.block_linear
+def achieved_sparsity(dense: Measured, pruned: PrunedModel) -> float:
+    """Fraction of the block-linear parameters that is gone, or zero where the layout is padded."""
+    removed = sum((r.site.units - len(r.kept)) * r.site.cost for r in pruned.sites)
+    return removed / dense.size.block_linear
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -100,9 +102,12 @@ def closing_table(dense: Measured, after: Measured, pruned: PrunedModel) -> Tabl
 
     row("parameters", dense.size.parameters, after.size.parameters, ",")
     row("block-linear parameters", dense.size.block_linear, after.size.block_linear, ",")
-    for kind, name in (("attention", "attention heads"), ("ffn", "FFN channels")):
-        sites = [result for result in pruned.sites if result.site.kind == kind]
-        row(name, sum(r.site.units for r in sites), sum(len(r.kept) for r in sites), ",")
+    attention = [(r.site.heads, r.site.heads_after(len(r.kept))) for r in pruned.sites if r.site.heads]
+    row("attention heads", sum(b.query for b, _ in attention), sum(a.query for _, a in attention), ",")
+    if any(before.query != before.key_value for before, _ in attention):
+        row("key-value heads", sum(b.key_value for b, _ in attention), sum(a.key_value for _, a in attention), ",")
+    ffn = [r for r in pruned.sites if r.site.kind == "ffn"]
+    row("FFN channels", sum(r.site.units for r in ffn), sum(len(r.kept) for r in ffn), ",")
     row("size on disk, MB", dense.disk / 1e6, after.disk / 1e6, ",.2f")
     row("MFLOPs a token", dense.size.flops / 1e6, after.size.flops / 1e6, ",.2f")
     row("perplexity", dense.perplexity, after.perplexity, ",.2f")

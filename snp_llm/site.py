@@ -13,8 +13,8 @@ from snp_llm.linalg.gram import Moments, gram_matrix
 from snp_llm.linalg.ldl import Subspace, build_subspace, energy_curve, error_curve, make_definite
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
-from snp_llm.linalg.units import per_unit, unit_channels
-from snp_llm.models.families import Family, Site, linear
+from snp_llm.linalg.units import deal_from_groups, unit_channels
+from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 
@@ -44,7 +44,7 @@ class SiteResult:
     seconds: float
 
     def __str__(self) -> str:
-        units = f"{len(self.kept):,} of {self.site.units:,}"
+        units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"
         return f"{self.site.name}: kept {units}, error {self.error:.2e}, {self.seconds:.1f} s"
 
 
@@ -68,7 +68,7 @@ class FactoredSite:
     centred: bool
 
 
-def factor_site(block: nn.Module, site: Site, moments: Moments, recipe: Recipe) -> FactoredSite:
+def factor_site(block: nn.Module, family: Family, site: Site, moments: Moments, recipe: Recipe) -> FactoredSite:
     """Orders a site's units and factors its Gram matrix in that order, on the moments' device."""
     try:
         out = linear(block, site.out_projection)
@@ -81,11 +81,16 @@ def factor_site(block: nn.Module, site: Site, moments: Moments, recipe: Recipe) 
         definite = make_definite(gram, recipe.dampening)
         if definite.dampening != recipe.dampening:
             log.warning("%s: dampening raised from %g to %g", site.name, recipe.dampening, definite.dampening)
-        W = out.weight.detach().to(device).double()
-        ins = [linear(block, path).weight.detach().to(device).double() for path in site.in_projections]
-        in_weight = per_unit(torch.stack([w.abs().sum(1) for w in ins]).sum(0), site.unit_size)
+        W = weight_of(out).to(device).double()
+        in_weight = W.new_zeros(site.units)
+        for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
+            sums = weight_of(linear(block, path)).to(device).double().abs().sum(1)
+            units = units.to(device)
+            in_weight.index_add_(0, units[units >= 0], sums[units >= 0])
         problem = OrderingProblem(definite, W, in_weight, site.unit_size, recipe.seed + site.block)
         unit_order = order_units(recipe.ordering, problem)
+        if site.groups:
+            unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
         return FactoredSite(unit_order, subspace, W, gram, moments.first.double() / moments.tokens, centred)
     except SnpError as error:
@@ -109,7 +114,7 @@ def cut(
         everything = torch.arange(site.units)
         return SiteResult(site, everything, 1.0, 0.0, 0.0, recipe.dampening, time.perf_counter() - start)
     with clock.phase("linear algebra"):
-        factored = factor_site(block, site, moments, recipe)
+        factored = factor_site(block, family, site, moments, recipe)
         subspace, W, size = factored.subspace, factored.W, site.unit_size
         channels = width * size
         ordered = subspace.order[:channels]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from snp_llm.device import Clock
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments
 from snp_llm.models.blocks import BlockCall, capture_calls, first_tensor, output_of, watch_inputs, with_first_tensor
-from snp_llm.models.families import Family, linear
+from snp_llm.models.families import Family, Projection, linear, weight_of
 from snp_llm.recipe import Recipe
 
 
@@ -55,9 +55,9 @@ def _share(new: Any, old: Any) -> Any:
     return new
 
 
-def moments_for(out_projection: nn.Linear, device: torch.device) -> Moments:
+def moments_for(out_projection: Projection, device: torch.device) -> Moments:
     """Empty moments for the inputs of an out-projection."""
-    return empty_moments(out_projection.in_features, out_projection.weight.dtype, device)
+    return empty_moments(weight_of(out_projection).shape[1], out_projection.weight.dtype, device)
 
 
 def attention_statistics(

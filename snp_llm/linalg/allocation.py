@@ -4,9 +4,10 @@ To add an allocation: write one function from sites and a budget to widths, add 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
@@ -23,6 +24,7 @@ class SiteBudget:
         multiple: the width is a multiple of this, or all units.
         minimum: the width is never below this.
         energy: `energy_curve` of the site over its units, (units + 1,), or None where the rule does not need it.
+        permitted: the only widths it may have besides all units; None: every multiple.
     """
 
     kind: str
@@ -31,11 +33,13 @@ class SiteBudget:
     multiple: int
     minimum: int
     energy: Tensor | None = None
+    permitted: tuple[int, ...] | None = None
 
     def widths(self) -> list[int]:
         """Every width that this site may have, ascending; the last is all units."""
         first = -(-self.minimum // self.multiple) * self.multiple
-        return [*range(min(first, self.units), self.units, self.multiple), self.units]
+        grid = range(min(first, self.units), self.units, self.multiple)
+        return [*(w for w in grid if self.permitted is None or w in self.permitted), self.units]
 
 
 def uniform(sites: Sequence[SiteBudget], keep: float) -> list[int]:
@@ -107,6 +111,45 @@ def variance(sites: Sequence[SiteBudget], keep: float) -> list[int]:
 Allocation = Callable[[Sequence[SiteBudget], float], list[int]]
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "variance": variance}
 NEEDS_CURVES = {"variance"}  # those that read `energy`, for which the dense model is visited first
+
+
+def pooled_widths(rule: Allocation, sites: Sequence[SiteBudget], keep: float) -> list[int]:
+    """One width for each kind of site: the rule applied to pools, each of which stands for all sites of a kind.
+
+    Costs in a pool add up and energy shares are averaged. Heads are coarse, so the kind with the finest grid (the FFN)
+    then takes up what is left of the budget.
+
+    Args:
+        rule: one of `ALLOCATIONS`.
+        sites: to be cut. Where sites of a kind differ in units, none may keep more than the smallest has.
+        keep: fraction of their parameters to keep.
+
+    Returns:
+        A width for each site, the same for all of a kind.
+
+    Raises:
+        SnpError: from the rule.
+    """
+    kinds = list(dict.fromkeys(s.kind for s in sites))
+    pools = [_pool([s for s in sites if s.kind == kind]) for kind in kinds]
+    budget = keep * sum(s.units * s.cost for s in sites)
+    widths = rule(pools, min(1.0, budget / sum(p.units * p.cost for p in pools)))
+    finest = max(range(len(pools)), key=lambda i: len(pools[i].widths()))
+    rest = budget - sum(w * p.cost for i, (w, p) in enumerate(zip(widths, pools, strict=True)) if i != finest)
+    widths[finest] = min(pools[finest].widths(), key=lambda w: abs(w * pools[finest].cost - rest))
+    by_kind = dict(zip(kinds, widths, strict=True))
+    return [by_kind[s.kind] for s in sites]
+
+
+def _pool(sites: Sequence[SiteBudget]) -> SiteBudget:
+    units = min(s.units for s in sites)
+    curves = [s.energy[: units + 1] for s in sites if s.energy is not None]
+    return replace(
+        sites[0],
+        units=units,
+        cost=sum(s.cost for s in sites),
+        energy=torch.stack(curves).mean(0) if len(curves) == len(sites) else None,
+    )
 
 
 def _energy(site: SiteBudget) -> Tensor:

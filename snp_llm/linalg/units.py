@@ -4,8 +4,12 @@ A unit is the smallest thing that can be removed from a site: `unit_size` consec
 inputs (1 for an FFN channel, `head_dim` for a head).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+HeadUnit = Literal["kv_group", "query"]
 
 
 def unit_channels(units: Tensor, unit_size: int) -> Tensor:
@@ -25,6 +29,23 @@ def unit_channels(units: Tensor, unit_size: int) -> Tensor:
 def per_unit(values: Tensor, unit_size: int) -> Tensor:
     """Sum of a value per channel over each unit, (n,) to (n / unit_size,)."""
     return values.reshape(-1, unit_size).sum(1)
+
+
+def deal_from_groups(order: Tensor, groups: int) -> Tensor:
+    """An order that takes one unit from each group in turn, the best of each first, then the second best.
+
+    Every multiple of `groups` units, taken from the front, then holds equally many from every group.
+
+    Args:
+        order: units, most important first, (u,), int64; units of a group have consecutive indices.
+        groups: how many there are, a divisor of u.
+
+    Returns:
+        The same units, (u,), int64.
+    """
+    size = len(order) // groups
+    by_group = order[torch.argsort(order // size, stable=True)].reshape(groups, size)
+    return by_group.T.reshape(-1)
 
 
 def diagonal_blocks(matrix: Tensor, unit_size: int) -> Tensor:

@@ -1,67 +1,157 @@
 """The only place that knows module names and config keys of a model family.
 
-To add a family: one entry in `FAMILIES` and one line in the parametrised tests.
+To add a family: one entry in `FAMILIES`, one small modelling file, and one line in the parametrised tests;
+docs/adding_a_family.md is the recipe.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg.units import HeadUnit
+
+Projection = nn.Linear | Conv1D
+EVERYWHERE = ("transformers", "vLLM", "llama.cpp")
+# Config keys that a mixture of experts has, whatever it is called.
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps what is pruned. Paths of modules are relative to the block unless said otherwise.
+    """Where a family keeps what is pruned; what is not said here is as in Llama.
 
     Attributes:
         name: as users know it.
-        model_types: `config.model_type` of the models it covers.
-        blocks: the list of decoder blocks, from the model.
+        model_type: `config.model_type`.
+        blocks: path of the list of decoder blocks, from the model. All other paths start at a block.
         attention: the attention module.
-        query, key, value, attention_out: its projections.
-        head_count: attribute of the attention module that holds its number of heads.
-        ffn_in: in-projections of the FFN, one or (gated) two.
+        qkv: its in-projections, as many as `qkv_layout` says.
+        qkv_layout: "separate" query, key and value projections; "fused" into one, [q; k; v]; "interleaved" in one, q, k
+            and v of the first head, then of the second.
+        attention_out: its out-projection.
+        head_dim: attribute of the attention module that holds the channels of one head.
+        joint_norms: norms over all heads at once. Where a block has them its heads stay, since removing one changes
+            what the others are divided by.
+        ffn_in: in-projections of the FFN: one, (gated) two, or two fused as [gate; up].
         ffn_out: out-projection of the FFN.
-        heads_key, ffn_key: config keys of the number of heads and of the FFN width.
-        pruned_type: `model_type` of the self-contained model with a width per block.
+        heads_key, kv_heads_key, ffn_key: config keys of head counts and FFN width; no `kv_heads_key` without groups.
+        head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
+        divides_hidden: whether its config refuses head counts that do not divide the hidden size.
+        substitute: model_type of a plain config that computes the same but takes more head counts.
+        engines: what loads the plain config with another FFN width.
+        head_engines: what loads it with fewer heads as well.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    blocks: str
-    attention: str
-    query: str
-    key: str
-    value: str
-    attention_out: str
-    head_count: str
-    ffn_in: tuple[str, ...]
-    ffn_out: str
-    heads_key: str
-    ffn_key: str
-    pruned_type: str
+    model_type: str
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv_layout: Literal["separate", "fused", "interleaved"] = "separate"
+    attention_out: str = "self_attn.o_proj"
+    head_dim: str = "head_dim"
+    joint_norms: tuple[str, ...] = ()
+    ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_out: str = "mlp.down_proj"
+    heads_key: str = "num_attention_heads"
+    kv_heads_key: str | None = "num_key_value_heads"
+    ffn_key: str = "intermediate_size"
+    head_dim_key: str | None = "head_dim"
+    divides_hidden: bool = False
+    substitute: str | None = None
+    engines: tuple[str, ...] = EVERYWHERE
+    head_engines: tuple[str, ...] = EVERYWHERE
+
+    @property
+    def pruned_type(self) -> str:
+        """`model_type` of the model with widths of its own in every block."""
+        return f"snp_{self.model_type}"
 
 
 FAMILIES = (
     Family(
         name="OPT",
-        model_types=("opt", "snp_opt"),
+        model_type="opt",
         blocks="model.decoder.layers",
-        attention="self_attn",
-        query="self_attn.q_proj",
-        key="self_attn.k_proj",
-        value="self_attn.v_proj",
         attention_out="self_attn.out_proj",
-        head_count="num_heads",
         ffn_in=("fc1",),
         ffn_out="fc2",
-        heads_key="num_attention_heads",
+        kv_heads_key=None,
         ffn_key="ffn_dim",
-        pruned_type="snp_opt",
+        head_dim_key=None,
+        engines=("transformers", "vLLM"),
+    ),
+    Family(name="Llama", model_type="llama", divides_hidden=True, substitute="mistral"),
+    Family(name="Mistral", model_type="mistral"),
+    # Its config has no head dimension of its own; transformers reads one that is there, other engines may divide.
+    Family(name="Qwen2", model_type="qwen2", head_engines=("transformers",)),
+    Family(name="Qwen3", model_type="qwen3"),
+    Family(name="Gemma", model_type="gemma"),
+    Family(name="Gemma 2", model_type="gemma2", divides_hidden=True),
+    Family(name="Gemma 3 text", model_type="gemma3_text", divides_hidden=True),
+    Family(
+        name="Phi-3",
+        model_type="phi3",
+        qkv=("self_attn.qkv_proj",),
+        qkv_layout="fused",
+        ffn_in=("mlp.gate_up_proj",),
+        head_engines=("transformers", "vLLM"),
+    ),
+    Family(
+        name="GPT-2",
+        model_type="gpt2",
+        blocks="transformer.h",
+        attention="attn",
+        qkv=("attn.c_attn",),
+        qkv_layout="fused",
+        attention_out="attn.c_proj",
+        ffn_in=("mlp.c_fc",),
+        ffn_out="mlp.c_proj",
+        heads_key="n_head",
+        kv_heads_key=None,
+        ffn_key="n_inner",
+        head_dim_key=None,
+        engines=("transformers", "vLLM"),
+    ),
+    Family(
+        name="GPT-NeoX / Pythia",
+        model_type="gpt_neox",
+        blocks="gpt_neox.layers",
+        attention="attention",
+        qkv=("attention.query_key_value",),
+        qkv_layout="interleaved",
+        attention_out="attention.dense",
+        head_dim="head_size",
+        ffn_in=("mlp.dense_h_to_4h",),
+        ffn_out="mlp.dense_4h_to_h",
+        kv_heads_key=None,
+        head_dim_key=None,
+    ),
+    Family(name="SmolLM3", model_type="smollm3"),
+    Family(name="OLMo 2", model_type="olmo2", joint_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    Family(name="Granite", model_type="granite"),
+    Family(
+        name="StableLM",
+        model_type="stablelm",
+        joint_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        head_dim_key=None,
     ),
 )
+
+
+@dataclass(frozen=True, order=True)
+class Heads:
+    """Attention heads of a block: how many query heads, how many key-value heads, channels of each."""
+
+    query: int
+    key_value: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +161,15 @@ class Site:
     Attributes:
         block: index of the decoder block.
         kind: "attention" or "ffn".
-        in_projections: paths of the linears whose rows are the units' channels.
-        out_projection: path of the linear whose columns are.
-        units: how many there are now.
+        in_projections: paths of the projections whose rows are the units' channels.
+        out_projection: path of the projection whose columns are.
+        units: how many there are now. An attention unit is a KV group or, where `groups` > 0, a query head.
         unit_size: channels a unit has.
         cost: linear-weight parameters of one unit: its rows in every in-projection and its columns.
+        parameters: linear-weight parameters of all these projections, which sparsity is a fraction of.
+        groups: KV groups from which equally many query heads go; 0 where units are not query heads.
+        heads: of an attention site.
+        prunable: whether units may go at all.
     """
 
     block: int
@@ -85,52 +179,93 @@ class Site:
     units: int
     unit_size: int
     cost: int
+    parameters: int
+    groups: int = 0
+    heads: Heads | None = None
+    prunable: bool = True
 
     @property
     def name(self) -> str:
         return f"block {self.block} {self.out_projection}"
+
+    @property
+    def unit(self) -> str:
+        """What one unit is, in the plural."""
+        if self.heads is None:
+            return "channels"
+        if self.groups:
+            return "query heads"
+        return "heads" if self.heads.query == self.heads.key_value else "KV groups"
+
+    def heads_after(self, width: int) -> Heads:
+        """Heads of an attention site that keeps `width` units."""
+        assert self.heads is not None
+        if self.groups:
+            return Heads(width, self.heads.key_value, self.heads.size)
+        return Heads(width * (self.heads.query // self.heads.key_value), width, self.heads.size)
 
 
 def find_family(config: PretrainedConfig) -> Family:
     """The family of a model, by its config's `model_type`, never by its name.
 
     Raises:
-        SnpError: an encoder-only, encoder-decoder or otherwise unsupported architecture.
+        SnpError: a mixture of experts, an encoder, an encoder-decoder or an otherwise unsupported architecture.
     """
     for family in FAMILIES:
-        if config.model_type in family.model_types:
+        if config.model_type in (family.model_type, family.pruned_type):
             return family
-    supported = ", ".join(t for f in FAMILIES for t in f.model_types[:1])
-    raise SnpError(f"model_type {config.model_type!r} is not supported; expected a decoder-only model: {supported}.")
+    if experts := next((key for key in EXPERT_KEYS if getattr(config, key, None)), None):
+        raise SnpError(
+            f"model_type {config.model_type!r} is a mixture of experts ({experts} = {getattr(config, experts)}); "
+            "expected a dense decoder. Its experts are not FFN units; they cannot be pruned here."
+        )
+    supported = ", ".join(family.model_type for family in FAMILIES)
+    raise SnpError(
+        f"model_type {config.model_type!r} is not supported; expected a decoder-only model: {supported}. "
+        "docs/adding_a_family.md shows how to add one."
+    )
 
 
 def find_blocks(model: PreTrainedModel, family: Family) -> nn.ModuleList:
     """The decoder blocks, checked to have the family's layout.
 
     Raises:
-        SnpError: a module that the family's entry names is missing.
+        SnpError: a module that the family's entry names is missing, or two projections are one tensor.
     """
+    owners: dict[int, str] = {}
     try:
         blocks = model.get_submodule(family.blocks)
         assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
-            for path in (family.query, family.key, family.value, family.attention_out, *family.ffn_in, family.ffn_out):
-                linear(block, path)
+        for index, block in enumerate(blocks):
+            for path in (*family.qkv, family.attention_out, *family.ffn_in, family.ffn_out):
+                weight = linear(block, path).weight
+                name = f"block {index} {path}"
+                if (owner := owners.setdefault(id(weight), name)) != name:
+                    raise SnpError(
+                        f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
+                        "the other. Untie them (copy the weights) and save the model first."
+                    )
     except AttributeError as error:
         raise SnpError(f"{type(model).__name__} does not have the layout of {family.name}: {error}.") from error
     return blocks
 
 
-def linear(block: nn.Module, path: str) -> nn.Linear:
+def linear(block: nn.Module, path: str) -> Projection:
     """A projection of a block.
 
     Raises:
         SnpError: something else is at that path.
     """
     module = block.get_submodule(path)
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, Projection):
         raise SnpError(f"{path}: expected a plain linear layer, got {type(module).__name__}.")
     return module
+
+
+def weight_of(projection: Projection) -> Tensor:
+    """Its weight as (out, in), whichever way round it is stored."""
+    weight = projection.weight.detach()
+    return weight.T if isinstance(projection, Conv1D) else weight
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -138,26 +273,109 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(next(model.get_input_embeddings().parameters()).shape[0])
 
 
-def find_sites(blocks: nn.ModuleList, family: Family) -> list[Site]:
+def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_group") -> list[Site]:
     """Attention and FFN site of every block, in the order in which they are pruned.
 
     Everything is read off the modules, so a model that was pruned before is an input like any other.
+
+    Args:
+        blocks: decoder blocks.
+        family: theirs.
+        head_unit: "kv_group": a key-value head and all its query heads. "query": query heads, evenly from every group.
+            A block with one key-value head can only lose query heads; without groups (MHA) both are the same.
+
+    Raises:
+        SnpError: head counts that do not fit the projections.
     """
     sites = []
     for index, block in enumerate(blocks):
-        heads = int(getattr(block.get_submodule(family.attention), family.head_count))
-        sites += [
-            _site(block, index, "attention", (family.query, family.key, family.value), family.attention_out, heads),
-            _site(block, index, "ffn", family.ffn_in, family.ffn_out, None),
-        ]
+        sites += [_attention_site(index, block, family, head_unit), _ffn_site(index, block, family)]
     return sites
 
 
-def _site(
-    block: nn.Module, index: int, kind: str, in_projections: tuple[str, ...], out_projection: str, units: int | None
-) -> Site:
-    out = linear(block, out_projection)
-    units = units or out.in_features
-    size = out.in_features // units
-    cost = size * (out.out_features + sum(linear(block, path).in_features for path in in_projections))
-    return Site(index, kind, in_projections, out_projection, units, size, cost)
+def read_heads(block: nn.Module, family: Family) -> Heads:
+    """Head counts of a block, from the shapes of its projections.
+
+    Raises:
+        SnpError: the shapes are no whole number of heads, or query heads do not split evenly into KV groups.
+    """
+    size = int(getattr(block.get_submodule(family.attention), family.head_dim))
+    columns = weight_of(linear(block, family.attention_out)).shape[1]
+    rows = sum(weight_of(linear(block, path)).shape[0] for path in family.qkv)
+    query, key_value = columns // size, (rows - columns) // (2 * size)
+    if query * size != columns or key_value * 2 * size != rows - columns or key_value < 1 or query % key_value:
+        raise SnpError(
+            f"{family.attention}: expected query heads that split evenly into KV groups, got {columns:,} query and "
+            f"{(rows - columns) / 2:,.0f} key channels in heads of {size}. The config does not fit the weights."
+        )
+    return Heads(query, key_value, size)
+
+
+def row_units(block: nn.Module, family: Family, site: Site) -> tuple[Tensor, ...]:
+    """For every in-projection of a site, the unit that each of its rows belongs to.
+
+    Returns:
+        One (rows,) int64 each; -1 marks a row that stays whatever goes (keys and values where units are query heads).
+    """
+    units = torch.arange(site.units)
+    if site.heads is None:  # a fused in-projection has every unit's row twice, in gate and in up
+        rows = (weight_of(linear(block, path)).shape[0] for path in site.in_projections)
+        return tuple(units.repeat(count // site.units) for count in rows)
+    heads = site.heads
+    query = units if site.groups else units.repeat_interleave(heads.query // heads.key_value)
+    key = torch.full((heads.key_value,), -1) if site.groups else units
+    if family.qkv_layout == "separate":
+        parts: tuple[Tensor, ...] = (query, key, key)
+    elif family.qkv_layout == "fused":
+        parts = (torch.cat([query, key, key]),)
+    else:
+        parts = (query.repeat_interleave(3),)
+    return tuple(part.repeat_interleave(heads.size) for part in parts)
+
+
+def _attention_site(index: int, block: nn.Module, family: Family, head_unit: HeadUnit) -> Site:
+    try:
+        heads = read_heads(block, family)
+    except SnpError as error:
+        raise SnpError(f"block {index} {error}") from error
+    group = heads.query // heads.key_value
+    by_query = group > 1 and (head_unit == "query" or heads.key_value == 1)
+    units = heads.query if by_query else heads.key_value
+    size = heads.size if by_query else heads.size * group
+    hidden_in = weight_of(linear(block, family.qkv[0])).shape[1]
+    hidden_out = weight_of(linear(block, family.attention_out)).shape[0]
+    rows = size if by_query else size + 2 * heads.size
+    attention = block.get_submodule(family.attention)
+    joint = any(getattr(attention, path.rpartition(".")[2], None) is not None for path in family.joint_norms)
+    return Site(
+        block=index,
+        kind="attention",
+        in_projections=family.qkv,
+        out_projection=family.attention_out,
+        units=units,
+        unit_size=size,
+        cost=rows * hidden_in + size * hidden_out,
+        parameters=_parameters(block, family.qkv, family.attention_out),
+        groups=heads.key_value if by_query else 0,
+        heads=heads,
+        prunable=not joint,
+    )
+
+
+def _ffn_site(index: int, block: nn.Module, family: Family) -> Site:
+    width = weight_of(linear(block, family.ffn_out)).shape[1]
+    parameters = _parameters(block, family.ffn_in, family.ffn_out)
+    return Site(
+        block=index,
+        kind="ffn",
+        in_projections=family.ffn_in,
+        out_projection=family.ffn_out,
+        units=width,
+        unit_size=1,
+        cost=parameters // width,
+        parameters=parameters,
+    )
+
+
+def _parameters(block: nn.Module, in_projections: tuple[str, ...], out_projection: str) -> int:
+    return sum(math.prod(linear(block, path).weight.shape) for path in (*in_projections, out_projection))

@@ -1,21 +1,56 @@
 """How widths are written down: which config can hold them, and the model built from that config. Knows no files."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from snp_llm.models.families import Family, find_sites
+from snp_llm.models.families import Family, Heads, Site, find_blocks, find_family, find_sites, linear, read_heads
+from snp_llm.models.modeling_snp_gemma import SnpGemmaConfig, SnpGemmaForCausalLM
+from snp_llm.models.modeling_snp_gemma2 import SnpGemma2Config, SnpGemma2ForCausalLM
+from snp_llm.models.modeling_snp_gemma3_text import SnpGemma3ForCausalLM, SnpGemma3TextConfig
+from snp_llm.models.modeling_snp_gpt2 import SnpGPT2Config, SnpGPT2LMHeadModel
+from snp_llm.models.modeling_snp_gpt_neox import SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM
+from snp_llm.models.modeling_snp_granite import SnpGraniteConfig, SnpGraniteForCausalLM
+from snp_llm.models.modeling_snp_llama import SnpLlamaConfig, SnpLlamaForCausalLM
+from snp_llm.models.modeling_snp_mistral import SnpMistralConfig, SnpMistralForCausalLM
+from snp_llm.models.modeling_snp_olmo2 import SnpOlmo2Config, SnpOlmo2ForCausalLM
 from snp_llm.models.modeling_snp_opt import SnpOPTConfig, SnpOPTForCausalLM
+from snp_llm.models.modeling_snp_phi3 import SnpPhi3Config, SnpPhi3ForCausalLM
+from snp_llm.models.modeling_snp_qwen2 import SnpQwen2Config, SnpQwen2ForCausalLM
+from snp_llm.models.modeling_snp_qwen3 import SnpQwen3Config, SnpQwen3ForCausalLM
+from snp_llm.models.modeling_snp_smollm3 import SnpSmolLM3Config, SnpSmolLM3ForCausalLM
+from snp_llm.models.modeling_snp_stablelm import SnpStableLmConfig, SnpStableLmForCausalLM
+from snp_llm.models.surgery import pad_site
 
 PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "snp_opt": (SnpOPTConfig, SnpOPTForCausalLM),
+    "snp_llama": (SnpLlamaConfig, SnpLlamaForCausalLM),
+    "snp_mistral": (SnpMistralConfig, SnpMistralForCausalLM),
+    "snp_qwen2": (SnpQwen2Config, SnpQwen2ForCausalLM),
+    "snp_qwen3": (SnpQwen3Config, SnpQwen3ForCausalLM),
+    "snp_gemma": (SnpGemmaConfig, SnpGemmaForCausalLM),
+    "snp_gemma2": (SnpGemma2Config, SnpGemma2ForCausalLM),
+    "snp_gemma3_text": (SnpGemma3TextConfig, SnpGemma3ForCausalLM),
+    "snp_phi3": (SnpPhi3Config, SnpPhi3ForCausalLM),
+    "snp_gpt2": (SnpGPT2Config, SnpGPT2LMHeadModel),
+    "snp_gpt_neox": (SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM),
+    "snp_smollm3": (SnpSmolLM3Config, SnpSmolLM3ForCausalLM),
+    "snp_olmo2": (SnpOlmo2Config, SnpOlmo2ForCausalLM),
+    "snp_granite": (SnpGraniteConfig, SnpGraniteForCausalLM),
+    "snp_stablelm": (SnpStableLmConfig, SnpStableLmForCausalLM),
 }
 for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
+
+KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
+FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
+# Of a pruned or loaded model alone; they say nothing about the shapes.
+PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
 
 
 def needs_code(config: PretrainedConfig) -> bool:
@@ -30,7 +65,9 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     Tensors are shared with the arguments, not copied.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(dense, family, pruned_blocks))
+        model = AutoModelForCausalLM.from_config(
+            config_for(dense, family, pruned_blocks), attn_implementation=dense.config._attn_implementation
+        )
     prefix = family.blocks + "."
     state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if not k.startswith(prefix)}
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
@@ -46,21 +83,149 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     return model.eval().requires_grad_(False)
 
 
-def _config(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PretrainedConfig:
-    """The config that describes the pruned blocks; the family's plain one wherever that can hold their widths."""
-    keys = {"attention": family.heads_key, "ffn": family.ffn_key}
-    widths: list[dict[str, int]] = [{} for _ in pruned_blocks]
-    for site in find_sites(pruned_blocks, family):
-        widths[site.block][keys[site.kind]] = site.units
-    values: dict[str, Any] = dense.config.to_dict()
-    for key in ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    heads, ffn = ({w[key] for w in widths} for key in keys.values())
-    if heads == {values[family.heads_key]} and len(ffn) == 1:
-        return AutoConfig.for_model(family.model_types[0], **{**values, family.ffn_key: ffn.pop()})
+def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PretrainedConfig:
+    """The config that describes the pruned blocks; a plain one wherever that can hold their widths."""
+    heads = [read_heads(block, family) for block in pruned_blocks]
+    ffn = [site.units for site in find_sites(pruned_blocks, family) if site.kind == "ffn"]
+    if len(set(heads)) == len(set(ffn)) == 1 and (plain := plain_config(dense, family, heads[0], ffn[0])) is not None:
+        return plain
+    values = _plain_values(dense)
+    if family.head_dim_key:
+        values[family.head_dim_key] = heads[0].size
+    if values.get(family.ffn_key) is None:  # GPT-2 leaves its usual FFN width out
+        values[family.ffn_key] = find_sites(find_blocks(dense, family), family)[1].units
     overrides = {
         str(i): changed
-        for i, w in enumerate(widths)
-        if (changed := {key: value for key, value in w.items() if value != values[key]})
+        for i, (h, f) in enumerate(zip(heads, ffn, strict=True))
+        if (changed := {k: v for k, v in _keys(family, h, f).items() if v != values[k]})
     }
     return PRUNED_CLASSES[family.pruned_type][0](**{**values, "pruned_layers": overrides})
+
+
+def plain_config(dense: PreTrainedModel, family: Family, heads: Heads, ffn: int) -> PretrainedConfig | None:
+    """The stock config for the same widths in every block, or None where there is none."""
+    model_type = plain_type(dense, family, heads)
+    if model_type is None:
+        return None
+    values = _plain_values(dense)
+    if family.head_dim_key and _loses_heads(dense, family, heads):
+        values[family.head_dim_key] = heads.size
+    values.update(_keys(family, heads, ffn))
+    if model_type != family.model_type:
+        known = AutoConfig.for_model(model_type).to_dict()
+        values = {key: value for key, value in values.items() if key in known}
+        values["sliding_window"] = None
+    return AutoConfig.for_model(model_type, **values)
+
+
+def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | None:
+    """The model_type of the stock config that can say these heads, or None.
+
+    A config that ties the head dimension to the number of heads cannot lose heads. One that wants head counts to divide
+    the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
+    unless there are biases, for which that has no place.
+    """
+    if _loses_heads(dense, family, heads) and family.head_dim_key is None:
+        return None
+    if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
+        return family.model_type
+    return None if _has_biases(find_blocks(dense, family), family) else family.substitute
+
+
+def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
+    """The widths of an attention site that a plain config can hold in every block, ascending, without "all units"."""
+    step = site.groups or 1
+    return tuple(
+        width
+        for width in range(step, site.units, step)
+        if plain_type(dense, family, site.heads_after(width)) is not None
+    )
+
+
+def pad_blocks(
+    dense_blocks: nn.ModuleList, pruned_blocks: nn.ModuleList, family: Family, kept: Sequence[tuple[Site, Tensor]]
+) -> None:
+    """Puts pruned blocks back into their dense shapes, in place, with zeros where units are gone.
+
+    Args:
+        dense_blocks: as they were.
+        pruned_blocks: as they are.
+        family: theirs.
+        kept: every site of the dense blocks and its kept units.
+    """
+    for site, units in kept:
+        if len(units) < site.units:
+            pad_site(pruned_blocks[site.block], dense_blocks[site.block], family, site, units)
+
+
+def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, round_to: int) -> str:
+    """What will be written, what loads it and why, known before any calibration.
+
+    Args:
+        dense: the model to be pruned.
+        sites: its sites.
+        layout: "uniform", "compact" or "padded".
+        round_to: what FFN widths are multiples of.
+    """
+    family = find_family(dense.config)
+    stuck = (
+        "" if sites[0].prunable else " Heads stay: a norm over all of them at once would change for those that stay."
+    )
+    if layout == "padded":
+        return (
+            f"layout padded: zeros in the dense shape, loads wherever the dense {family.name} model does "
+            f"({', '.join(family.engines)}) and saves nothing.{stuck}"
+        )
+    rounding = f"FFN widths are multiples of {round_to}."
+    if layout == "uniform" and round_to < KERNEL_MULTIPLE and sites[1].units < KERNEL_MULTIPLE * FEWEST_STEPS:
+        rounding = (
+            f"FFN widths are multiples of {round_to}; {KERNEL_MULTIPLE} would be too coarse for {sites[1].units}."
+        )
+    if layout == "compact":
+        return (
+            f"layout compact: widths of its own in every block, which no plain {family.name} config can hold; the "
+            "folder carries a modelling file and loads in transformers with trust_remote_code=True, not in vLLM or "
+            "llama.cpp (--layout uniform for those). Should all widths come out equal, a plain config is written where "
+            f"it can hold them. {rounding}{stuck}"
+        )
+    widths = uniform_widths(dense, family, sites[0]) if sites[0].prunable else ()
+    engines = family.head_engines if widths else family.engines
+    text = (
+        f"layout uniform: the same widths in every block, a plain config without code, loads in {', '.join(engines)}."
+    )
+    if widths and (others := ", ".join(e for e in family.engines if e not in engines)):
+        text += f" With --head-sparsity 0 also in {others}: they derive the head size from the number of heads."
+    if stuck:
+        text += stuck
+    elif not widths:
+        text += (
+            f" Heads stay, since a plain {family.name} config ties their size to their number: the FFN takes the whole "
+            "budget."
+        )
+    elif family.substitute and any(dense.config.hidden_size % sites[0].heads_after(w).query for w in widths):
+        text += (
+            f" Head counts that do not divide the hidden size {dense.config.hidden_size:,} are refused by "
+            f"{family.name}'s config; the same weights are then saved as a {family.substitute.capitalize()} model with "
+            "an explicit head_dim."
+        )
+    return f"{text} {rounding}"
+
+
+def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:
+    values = dense.config.to_dict()
+    return {key: value for key, value in values.items() if key not in PRIVATE_KEYS}
+
+
+def _keys(family: Family, heads: Heads, ffn: int) -> dict[str, int]:
+    keys = {family.heads_key: heads.query, family.ffn_key: ffn}
+    return {**keys, family.kv_heads_key: heads.key_value} if family.kv_heads_key else keys
+
+
+def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
+    counts = _keys(family, heads, 0)
+    return any(getattr(dense.config, key) != count for key, count in counts.items() if key != family.ffn_key)
+
+
+def _has_biases(blocks: nn.ModuleList, family: Family) -> bool:
+    paths = (*family.qkv, family.attention_out, *family.ffn_in, family.ffn_out)
+    return any(linear(blocks[0], path).bias is not None for path in paths)

@@ -9,6 +9,8 @@ block index to the config keys that differ there. All other keys keep their dens
 dimension stays `hidden_size / num_attention_heads`.
 """
 
+# mypy: ignore-errors
+
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from snp_llm.cli import evaluate_main, main, prune_main
-from tests.conftest import save_model, small_opt
+from tests.conftest import save_model, small_model, small_opt
 
 QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples", "4", "--seq-len", "32"]
 
@@ -105,10 +105,34 @@ def test_dry_run_prints_widths_and_writes_nothing(opt_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layout", ["uniform", "padded"])
+def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, tmp_path, capsys):
+    save_model(small_model("llama", torch.float32, num_key_value_heads=6), tokenizer, tmp_path / "llama")
+    options = ["--layout", layout, "--head-sparsity", "0.16", "--ffn-sparsity", "0.25", "--no-eval"]
+    assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *options, *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"layout {layout}: ") and ("Mistral" in printed) == (layout == "uniform")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == {"uniform": "mistral", "padded": "llama"}[layout]
+    report = json.loads((tmp_path / "out/prune_report.json").read_text())
+    assert report["recipe"]["layout"] == layout and report["recipe"]["round_to"] == 8
+    assert report["sparsity"]["achieved"] == pytest.approx(0.22, abs=0.03)
+    smaller = report["pruned"]["size"]["parameters"] < report["dense"]["size"]["parameters"]
+    assert smaller == (layout != "padded")
+
+
+def test_dry_run_counts_query_heads(tokenizer, tmp_path, capsys):
+    save_model(small_model("llama", torch.float32), tokenizer, tmp_path / "llama")
+    options = ["--dry-run", "--head-sparsity", "0.33", "--allocation", "uniform", *QUICK]
+    assert prune_main([str(tmp_path / "llama"), *options]) == 0
+    assert "4 of 6" in capsys.readouterr().out
+
+
 def test_overwrite(opt_folder, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [str(opt_folder), "--output", str(out), "--no-eval", *QUICK]
     assert prune_main(arguments) == 0
+    capsys.readouterr()
     refuse(capsys, arguments, "exists. Choose another --output, or replace it with --overwrite")
     (out / "stale").write_text("")
     assert prune_main([*arguments, "--overwrite"]) == 0

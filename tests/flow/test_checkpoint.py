@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 
 from snp_llm import checkpoint, prune
 from snp_llm.cli import evaluate_main, prune_main
 from snp_llm.errors import SnpError
-from tests.conftest import OPT_VARIANTS, save_model, small_opt, small_recipe
+from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
 
 
 @pytest.mark.slow
@@ -105,8 +105,81 @@ def test_quantised_checkpoints_are_refused(opt_folder):
     config = json.loads((opt_folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (opt_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SnpError, match="quantised; expected float weights"):
+    with pytest.raises(SnpError, match=r"quantised; expected float weights.*dequantise it: .*\.dequantize\(\)"):
         checkpoint.load(str(opt_folder), "auto")
+
+
+def test_lora_adapters_are_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/model"}')
+    with pytest.raises(
+        SnpError, match=r"is a LoRA adapter; expected a whole model. Merge it first: .*merge_and_unload"
+    ):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+def test_configs_that_differ_from_layer_to_layer_natively_are_refused(opt_folder):
+    config = json.loads((opt_folder / "config.json").read_text())
+    config["per_layer_config"] = {"1": {"ffn_dim": 48}}
+    (opt_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        SnpError, match="differs from layer to layer .per_layer_config., which the modelling code of opt"
+    ):
+        checkpoint.load(str(opt_folder), "auto")
+
+
+def test_decoders_with_cross_attention_are_refused(tmp_path):
+    GPT2Config(add_cross_attention=True).save_pretrained(tmp_path)
+    with pytest.raises(SnpError, match="gpt2 is an encoder-decoder; expected a decoder-only model"):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+def test_a_pruned_folder_is_an_input_like_any_other(tokenizer, tmp_path):
+    recipe = small_recipe(sparsity=0.3, round_to=4, num_samples=2)
+    once = prune(small_model("qwen3", torch.float32), tokenizer, recipe).model
+    checkpoint.save(once, tokenizer, tmp_path)
+    again, _ = checkpoint.load(str(tmp_path), "auto")
+    tokens = torch.randint(3, 2048, (1, 12))
+    assert torch.equal(again(tokens).logits, once(tokens).logits) and again.config.model_type == "snp_qwen3"
+    twice = prune(again, tokenizer, small_recipe(sparsity=0.1, round_to=4, num_samples=2, layout="uniform")).model
+    assert twice.config.model_type == "qwen3" and not hasattr(twice.config, "pruned_layers")
+
+
+@pytest.mark.slow
+def test_every_family_and_layout_reloads_where_the_package_does_not_exist(tokenizer, tmp_path):
+    """One process loads all folders, so that transformers is imported once."""
+    tokens = torch.randint(3, 2048, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected, stock = {}, []
+    for model_type in FAMILY_CONFIGS:
+        dense = small_model(model_type, torch.float32)
+        for layout in ("compact", "uniform", "padded"):
+            pruned = prune(
+                dense, tokenizer, small_recipe(sparsity=0.25, round_to=4, layout=layout, num_samples=4)
+            ).model
+            folder = tmp_path / f"{model_type}-{layout}"
+            checkpoint.save(pruned, tokenizer, folder)
+            expected[folder.name] = pruned(tokens).logits
+            stock += [folder.name] if not list(folder.glob("*.py")) else []
+    assert {name for name in expected if not name.endswith("-compact")} <= set(stock) and len(stock) < len(expected)
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    code = (
+        "import sys; sys.modules['snp_llm'] = None\n"  # any import of it would fail
+        "import torch\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "tokens, logits = load_file('tokens.safetensors')['tokens'], {}\n"
+        f"for name in {sorted(expected)}:\n"
+        f"    trust = name not in {stock}\n"
+        "    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust, dtype='auto').eval()\n"
+        "    logits[name] = model(tokens).logits.detach().contiguous()\n"
+        "    model.generate(tokens[:, :4], max_new_tokens=3, pad_token_id=1)\n"
+        "save_file(logits, 'logits.safetensors')\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reloaded = load_file(tmp_path / "logits.safetensors")
+    assert all(torch.equal(reloaded[name], logits) for name, logits in expected.items())
 
 
 def test_shapes_that_disagree_with_the_config(opt_folder):

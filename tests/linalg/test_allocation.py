@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import SiteBudget, uniform, variance
+from snp_llm.linalg.allocation import SiteBudget, pooled_widths, uniform, variance
 
 
 def energy(*shares):
@@ -87,3 +89,39 @@ def test_variance_needs_curves():
 def test_keeping_everything_keeps_everything(rule):
     sites = [heads(energy=energy(*[1.0] * 8)), ffn(units=60, energy=energy(*[1.0] * 60))]
     assert rule(sites, 1.0) == [8, 60]
+
+
+@pytest.mark.parametrize("rule", [uniform, variance])
+def test_pooled_sites_of_a_kind_get_one_width_and_hit_the_total(rule):
+    generator = torch.Generator().manual_seed(0)
+    curves = [energy(*torch.rand(64, generator=generator).tolist()) for _ in range(3)]
+    heads_curve = energy(*torch.rand(8, generator=generator).tolist())
+    sites = [site for curve in curves for site in (heads(energy=heads_curve), ffn(energy=curve))]
+    widths = pooled_widths(rule, sites, 0.7)
+    assert len(set(widths[::2])) == len(set(widths[1::2])) == 1
+    assert kept_fraction(sites, widths) == pytest.approx(0.7, abs=0.5 * 8 * 10 / (64 * 10 + 8 * 40))
+
+
+def test_pooled_variance_reads_the_mean_curve():
+    """One block needs its heads and one does not; together they lie between."""
+    spread, peaked = energy(*[1] * 8), energy(1, *[0] * 7)
+    flat = energy(*[1] * 64)
+    pooled = pooled_widths(
+        variance, [heads(energy=spread), ffn(energy=flat), heads(energy=peaked), ffn(energy=flat)], 0.5
+    )
+    alone = pooled_widths(variance, [heads(energy=peaked), ffn(energy=flat)], 0.5)
+    assert alone[0] <= pooled[0] == pooled[2]
+
+
+def test_pools_of_unequal_sites_keep_no_more_than_the_smallest_has():
+    sites = [ffn(units=64, energy=energy(*[1] * 64)), ffn(units=32, energy=energy(*[1] * 32))]
+    for rule in (uniform, variance):
+        assert pooled_widths(rule, sites, 1.0) == [32, 32]
+        assert pooled_widths(rule, sites, 0.5) == [24, 24]
+
+
+def test_only_permitted_widths_are_given():
+    sites = [replace(heads(energy=energy(*[1] * 8)), permitted=(2, 6), minimum=2), ffn(energy=energy(*[1] * 64))]
+    assert sites[0].widths() == [2, 6, 8]
+    for rule in (uniform, variance):
+        assert rule(sites, 0.6)[0] in (2, 6, 8)

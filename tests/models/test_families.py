@@ -1,10 +1,22 @@
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, OPTConfig, T5Config
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    DeepseekV3Config,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from snp_llm.errors import SnpError
 from snp_llm.models.families import find_blocks, find_family, find_sites
-from tests.conftest import small_opt
+from tests.conftest import small_model, small_opt
 
 
 def test_sites_of_an_opt_model():
@@ -18,7 +30,7 @@ def test_sites_of_an_opt_model():
     assert sum(s.units * s.cost for s in sites) == linear
 
 
-@pytest.mark.parametrize("config", [BertConfig(), T5Config(), GPT2Config()])
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), BloomConfig()])
 def test_other_architectures_are_refused_with_the_list(config):
     with pytest.raises(SnpError, match=f"model_type '{config.model_type}' is not supported; expected .*: opt"):
         find_family(config)
@@ -32,3 +44,24 @@ def test_a_model_without_the_layout_is_refused():
     del model.model.decoder.layers[0].fc1
     with pytest.raises(SnpError, match="OPTForCausalLM does not have the layout of OPT"):
         find_blocks(model, find_family(OPTConfig()))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MixtralConfig(), Qwen2MoeConfig(), Qwen3MoeConfig(), OlmoeConfig(), GraniteMoeConfig(), DeepseekV3Config()],
+)
+def test_mixtures_of_experts_are_refused_by_name(config):
+    with pytest.raises(SnpError, match=f"'{config.model_type}' is a mixture of experts"):
+        find_family(config)
+
+
+def test_two_projections_that_are_one_tensor_are_refused():
+    model = small_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(SnpError, match="block 1 mlp.up_proj: shares its weights with block 0 mlp.up_proj"):
+        find_blocks(model, find_family(model.config))
+
+
+def test_names_do_not_matter():
+    config = LlamaConfig(name_or_path="somebody/finetune-of-a-renamed-model")
+    assert find_family(config).name == "Llama"

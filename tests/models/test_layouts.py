@@ -3,13 +3,15 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import OPTForCausalLM
+from transformers import MistralForCausalLM, OPTForCausalLM
 
-from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.models.layouts import assemble, needs_code
+from snp_llm import SnpError, prune
+from snp_llm.models.families import FAMILIES, find_blocks, find_family, find_sites
+from snp_llm.models.layouts import assemble, describe_layout, needs_code, uniform_widths
 from snp_llm.models.modeling_snp_opt import SnpOPTForCausalLM
 from snp_llm.models.surgery import prune_site
-from tests.conftest import OPT_VARIANTS, small_opt
+from snp_llm.pipeline import resolve
+from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
 
 FAMILY = FAMILIES[0]
 
@@ -64,3 +66,106 @@ def test_tensors_outside_the_blocks_are_shared():
     dense = small_opt()
     pruned = assemble(dense, FAMILY, cut_blocks(dense, [2, 40] * 3))
     assert pruned.lm_head.weight.data_ptr() == dense.lm_head.weight.data_ptr()
+
+
+# --- which config holds which widths ---------------------------------------------------------------------------------
+
+
+def sites_of(model, head_unit="kv_group"):
+    family = find_family(model.config)
+    return find_sites(find_blocks(model, family), family, head_unit)
+
+
+def test_head_counts_that_llama_refuses_are_saved_as_mistral(tokenizer):
+    """Six heads of a hidden size of 48 lose one: five do not divide it."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    dense = small_model("llama", num_key_value_heads=6, rope_parameters=rope)
+    pruned = prune(
+        dense, tokenizer, small_recipe(head_sparsity=0.16, ffn_sparsity=0.0, layout="uniform", num_samples=2)
+    )
+    config = pruned.model.config
+    assert type(pruned.model) is MistralForCausalLM
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (5, 5, 8)
+    assert config.sliding_window is None and config.rope_parameters == dense.config.rope_parameters
+    tokens = torch.randint(3, 2048, (1, 40))
+    compact = prune(dense, tokenizer, small_recipe(head_sparsity=0.16, ffn_sparsity=0.0, num_samples=2))
+    if [r.kept.tolist() for r in compact.sites] == [r.kept.tolist() for r in pruned.sites]:
+        assert torch.equal(compact.model(tokens).logits, pruned.model(tokens).logits)
+    # The same blocks, run by Llama's own code.
+    llama = copy.deepcopy(dense)
+    for mine, theirs in zip(llama.model.layers, pruned.model.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(mine.self_attn, name, getattr(theirs.self_attn, name))
+    torch.testing.assert_close(llama(tokens).logits, pruned.model(tokens).logits)
+
+
+def test_what_no_plain_config_can_hold():
+    biased = small_model("llama", num_key_value_heads=6, attention_bias=True)
+    assert uniform_widths(biased, find_family(biased.config), sites_of(biased)[0]) == (1, 2, 3, 4)
+    plain = small_model("llama", num_key_value_heads=6)
+    assert uniform_widths(plain, find_family(plain.config), sites_of(plain)[0]) == (1, 2, 3, 4, 5)
+    gemma = small_model("gemma3_text")
+    assert uniform_widths(gemma, find_family(gemma.config), sites_of(gemma)[0]) == (1, 2, 3, 4)
+    for tied in ("opt", "gpt2", "gpt_neox", "stablelm"):
+        model = small_model(tied)
+        assert uniform_widths(model, find_family(model.config), sites_of(model)[0]) == ()
+    by_query = small_model("qwen3")
+    assert uniform_widths(by_query, find_family(by_query.config), sites_of(by_query, "query")[0]) == (3,)
+
+
+def test_the_head_budget_goes_to_the_ffn_where_heads_must_stay(tokenizer):
+    pruned = prune(small_opt(), tokenizer, small_recipe(sparsity=0.3, layout="uniform", num_samples=2))
+    assert [len(r.kept) for r in pruned.sites[::2]] == [4, 4, 4]
+    assert type(pruned.model) is OPTForCausalLM
+    removed = sum((r.site.units - len(r.kept)) * r.site.cost for r in pruned.sites)
+    assert removed / sum(r.site.parameters for r in pruned.sites) == pytest.approx(0.3, abs=0.05)
+
+
+def test_blocks_that_differ_can_be_made_uniform_or_are_refused(tokenizer):
+    once = prune(small_model("llama"), tokenizer, small_recipe(sparsity=0.3, round_to=4, num_samples=2))
+    assert needs_code(once.model.config)
+    even = prune(once.model, tokenizer, small_recipe(sparsity=0.1, round_to=4, num_samples=2, layout="uniform"))
+    assert not needs_code(even.model.config)
+    fewer_heads = prune(small_opt(), tokenizer, small_recipe(head_sparsity=0.3, ffn_sparsity=0.0, num_samples=2))
+    with pytest.raises(SnpError, match="layout uniform: expected head counts that one plain OPT config can hold"):
+        prune(fewer_heads.model, tokenizer, small_recipe(sparsity=0.1, num_samples=2, layout="uniform"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "words"),
+    [
+        ("llama", "uniform", "plain config without code, loads in transformers, vLLM, llama.cpp"),
+        ("qwen2", "uniform", "loads in transformers. With --head-sparsity 0 also in vLLM, llama.cpp"),
+        ("opt", "uniform", "loads in transformers, vLLM. Heads stay, since a plain OPT config ties"),
+        ("olmo2", "uniform", "Heads stay: a norm over all of them"),
+        ("llama", "compact", "trust_remote_code=True, not in vLLM or llama.cpp"),
+        ("gpt2", "padded", "(transformers, vLLM) and saves nothing"),
+    ],
+)
+def test_the_layout_is_described(model_type, layout, words):
+    model = small_model(model_type)
+    assert words in describe_layout(model, sites_of(model), layout, 8)
+    if layout == "uniform":
+        assert "FFN widths are multiples of 8" in describe_layout(model, sites_of(model), layout, 8)
+
+
+def test_the_description_names_mistral_where_it_may_come_to_that():
+    odd = small_model("llama", num_key_value_heads=6)
+    assert "saved as a Mistral model" in describe_layout(odd, sites_of(odd), "uniform", 8)
+    assert "Mistral" not in describe_layout(small_model("llama"), sites_of(small_model("llama")), "uniform", 8)
+
+
+def test_rounding_follows_the_layout_and_the_width():
+    wide, narrow = small_model("llama", intermediate_size=1024), small_model("llama")
+    assert [resolve(small_recipe(layout=x), wide).round_to for x in ("uniform", "compact")] == [64, 8]
+    assert resolve(small_recipe(layout="uniform"), narrow).round_to == 8
+    assert resolve(small_recipe(layout="uniform", round_to=16), wide).round_to == 16
+
+
+def test_targets_that_round_badly_are_announced(tokenizer, caplog):
+    prune(small_model("llama"), tokenizer, small_recipe(head_sparsity=0.4, ffn_sparsity=0.25, num_samples=2))
+    assert any(
+        message.startswith("attention: sparsity 0.4 asked for, whole units give 0.333") for message in caplog.messages
+    )
+    assert not any(message.startswith("ffn:") for message in caplog.messages)

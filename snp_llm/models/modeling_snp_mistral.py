@@ -1,0 +1,23 @@
+"""Mistral with its own number of heads and its own FFN width in every block; see snp_blocks.py.
+
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+"""
+
+# mypy: ignore-errors
+
+from transformers import MistralConfig, MistralForCausalLM
+
+from .snp_blocks import rebuild_blocks
+
+
+class SnpMistralConfig(MistralConfig):
+    model_type = "snp_mistral"
+
+
+class SnpMistralForCausalLM(MistralForCausalLM):
+    config_class = SnpMistralConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        rebuild_blocks(self.model.layers, config)
+        self.post_init()
