@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN)/snp-llm prune tiny-opt --sparsity 0.3 --output tiny-opt-snp-30 --overwrite
 
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2  # two processes of one thread each: most tests wait for imports
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
