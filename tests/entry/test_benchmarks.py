@@ -126,24 +126,15 @@ def test_the_real_model_is_pruned_measured_and_served(tmp_path):
     texts = [SHARED / "data/wikitext-2" / name for name in ("wiki.valid.tokens", "wiki.test.raw")]
     if not all(text.is_file() for text in texts):
         pytest.skip("the texts beside the checkout are not there")
-    sizes = [
-        "--num-samples",
-        "4",
-        "--seq-len",
-        "128",
-        "--max-windows",
-        "4",
-        "--sparsities",
-        "0.2",
-        "--layouts",
-        "uniform",
-    ]
-    options = ["--calibration", str(texts[0]), "--evaluation", str(texts[1]), "--uniform-allocation-at", "0"]
-    command = [sys.executable, str(BENCHMARKS / "real_model.py"), *sizes, *options, "--output", str(tmp_path)]
+    sizes = ["--num-samples", "4", "--seq-len", "128", "--max-windows", "4", "--sparsities", "0.2"]
+    options = ["--layouts", "uniform", "--allocations", "uniform", "--uniform-allocation-at", "0"]
+    options += ["--calibration", str(texts[0]), "--evaluation", str(texts[1]), "--output", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "real_model.py"), *sizes, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr + result.stdout
-    dense, pruned = csv.DictReader((tmp_path / "real_model.csv").open())
-    assert float(pruned["achieved"]) == pytest.approx(0.2, abs=0.02) and int(pruned["parameters"]) < int(
-        dense["parameters"]
-    )
-    assert "DISAGREES" not in (table := (tmp_path / "real_model.md").read_text()) and "onnxruntime" in table
+    dense, pruned, fewer_heads = csv.DictReader((tmp_path / "real_model.csv").open())
+    assert float(pruned["achieved"]) == pytest.approx(0.2, abs=0.02)
+    assert int(pruned["parameters"]) < int(dense["parameters"]) and float(pruned["perplexity"]) < 1000
+    assert (dense["heads"], fewer_heads["heads"], fewer_heads["saved_as"]) == ("9", "6", "llama")
+    text = (tmp_path / "real_model.md").read_text()
+    assert "DISAGREES" not in text and text.count("ok: onnxruntime") == 6
