@@ -28,7 +28,7 @@ from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
 from snp_llm.recipe import EvaluationRecipe, PushRecipe, Recipe
 from snp_llm.version import __version__
-from snp_llm.widths import OnStep
+from snp_llm.visit import OnStep
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared

@@ -1,28 +1,24 @@
-"""The sequential loop: statistics, ordering, widths, reconstruction, surgery, block after block. Writes no files."""
+"""From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
-import copy
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.data import Windows, calibration_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.linalg.gram import add_moments
-from snp_llm.linalg.units import unit_channels
-from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, with_first_tensor
-from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites, linear
+from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, pad_blocks
 from snp_llm.recipe import Recipe
-from snp_llm.site import SiteResult, cut
-from snp_llm.stream import Stream, attention_statistics, capture, moments_for
-from snp_llm.widths import OnStep, plan_widths
+from snp_llm.sequential import prune_blocks
+from snp_llm.site import SiteResult
+from snp_llm.stream import capture
+from snp_llm.visit import OnStep, SiteCurves, needs_visit, visit_dense
+from snp_llm.widths import plan_widths
 
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -77,9 +73,13 @@ def prune(
     windows = read_calibration(tokenizer, recipe, model)
     device = compute_device(recipe.device)
     clock = Clock(device)
-    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
+    curves: Sequence[SiteCurves | None] = [None] * len(sites)
+    if needs_visit(recipe):
+        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, on_step)
+    widths = plan_widths(model, family, sites, curves, recipe)
+    gradients = [None if c is None else c.gradient for c in curves]
     stream = capture(model, blocks, windows.tokens, recipe, clock)
-    pruned_blocks, results = prune_blocks(blocks, family, sites, stream, widths, recipe, clock, on_step)
+    pruned_blocks, results = prune_blocks(blocks, family, sites, stream, widths, gradients, recipe, clock, on_step)
     if recipe.layout == "padded":
         pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
     pruned = assemble(model, family, pruned_blocks)
@@ -101,8 +101,11 @@ def plan(
     check_weights(model)
     announce_heads(sites, recipe)
     clock = Clock(compute_device(recipe.device))
-    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
+    curves: Sequence[SiteCurves | None] = [None] * len(sites)
+    if recipe.allocation in NEEDS_CURVES:
+        windows = read_calibration(tokenizer, recipe, model)
+        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, on_step)
+    widths = plan_widths(model, family, sites, curves, recipe)
     return list(zip(sites, widths, strict=True))
 
 
@@ -162,60 +165,3 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
     if (largest := int(windows.tokens.max())) >= rows:
         raise SnpError(f"tokenizer: gives token id {largest:,}, the model has {rows:,}. They do not belong together.")
     return windows
-
-
-def prune_blocks(
-    blocks: nn.ModuleList,
-    family: Family,
-    sites: Sequence[Site],
-    stream: Stream,
-    widths: Sequence[int],
-    recipe: Recipe,
-    clock: Clock,
-    on_step: OnStep,
-) -> tuple[nn.ModuleList, list[SiteResult]]:
-    """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
-
-    A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
-    that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
-    """
-    hidden = list(stream.hidden)
-    pruned_blocks, results = [], []
-    for index, dense_block in enumerate(blocks):
-        calls = [batch[index] for batch in stream.calls]
-        attention_site, ffn_site = (s for s in sites if s.block == index)
-        attention_width, ffn_width = widths[2 * index : 2 * index + 2]
-        block = copy.deepcopy(dense_block)
-        with on_device(block, clock.device):
-            attention = block.get_submodule(family.attention)
-            start = time.perf_counter()
-            with clock.phase("calibration"):
-                moments, contexts, attended = attention_statistics(block, family, hidden, calls)
-            result = cut(block, family, attention_site, moments, attention_width, recipe, clock, start)
-            results.append(result)
-            on_step(str(result))
-
-            start = time.perf_counter()
-            channels = unit_channels(result.kept, attention_site.unit_size).to(clock.device)
-            attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
-            moments = moments_for(ffn_out, clock.device)
-            with clock.phase("calibration"), torch.no_grad():
-                for b, batch in enumerate(hidden):
-                    kept_context = contexts[b].to(clock.device)[..., channels]
-                    attended[b] = with_first_tensor(attended[b], attention_out(kept_context).to(batch.device))
-                    contexts[b] = batch.new_empty(0)  # not needed again
-                    with fixed_output(attention, move(attended[b], clock.device)):
-                        inputs = input_of(ffn_out, block, batch, calls[b])
-                    moments = add_moments(moments, inputs)
-            result = cut(block, family, ffn_site, moments, ffn_width, recipe, clock, start)
-            results.append(result)
-            on_step(str(result))
-
-            with clock.phase("calibration"):
-                for b, batch in enumerate(hidden):
-                    with fixed_output(attention, move(attended[b], clock.device)):
-                        hidden[b] = run_block(block, batch, calls[b]).to(batch.device)
-                    if not torch.isfinite(hidden[b]).all():
-                        raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
-        pruned_blocks.append(block)
-    return nn.ModuleList(pruned_blocks), results

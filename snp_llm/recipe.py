@@ -32,8 +32,17 @@ class Recipe:
     """The same for attention sites alone, a budget of their own."""
     ordering: Literal["zca", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
     """Which units go first: the score that ranks them. zca is the paper's."""
-    allocation: Literal["uniform", "variance"] = "variance"
-    """How many units each site keeps. variance: one threshold on the share of latent energy for all sites."""
+    metric: Literal["error", "loss"] = "loss"
+    """In which obs and greedy measure what a removal costs. error: the out-projection's squared error. loss: that error
+    weighted by the loss gradient's second moments."""
+    allocation: Literal["uniform", "variance", "loss"] = "loss"
+    """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
+    latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
+    target: Literal["self", "dense", "residual"] = "residual"
+    """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
+    dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""
+    target_weight: float | None = None
+    """Share of the way from self to that target, in [0, 1]. Default: at each site what held-out windows like best."""
     head_unit: HeadUnit = "kv_group"
     """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
     every group; the only choice where there is one key-value head."""
@@ -89,6 +98,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise SnpError(f"--{name.replace('_', '-')}: expected a fraction in [0, 1), got {value:g}.")
+        if self.target_weight is not None and not 0 <= self.target_weight <= 1:
+            raise SnpError(f"--target-weight: expected a share in [0, 1], got {self.target_weight:g}.")
         if not 0 <= self.dampening < float("inf"):
             raise SnpError(f"--dampening: expected a finite number >= 0, got {self.dampening:g}.")
         for name in ("round_to", "num_samples", "batch_size", "seq_len"):
@@ -118,6 +129,11 @@ class Recipe:
         if self.ffn_sparsity is None and self.head_sparsity is None:
             return [(("attention", "ffn"), self.sparsity)]
         return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether anything is weighed by the loss gradient."""
+        return self.allocation == "loss" or (self.metric == "loss" and self.ordering in ("obs", "greedy"))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

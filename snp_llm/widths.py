@@ -1,58 +1,37 @@
 """How many units every site keeps: the allocation's curves, the layout's limits, the budget. Cuts nothing."""
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.data import Windows
-from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import ALLOCATIONS, NEEDS_CURVES, SiteBudget, pooled_widths
-from snp_llm.linalg.gram import Moments, add_moments
-from snp_llm.linalg.ldl import energy_curve
-from snp_llm.models.blocks import on_device, run_block, watch_inputs
-from snp_llm.models.families import Family, Site, find_blocks, linear
+from snp_llm.linalg.allocation import ALLOCATIONS, SiteBudget, linear_costs, pooled_widths
+from snp_llm.models.families import Family, Site
 from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.recipe import Recipe
-from snp_llm.site import factor_site
-from snp_llm.stream import Stream, capture, moments_for
+from snp_llm.visit import SiteCurves
 
-TOKENS_A_CHANNEL = 16  # of the widest site, from which energy curves are read
 FARTHEST_FROM_TARGET = 0.01  # that an achieved sparsity may be without a word about it
 
 log = logging.getLogger(__name__)
-OnStep = Callable[[str], None]
 
 
 def plan_widths(
-    model: PreTrainedModel,
-    family: Family,
-    sites: Sequence[Site],
-    windows: Windows | None,
-    recipe: Recipe,
-    clock: Clock,
-    on_step: OnStep,
+    model: PreTrainedModel, family: Family, sites: Sequence[Site], curves: Sequence[SiteCurves | None], recipe: Recipe
 ) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
-    An allocation that compares sites needs the curves of all of them before the first cut: the dense model is then
-    visited once, block by block, and only the curves are kept, never all Gram matrices. A curve is a few shares of
-    energy, which need fewer tokens than the matrix that repairs a site: the first windows of the draw are enough.
+    Args:
+        model: dense model.
+        family: its family.
+        sites: of all its blocks.
+        curves: what the visit to the dense model gave for each; None where the allocation needs none.
+        recipe: all settings, resolved.
 
     Raises:
         SnpError: the target cannot be met with the units that may go.
     """
-    curves: list[Tensor | None] = [None] * len(sites)
-    if recipe.allocation in NEEDS_CURVES and any(recipe.sparsity_of(s.kind) for s in sites):
-        assert windows is not None
-        blocks = find_blocks(model, family)
-        widest = max(s.units * s.unit_size for s in sites)
-        enough = -(-TOKENS_A_CHANNEL * widest // windows.tokens.shape[1])
-        stream = capture(model, blocks, windows.tokens[:enough], recipe, clock)
-        curves = [*dense_curves(blocks, family, sites, stream, recipe, clock, on_step)]
     budgets = [site_budget(model, family, s, recipe, c) for s, c in zip(sites, curves, strict=True)]
     widths = [site.units for site in sites]
     for kinds, sparsity in recipe.budgets:
@@ -117,7 +96,9 @@ def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site],
         )
 
 
-def site_budget(model: PreTrainedModel, family: Family, site: Site, recipe: Recipe, curve: Tensor | None) -> SiteBudget:
+def site_budget(
+    model: PreTrainedModel, family: Family, site: Site, recipe: Recipe, curves: SiteCurves | None
+) -> SiteBudget:
     """What the allocation may know of a site, and the widths that the layout lets it have."""
     assert recipe.round_to is not None
     multiple = recipe.round_to if site.kind == "ffn" else site.groups or 1
@@ -129,44 +110,10 @@ def site_budget(model: PreTrainedModel, family: Family, site: Site, recipe: Reci
     return SiteBudget(
         kind=site.kind,
         units=site.units,
-        cost=site.cost,
+        costs=linear_costs(site.units, site.cost),
         multiple=multiple,
         minimum=min(permitted, default=site.units) if permitted is not None else multiple,
-        energy=curve,
+        energy=None if curves is None else curves.energy,
+        loss=None if curves is None else curves.loss,
         permitted=permitted,
     )
-
-
-def dense_curves(
-    blocks: nn.ModuleList,
-    family: Family,
-    sites: Sequence[Site],
-    stream: Stream,
-    recipe: Recipe,
-    clock: Clock,
-    on_step: OnStep,
-) -> list[Tensor]:
-    """Energy curve of every site on the dense model's own activations."""
-    hidden = list(stream.hidden)
-    curves = []
-    for index, block in enumerate(blocks):
-        here = [s for s in sites if s.block == index]
-        with on_device(block, clock.device):
-            outs = [linear(block, s.out_projection) for s in here]
-            moments = [moments_for(out, clock.device) for out in outs]
-            watchers: dict[nn.Module, Callable[[Tensor], None]] = {
-                out: partial(_accumulate, moments, at) for at, out in enumerate(outs)
-            }
-            with clock.phase("calibration"), watch_inputs(watchers):
-                for b, batch in enumerate(hidden):
-                    hidden[b] = run_block(block, batch, stream.calls[b][index]).to(batch.device)
-            with clock.phase("linear algebra"):
-                for site, moment in zip(here, moments, strict=True):
-                    factored = factor_site(block, family, site, moment, recipe)
-                    curves.append(energy_curve(factored.subspace.D, site.unit_size).cpu())
-        on_step(f"block {index}: energy curves of the dense model")
-    return curves
-
-
-def _accumulate(moments: list[Moments], at: int, inputs: Tensor) -> None:
-    moments[at] = add_moments(moments[at], inputs)

@@ -142,3 +142,32 @@ def error_curve(W: Tensor, L: Tensor, D: Tensor) -> Tensor:
     """
     removed = (D * (W @ L).square().sum(0)).flip(0).cumsum(0).flip(0)
     return torch.cat([removed, removed.new_zeros(1)])
+
+
+def predicted_loss(W: Tensor, L: Tensor, D: Tensor, gradient: Tensor, tokens: int) -> Tensor:
+    """Predicted rise of the mean loss when the first k channels are kept, for every k.
+
+    `l(k) = 1/2 sum_{i>k} (D_i / tokens) U[:, i]^T F U[:, i]` with `U = W L`: the quadratic model of the loss whose
+    curvature at the site's output is F, for outputs and gradients that are independent of each other.
+
+    Args:
+        W: out-projection weight, columns ordered, (d_out, n), float64.
+        L: unit lower factor, (n, n), float64.
+        D: latent energies over all tokens, (n,), float64.
+        gradient: F, second moment of the loss gradient at the site's output, a token, (d_out, d_out), float64.
+        tokens: over which D was summed.
+
+    Returns:
+        (n + 1,), float64, in the unit of the loss, falling to 0 at k = n.
+    """
+    return error_curve(metric_root(gradient).T @ W, L, D) / (2 * tokens)
+
+
+def metric_root(gradient: Tensor) -> Tensor:
+    """A square root R of `F = R R^T`, so that `||R^T v||^2 = v^T F v`.
+
+    Args:
+        gradient: F, symmetric, positive semidefinite up to rounding, (d, d), float64.
+    """
+    values, vectors = torch.linalg.eigh(gradient)
+    return vectors * values.clamp_min(0).sqrt()

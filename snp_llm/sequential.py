@@ -1,0 +1,223 @@
+"""The sequential loop: statistics, ordering, reconstruction, surgery, block after block. Chooses no widths."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.device import Clock
+from snp_llm.errors import SnpError
+from snp_llm.linalg.gram import Drift, Moments, add_drift, add_moments, empty_drift
+from snp_llm.linalg.units import unit_channels
+from snp_llm.models.blocks import (
+    BlockCall,
+    first_tensor,
+    fixed_output,
+    input_of,
+    move,
+    on_device,
+    run_block,
+    with_first_tensor,
+)
+from snp_llm.models.families import Family, Projection, Site, linear, weight_of
+from snp_llm.recipe import Recipe
+from snp_llm.site import SiteResult, Statistics, cut
+from snp_llm.stream import Stream, attention_passes, moments_for
+from snp_llm.targets import Targets, block_targets
+from snp_llm.visit import OnStep
+
+HELD_OUT_EVERY = 8  # one window of so many is held out to choose how much of the drift is repaired
+
+
+def prune_blocks(
+    blocks: nn.ModuleList,
+    family: Family,
+    sites: Sequence[Site],
+    stream: Stream,
+    widths: Sequence[int],
+    gradients: Sequence[Tensor | None],
+    recipe: Recipe,
+    clock: Clock,
+    on_step: OnStep,
+) -> tuple[nn.ModuleList, list[SiteResult]]:
+    """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
+
+    Args:
+        blocks: dense; left as they are.
+        family: theirs.
+        sites: attention and FFN of every block.
+        stream: the calibration tokens before the first block.
+        widths: units to keep at every site.
+        gradients: F of every site, or None.
+        recipe: all settings, resolved.
+        clock: of the compute device.
+        on_step: called with a line a site.
+    """
+    hidden, dense_hidden = list(stream.hidden), list(stream.hidden)
+    pruned_blocks, results = [], []
+    for index, dense_block in enumerate(blocks):
+        calls = [batch[index] for batch in stream.calls]
+        targets = None
+        untouched = all(w == s.units for s, w in zip(sites[: 2 * index + 2], widths, strict=False))
+        if recipe.target != "self" and not untouched:
+            residual = recipe.target == "residual"
+            with on_device(dense_block, clock.device), clock.phase("calibration"):
+                targets = block_targets(
+                    dense_block, family, dense_hidden, calls, residual=residual, device=clock.device
+                )
+            dense_hidden = targets.hidden
+        block = copy.deepcopy(dense_block)
+        with on_device(block, clock.device):
+            found = prune_block(
+                block,
+                family,
+                sites[2 * index : 2 * index + 2],
+                hidden,
+                calls,
+                widths[2 * index : 2 * index + 2],
+                gradients[2 * index : 2 * index + 2],
+                targets,
+                recipe,
+                clock,
+                on_step,
+            )
+        if targets is None:
+            dense_hidden = list(hidden)
+        pruned_blocks.append(block)
+        results += found
+    return nn.ModuleList(pruned_blocks), results
+
+
+def prune_block(
+    block: nn.Module,
+    family: Family,
+    sites: Sequence[Site],
+    hidden: list[Tensor],
+    calls: Sequence[BlockCall],
+    widths: Sequence[int],
+    gradients: Sequence[Tensor | None],
+    targets: Targets | None,
+    recipe: Recipe,
+    clock: Clock,
+    on_step: OnStep,
+) -> list[SiteResult]:
+    """Cuts a block's attention, then its FFN, in place, and replaces `hidden` by what the block then puts out.
+
+    A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
+    that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
+    """
+    attention_site, ffn_site = sites
+    device, attention = clock.device, block.get_submodule(family.attention)
+    attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
+
+    start = time.perf_counter()
+    contexts, attended = [], []
+    with clock.phase("calibration"), torch.no_grad():
+        sums = empty_sums(attention_out, device, targets)
+        for b, (context, returned) in enumerate(attention_passes(block, family, hidden, calls)):
+            home = hidden[b].device
+            lacking = None
+            if targets is not None:
+                lacking = targets.lacking_attention(b, first_tensor(returned), hidden[b].to(device))
+            sums = add_batch(sums, context, lacking, held_out(hidden, b))
+            contexts.append(context.to(home))
+            attended.append(with_first_tensor(returned, first_tensor(returned).to(home)))
+    statistics = sums.statistics(gradients[0])
+    attention_result = cut(block, family, attention_site, statistics, widths[0], recipe, clock, start)
+    on_step(str(attention_result))
+
+    start = time.perf_counter()
+    channels = unit_channels(attention_result.kept, attention_site.unit_size).to(device)
+    attention_out = linear(block, family.attention_out)
+    with clock.phase("calibration"), torch.no_grad():
+        sums = empty_sums(ffn_out, device, targets)
+        for b, batch in enumerate(hidden):
+            output = attention_out(contexts[b].to(device)[..., channels])
+            contexts[b] = batch.new_empty(0)  # not needed again
+            attended[b] = with_first_tensor(attended[b], output.to(batch.device))
+            with fixed_output(attention, move(attended[b], device)):
+                inputs = input_of(ffn_out, block, batch, calls[b])
+            inputs = inputs.reshape(*batch.shape[:2], -1)  # OPT flattens windows here
+            lacking = None
+            if targets is not None:
+                lacking = targets.lacking_ffn(b, ffn_out(inputs), batch.to(device), output)
+            sums = add_batch(sums, inputs, lacking, held_out(hidden, b))
+    statistics = sums.statistics(gradients[1])
+    ffn_result = cut(block, family, ffn_site, statistics, widths[1], recipe, clock, start)
+    on_step(str(ffn_result))
+
+    with clock.phase("calibration"):
+        for b, batch in enumerate(hidden):
+            with fixed_output(attention, move(attended[b], device)):
+                hidden[b] = run_block(block, batch, calls[b]).to(batch.device)
+            if not torch.isfinite(hidden[b]).all():
+                raise SnpError(f"block {ffn_site.block}: activations hold NaN or Inf. Try --dtype float32.")
+    return [attention_result, ffn_result]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of a site over calibration tokens, apart for the windows that are held out.
+
+    Attributes:
+        moments, drift: of its inputs, and of what its output lacks, over all other windows.
+        held_moments, held_drift: over those held out. All but `moments` are None where nothing is repaired.
+    """
+
+    moments: Moments
+    drift: Drift | None = None
+    held_moments: Moments | None = None
+    held_drift: Drift | None = None
+
+    def statistics(self, gradient: Tensor | None) -> Statistics:
+        """With the held-out windows as part of the whole. Sums in place: these sums are used up."""
+        moments, held, drift, held_drift = self.moments, self.held_moments, self.drift, self.held_drift
+        if drift is None or held is None or held_drift is None:
+            return Statistics(moments, gradient=gradient)
+        total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
+        lacking = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
+        if held.tokens == 0:
+            return Statistics(total, lacking, gradient=gradient)
+        return Statistics(total, lacking, held, held_drift, gradient)
+
+
+def empty_sums(out: Projection, device: torch.device, targets: Targets | None) -> Sums:
+    """Sums of no tokens."""
+    if targets is None:
+        return Sums(moments_for(out, device))
+    (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
+    drift, held_drift = (empty_drift(d_out, n, dtype, device) for _ in range(2))
+    return Sums(moments_for(out, device), drift, moments_for(out, device), held_drift)
+
+
+def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) -> Sums:
+    """Adds a batch, in place, and returns the sums with the new counts.
+
+    Args:
+        sums: of the site.
+        inputs: of its out-projection, (batch, T, n).
+        lacking: of its output, (batch, T, d_out), or None where nothing is repaired.
+        held: which windows are held out, (batch,), bool.
+    """
+    if lacking is None or sums.drift is None or sums.held_moments is None or sums.held_drift is None:
+        return replace(sums, moments=add_moments(sums.moments, inputs))
+    held = held.to(inputs.device)
+    add_drift(sums.drift, lacking[~held], inputs[~held])
+    add_drift(sums.held_drift, lacking[held], inputs[held])
+    return replace(
+        sums,
+        moments=add_moments(sums.moments, inputs[~held]),
+        held_moments=add_moments(sums.held_moments, inputs[held]),
+    )
+
+
+def held_out(hidden: Sequence[Tensor], at: int) -> Tensor:
+    """Which windows of a batch are held out: every eighth of all, the last where there are fewer, none of one."""
+    before = sum(len(batch) for batch in hidden[:at])
+    count = sum(len(batch) for batch in hidden)
+    positions = torch.arange(before, before + len(hidden[at]))
+    every = min(HELD_OUT_EVERY, count)
+    return (positions % every == every - 1) if count > 1 else torch.zeros(len(hidden[at]), dtype=torch.bool)
