@@ -4,8 +4,9 @@
 
 The methods are in peers/, one file each with its reference. All cells of a seed share the calibration windows, and all
 cells the evaluation windows. Cells are stored in --work as they are measured, from where a run that was interrupted
-goes on; a cell is measured anew when the model, a window or a setting has changed. Writes a CSV with every cell, a
-Markdown table and a plot. Exits with 1 if a method could not prune at some sparsity.
+goes on; a cell is measured anew when the weights, a window or a setting has changed, a recipe's defaults included, but
+not when code has: take another folder then. Writes a CSV with every cell, a Markdown table and a plot. Exits with 1 if
+a method could not prune at some sparsity.
 """
 
 import argparse

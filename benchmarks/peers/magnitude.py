@@ -29,7 +29,7 @@ from .common import (
     uniform_widths,
 )
 
-DAMPENING = 0.01  # relative to each channel's energy
+DAMPENING = 0.1  # relative to each channel's energy, as by default in the package
 
 
 def unit_norms(block: nn.Module, family: Family, site: Site) -> Tensor:

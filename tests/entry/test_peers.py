@@ -4,6 +4,7 @@ import copy
 import csv
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,7 +237,7 @@ def runner(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     spec = importlib.util.spec_from_file_location("peers_runner", BENCHMARKS / "peers.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "peers_runner", module)  # dataclasses look themselves up there
+    monkeypatch.setitem(sys.modules, "peers_runner", module)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
