@@ -34,6 +34,7 @@ HELD_OUT_EVERY = 8  # one window of so many is held out to choose how much of th
 
 def prune_blocks(
     blocks: nn.ModuleList,
+    reference: nn.ModuleList,
     family: Family,
     sites: Sequence[Site],
     stream: Stream,
@@ -46,7 +47,8 @@ def prune_blocks(
     """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
 
     Args:
-        blocks: dense; left as they are.
+        blocks: to be cut; left as they are.
+        reference: dense blocks, whose outputs are what sites are repaired to give; mostly the same.
         family: theirs.
         sites: attention and FFN of every block.
         stream: the calibration tokens before the first block.
@@ -58,10 +60,11 @@ def prune_blocks(
     """
     hidden, dense_hidden = list(stream.hidden), list(stream.hidden)
     pruned_blocks, results = [], []
-    for index, dense_block in enumerate(blocks):
+    for index, (old_block, dense_block) in enumerate(zip(blocks, reference, strict=True)):
         calls = [batch[index] for batch in stream.calls]
         targets = None
-        untouched = all(w == s.units for s, w in zip(sites[: 2 * index + 2], widths, strict=False))
+        uncut = all(w == s.units for s, w in zip(sites[: 2 * index + 2], widths, strict=False))
+        untouched = uncut and old_block is dense_block  # so far the streams are the same
         if recipe.target != "self" and not untouched:
             residual = recipe.target == "residual"
             with on_device(dense_block, clock.device), clock.phase("calibration"):
@@ -69,7 +72,7 @@ def prune_blocks(
                     dense_block, family, dense_hidden, calls, residual=residual, device=clock.device
                 )
             dense_hidden = targets.hidden
-        block = copy.deepcopy(dense_block)
+        block = copy.deepcopy(old_block)
         with on_device(block, clock.device):
             found = prune_block(
                 block,

@@ -26,7 +26,7 @@ from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 
-METRIC_FLOOR = 1e-3  # of the mean eigenvalue of F, added to all: directions that no gradient was seen in still count
+METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,18 @@ class SiteResult:
     target_weight: float
     dampening: float
     seconds: float
+
+    def then(self, later: "SiteResult") -> "SiteResult":
+        """The result of both, one cut after the other: errors are those of the later."""
+        losses = (self.predicted_loss, later.predicted_loss)
+        return replace(
+            later,
+            site=self.site,
+            kept=self.kept[later.kept],
+            energy=self.energy * later.energy,
+            predicted_loss=None if None in losses else sum(x for x in losses if x is not None),
+            seconds=self.seconds + later.seconds,
+        )
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"

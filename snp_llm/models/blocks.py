@@ -61,6 +61,13 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     return first_tensor(output)
 
 
+@torch.no_grad()
+def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
+    """Embeddings, last norm and head, for whoever wants to know how long they take."""
+    with _replaced_forwards(dict.fromkeys(blocks, lambda hidden, *_args, **_kwargs: hidden)):
+        model(tokens, use_cache=False)
+
+
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Gradient of the summed negative log-likelihood of tokens 2..T with respect to what the last block puts out.
 
