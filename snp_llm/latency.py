@@ -95,7 +95,7 @@ def read_table(file: Path) -> LatencyTable:
 
 
 def measure_table(model: PreTrainedModel, family: Family, sites: Sequence[Site], recipe: Recipe) -> LatencyTable:
-    """Times a block of every shape at `STEPS` widths of either site, on prefill of one window, and the rest of the model.
+    """Times a block of every shape at `STEPS` widths of either site, prefilling one window, and the rest of the model.
 
     Args:
         model: dense model.

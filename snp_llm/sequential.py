@@ -119,7 +119,7 @@ def prune_block(
     start = time.perf_counter()
     contexts, attended = [], []
     with clock.phase("calibration"), torch.no_grad():
-        sums = empty_sums(attention_out, device, targets)
+        sums = empty_sums(attention_out, device, drifting=targets is not None, holding_out=recipe.holds_out)
         for b, (context, returned) in enumerate(attention_passes(block, family, hidden, calls)):
             home = hidden[b].device
             lacking = None
@@ -136,7 +136,7 @@ def prune_block(
     channels = unit_channels(attention_result.kept, attention_site.unit_size).to(device)
     attention_out = linear(block, family.attention_out)
     with clock.phase("calibration"), torch.no_grad():
-        sums = empty_sums(ffn_out, device, targets)
+        sums = empty_sums(ffn_out, device, drifting=targets is not None, holding_out=recipe.holds_out)
         for b, batch in enumerate(hidden):
             output = attention_out(contexts[b].to(device)[..., channels])
             contexts[b] = batch.new_empty(0)  # not needed again
@@ -166,34 +166,35 @@ class Sums:
     """Sums of a site over calibration tokens, apart for the windows that are held out.
 
     Attributes:
-        moments, drift: of its inputs, and of what its output lacks, over all other windows.
-        held_moments, held_drift: over those held out. All but `moments` are None where nothing is repaired.
+        moments, drift: of its inputs, and of what its output lacks (None without targets), over all other windows.
+        held_moments, held_drift: over those held out, or None where nothing is chosen by them.
     """
 
     moments: Moments
-    drift: Drift | None = None
-    held_moments: Moments | None = None
-    held_drift: Drift | None = None
+    drift: Drift | None
+    held_moments: Moments | None
+    held_drift: Drift | None
 
     def statistics(self, gradient: Tensor | None) -> Statistics:
         """With the held-out windows as part of the whole. Sums in place: these sums are used up."""
         moments, held, drift, held_drift = self.moments, self.held_moments, self.drift, self.held_drift
-        if drift is None or held is None or held_drift is None:
-            return Statistics(moments, gradient=gradient)
+        if held is None or held.tokens == 0:
+            return Statistics(moments, drift, gradient=gradient)
         total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
-        lacking = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
-        if held.tokens == 0:
-            return Statistics(total, lacking, gradient=gradient)
-        return Statistics(total, lacking, held, held_drift, gradient)
+        if drift is not None and held_drift is not None:
+            drift = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
+        return Statistics(total, drift, held, held_drift, gradient)
 
 
-def empty_sums(out: Projection, device: torch.device, targets: Targets | None) -> Sums:
+def empty_sums(out: Projection, device: torch.device, *, drifting: bool, holding_out: bool) -> Sums:
     """Sums of no tokens."""
-    if targets is None:
-        return Sums(moments_for(out, device))
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
-    drift, held_drift = (empty_drift(d_out, n, dtype, device) for _ in range(2))
-    return Sums(moments_for(out, device), drift, moments_for(out, device), held_drift)
+    return Sums(
+        moments=moments_for(out, device),
+        drift=empty_drift(d_out, n, dtype, device) if drifting else None,
+        held_moments=moments_for(out, device) if holding_out else None,
+        held_drift=empty_drift(d_out, n, dtype, device) if drifting and holding_out else None,
+    )
 
 
 def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) -> Sums:
@@ -202,14 +203,17 @@ def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) 
     Args:
         sums: of the site.
         inputs: of its out-projection, (batch, T, n).
-        lacking: of its output, (batch, T, d_out), or None where nothing is repaired.
+        lacking: of its output, (batch, T, d_out), or None without targets.
         held: which windows are held out, (batch,), bool.
     """
-    if lacking is None or sums.drift is None or sums.held_moments is None or sums.held_drift is None:
-        return replace(sums, moments=add_moments(sums.moments, inputs))
     held = held.to(inputs.device)
-    add_drift(sums.drift, lacking[~held], inputs[~held])
-    add_drift(sums.held_drift, lacking[held], inputs[held])
+    if sums.held_moments is None or not held.any():
+        if sums.drift is not None and lacking is not None:
+            add_drift(sums.drift, lacking, inputs)
+        return replace(sums, moments=add_moments(sums.moments, inputs))
+    if sums.drift is not None and sums.held_drift is not None and lacking is not None:
+        add_drift(sums.drift, lacking[~held], inputs[~held])
+        add_drift(sums.held_drift, lacking[held], inputs[held])
     return replace(
         sums,
         moments=add_moments(sums.moments, inputs[~held]),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import Drift, Moments, gram_matrix
+from snp_llm.linalg.held_out import Choice, TokenSums, choose_repair, cut_repair, drift_repair
 from snp_llm.linalg.ldl import (
     Subspace,
     build_subspace,
@@ -20,13 +21,16 @@ from snp_llm.linalg.ldl import (
     predicted_loss,
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
-from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error, repair, repair_weight
+from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 
 METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
+
+DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
+DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +135,10 @@ def factor_site(block: nn.Module, family: Family, site: Site, statistics: Statis
         moments = Moments(moments.second.to(device), moments.first.to(device), moments.tokens)
         centred = recipe.absorb_bias and out.bias is not None
         gram = gram_matrix(moments, centred=centred)
-        definite = make_definite(gram, recipe.dampening)
-        if definite.dampening != recipe.dampening:
-            log.warning("%s: dampening raised from %g to %g", site.name, recipe.dampening, definite.dampening)
+        wanted = DAMPENING if recipe.dampening is None else recipe.dampening
+        definite = make_definite(gram, wanted)
+        if definite.dampening != wanted:
+            log.warning("%s: dampening raised from %g to %g", site.name, wanted, definite.dampening)
         W = weight_of(out).to(device).double()
         in_weight = W.new_zeros(site.units)
         for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
@@ -171,36 +176,34 @@ def cut(
         raise SnpError(f"{site.name}: its inputs hold NaN or Inf; expected finite activations. Try --dtype float32.")
     if width == site.units and statistics.drift is None:  # nothing to do: the weights stay as they are to the bit
         everything = torch.arange(site.units)
-        return SiteResult(site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening, time.perf_counter() - start)
+        return SiteResult(
+            site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, time.perf_counter() - start
+        )
     with clock.phase("linear algebra"):
         factored = factor_site(block, family, site, statistics, recipe)
         subspace, W, size = factored.subspace, factored.W, site.unit_size
         channels = width * size
-        ordered = subspace.order[:channels]
-        kept, ascending = ordered.sort()
-        W_new = reconstruct(W[:, subspace.order], subspace.L, channels)[:, ascending]
+        kept, ascending = subspace.order[:channels].sort()
         dense_bias = linear(block, site.out_projection).bias
         bias = None if dense_bias is None else dense_bias.detach().to(W.device).double()
         curve = error_curve(W[:, subspace.order], subspace.L, subspace.D)
         loss = factored.loss_curve()
-        error = relative_error(W, W_new, kept, factored.gram)
-        alpha = 0.0
-        if statistics.drift is not None:
-            added, shift, alpha = repair_drift(factored, statistics, W_new, kept, ascending, recipe)
-            W_new = W_new + alpha * added
-            if factored.centred and bias is not None:
-                bias = bias + alpha * shift
+        try:
+            repaired = repair_site(factored, statistics, kept, ascending, recipe)
+        except SnpError as error:
+            raise SnpError(f"{site.name}: {error}") from error
+        W_new = repaired.W
         if factored.centred and bias is not None:
-            bias = absorb_mean(bias, W, W_new, kept, factored.mean)
+            bias = absorb_mean(bias, W, W_new, kept, factored.mean) + repaired.shift
         result = SiteResult(
             site=site,
             kept=factored.unit_order[:width].sort().values.cpu(),
             energy=float(energy_curve(subspace.D, size)[width]),
             predicted_error=float(curve[channels] / curve[0]) if curve[0] > 0 else 0.0,
-            error=error,
+            error=repaired.error,
             predicted_loss=None if loss is None else float(loss[channels]),
-            target_weight=alpha,
-            dampening=subspace.dampening,
+            target_weight=repaired.alpha,
+            dampening=repaired.dampening,
             seconds=0.0,
         )
     with clock.phase("surgery"):
@@ -208,56 +211,97 @@ def cut(
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def repair_drift(
-    factored: FactoredSite, statistics: Statistics, W_new: Tensor, kept: Tensor, ascending: Tensor, recipe: Recipe
-) -> tuple[Tensor, Tensor, float]:
-    """What to add to a cut out-projection so that its output comes closer to the target, and how much of it.
+@dataclass(frozen=True)
+class RepairedSite:
+    """An out-projection after cut and repair.
 
-    The share alpha is the one that serves the held-out windows best when cut and repair are computed on the others.
-
-    Returns:
-        The repair R of the weight on the kept channels, ascending, (d_out, k), that of the bias, (d_out,), and alpha.
+    Attributes:
+        W: on the kept channels, ascending, (d_out, k), float64.
+        shift: what drift adds to the bias, (d_out,), float64.
+        error: relative squared output error of the cut with its own repair alone.
+        dampening: of that repair.
+        alpha: share of the drift's repair that is in W.
     """
-    drift, held, held_drift = statistics.drift, statistics.held_moments, statistics.held_drift
-    assert drift is not None
-    W, order, centred = factored.W, factored.subspace.order[: len(kept)], factored.centred
-    cross, shift = centred_drift(drift, statistics.moments, factored.mean, centred)
-    L, D = factored.subspace.L[: len(kept), : len(kept)], factored.subspace.D[: len(kept)]
-    added = repair(cross[:, order], L, D.masked_fill(D <= 0, torch.inf))[:, ascending]
-    if recipe.target_weight is not None or held is None or held_drift is None:
-        return added, shift, recipe.target_weight or 0.0
 
-    total = statistics.moments
-    fit = Moments(total.second - held.second, total.first - held.first, total.tokens - held.tokens)
-    fit_drift = Drift(drift.cross - held_drift.cross, drift.first - held_drift.first)
-    fit_mean = fit.first.to(W.device).double() / fit.tokens
-    fit_gram = gram_matrix(fit, centred=centred).to(W.device)
-    fit_cross, fit_shift = centred_drift(fit_drift, fit, fit_mean, centred)
-    definite = make_definite(fit_gram[kept][:, kept], factored.subspace.dampening)
-    wanted = (W @ fit_gram)[:, kept] + definite.dampening * W[:, kept] * fit_gram.diagonal()[kept]
-    solved = torch.cholesky_solve(torch.cat([wanted, fit_cross[:, kept]]).T, definite.cholesky).T
-    lack, repaired = W.clone(), torch.zeros_like(W)
-    lack[:, kept] -= solved[: len(W)]
-    repaired[:, kept] = solved[len(W) :]
-
-    # The bias is the weight of one more channel, which is always 1.
-    gram, first = gram_matrix(held, centred=False).to(W.device), held.first.to(W.device).double()
-    cross, first_drift = held_drift.cross.to(W.device).double(), held_drift.first.to(W.device).double()
-    if centred:
-        gram = gram - torch.outer(first, fit_mean) - torch.outer(fit_mean, first - held.tokens * fit_mean)
-        cross = cross - torch.outer(first_drift, fit_mean)
-        rest = (first - held.tokens * fit_mean)[:, None]
-        gram = torch.cat([torch.cat([gram, rest], 1), torch.cat([rest.T, rest.new_full((1, 1), held.tokens)], 1)])
-        cross = torch.cat([cross, first_drift[:, None]], 1)
-        lack = torch.cat([lack, torch.zeros_like(lack[:, :1])], 1)
-        repaired = torch.cat([repaired, fit_shift[:, None]], 1)
-    metric = factored.metric if recipe.metric == "loss" else None
-    return added, shift, repair_weight(lack, cross, gram, repaired, metric)
+    W: Tensor
+    shift: Tensor
+    error: float
+    dampening: float
+    alpha: float
 
 
-def centred_drift(drift: Drift, moments: Moments, mean: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
-    """`sum e x^T` and the mean of e, both in float64 where `mean` is; with `centred`, of x less its mean."""
-    cross, first = drift.cross.to(mean.device).double(), drift.first.to(mean.device).double()
-    if centred:
-        cross = cross - torch.outer(first, mean)
-    return cross, first / moments.tokens
+def repair_site(
+    factored: FactoredSite, statistics: Statistics, kept: Tensor, ascending: Tensor, recipe: Recipe
+) -> RepairedSite:
+    """Least squares on the kept channels: of the cut, and of the drift where there is any.
+
+    Dampening and the share of the drift are what serves the held-out windows best, when computed from the others,
+    unless the recipe fixes them; the repair itself is then computed from all.
+
+    Args:
+        factored: the site.
+        statistics: that it was factored from.
+        kept: kept channels, ascending, (k,), int64.
+        ascending: what sorts the first k channels of the site's order.
+        recipe: dampening and share, if fixed.
+    """
+    W, gram, used = factored.W, factored.gram, factored.subspace.dampening
+    total, held = statistics.moments, statistics.held_moments
+    choice = Choice(used, used, recipe.target_weight or 0.0)
+    chosen = recipe.dampening is None or (statistics.drift is not None and recipe.target_weight is None)
+    if chosen and held is not None:
+        fit = Moments(total.second - held.second, total.first - held.first, total.tokens - held.tokens)
+        fit_mean = fit.first.to(W.device).double() / fit.tokens
+        metric = torch.eye(len(W), dtype=W.dtype, device=W.device) if factored.metric is None else factored.metric
+        drift, held_drift = statistics.drift, statistics.held_drift
+        fit_drift = None
+        if drift is not None and held_drift is not None:
+            fit_drift = Drift(drift.cross - held_drift.cross, drift.first - held_drift.first)
+        choice = choose_repair(
+            W,
+            own_sums(fit, fit_drift, centred=factored.centred, device=W.device),
+            sums_about(fit_mean if factored.centred else torch.zeros_like(fit_mean), held, held_drift),
+            kept,
+            metric,
+            DAMPENINGS if recipe.dampening is None else [used],
+            bias=factored.centred,
+        )
+        if recipe.target_weight is not None:
+            choice = replace(choice, alpha=recipe.target_weight)
+    sums = replace(own_sums(total, statistics.drift, centred=factored.centred, device=W.device), gram=gram)
+    if choice.dampening == used:
+        L, order = factored.subspace.L, factored.subspace.order
+        W_new = reconstruct(W[:, order], L, len(kept))[:, ascending]
+    else:
+        W_new = W[:, kept] + cut_repair(W, sums, kept, choice.dampening)
+    error = relative_error(W, W_new, kept, gram)
+    shift = torch.zeros_like(W[:, 0])
+    if choice.alpha > 0 and statistics.drift is not None:
+        added = drift_repair(sums, kept, choice.drift_dampening, bias=factored.centred)
+        W_new, shift = W_new + choice.alpha * added.weight, choice.alpha * added.shift
+    return RepairedSite(W_new, shift, error, choice.dampening, choice.alpha)
+
+
+def own_sums(moments: Moments, drift: Drift | None, *, centred: bool, device: torch.device) -> TokenSums:
+    """Sums in float64 on a device; with `centred`, of inputs less their own mean."""
+    mean = moments.first.to(device).double() / moments.tokens
+    gram = gram_matrix(moments, centred=centred).to(device)
+    sums = TokenSums(gram, moments.first.to(device).double(), moments.tokens, *_drift_sums(drift, device))
+    if not centred:
+        return sums
+    cross = None if sums.cross is None or sums.lacking is None else sums.cross - torch.outer(sums.lacking, mean)
+    return replace(sums, first=torch.zeros_like(mean), cross=cross)
+
+
+def sums_about(mean: Tensor, moments: Moments, drift: Drift | None) -> TokenSums:
+    """Sums in float64 where `mean` is, of inputs less that mean of other tokens."""
+    first = moments.first.to(mean.device).double()
+    rest = first - moments.tokens * mean
+    gram = gram_matrix(moments, centred=False).to(mean.device) - torch.outer(first, mean) - torch.outer(mean, rest)
+    cross, lacking = _drift_sums(drift, mean.device)
+    cross = None if cross is None or lacking is None else cross - torch.outer(lacking, mean)
+    return TokenSums(gram, rest, moments.tokens, cross, lacking)
+
+
+def _drift_sums(drift: Drift | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if drift is None else (drift.cross.to(device).double(), drift.first.to(device).double())

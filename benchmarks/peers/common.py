@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.linalg.allocation import SiteBudget, uniform
+from snp_llm.linalg.allocation import SiteBudget, linear_costs, uniform
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments
 from snp_llm.linalg.units import unit_channels
 from snp_llm.measure import model_size
@@ -79,7 +79,7 @@ def uniform_widths(sites: Sequence[Site], sparsity: float) -> list[int]:
     """
     multiples = [FFN_MULTIPLE if site.kind == "ffn" else 1 for site in sites]
     budgets = [
-        SiteBudget(site.kind, site.units, site.cost, multiple, minimum=multiple)
+        SiteBudget(site.kind, site.units, linear_costs(site.units, site.cost), multiple, minimum=multiple)
         for site, multiple in zip(sites, multiples, strict=True)
     ]
     return uniform(budgets, 1 - sparsity)

@@ -33,42 +33,6 @@ def reconstruct(W: Tensor, L: Tensor, width: int) -> Tensor:
     return W[:, kept] + torch.linalg.solve_triangular(L[kept, kept], added, upper=False, left=False, unitriangular=True)
 
 
-def repair(cross: Tensor, L: Tensor, D: Tensor) -> Tensor:
-    """Least-squares weight that adds what a site's output lacks: `R = C[:, K] G[K, K]^-1`, `C = sum e x^T`.
-
-    Added to W' it moves the output from what the dense weight gives on these inputs to `that + e`. The dampening in the
-    factors is a ridge towards no repair at all.
-
-    Args:
-        cross: C on the kept channels, (d_out, k), float64.
-        L, D: LDL factors of the dampened Gram matrix on these channels, (k, k) and (k,), float64, D positive.
-
-    Returns:
-        R, (d_out, k), float64.
-    """
-    half = torch.linalg.solve_triangular(L.T, cross, upper=True, left=False, unitriangular=True)
-    return torch.linalg.solve_triangular(L, half / D, upper=False, left=False, unitriangular=True)
-
-
-def repair_weight(lack: Tensor, drift: Tensor, gram: Tensor, added: Tensor, metric: Tensor | None = None) -> float:
-    """The share alpha of a repair that serves other tokens best, in [0, 1].
-
-    With the repair R the squared error on these tokens is `sum ||e + M x - alpha R x||^2`, where `M = W - W'` is what
-    the cut itself costs: a parabola in alpha, whose minimum is `sum <e + M x, R x> / sum ||R x||^2`.
-
-    Args:
-        lack: M, zero where nothing was removed or repaired, (d_out, n), float64.
-        drift: `sum e x^T` on these tokens, (d_out, n), float64.
-        gram: `sum x x^T` on these tokens, (n, n), float64.
-        added: R, zero on pruned channels, (d_out, n), float64.
-        metric: Q of the norm `v^T Q v` in which errors count, (d_out, d_out), or None for the identity.
-    """
-    weighted = added if metric is None else metric @ added
-    gain = float(((drift + lack @ gram) * weighted).sum())
-    size = float(((added @ gram) * weighted).sum())
-    return min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
-
-
 def absorb_mean(bias: Tensor, W: Tensor, W_new: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
     """Out-projection bias that carries the mean of what was pruned: `b' = b + W mu - W' mu[K]`.
 

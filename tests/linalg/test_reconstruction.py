@@ -4,7 +4,7 @@ import torch
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import build_subspace, error_curve, ldl, make_definite, metric_root, predicted_loss
-from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error, repair, repair_weight
+from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 
@@ -64,43 +64,6 @@ def test_relative_error_is_what_the_curve_predicts():
 def test_width_out_of_range_is_refused(width):
     with pytest.raises(SnpError, match="width of 1 to 12"):
         reconstruct(make_weight(), torch.eye(12, dtype=torch.float64), width)
-
-
-@pytest.mark.parametrize("width", [1, 6, 12])
-def test_cut_and_repair_together_agree_with_lstsq_on_the_target(width):
-    X, W, lacking = make_inputs(), make_weight(), make_inputs(n=7, seed=9)
-    L, D = ldl(X.T @ X)
-    K = slice(None, width)
-    added = repair((lacking.T @ X)[:, K], L[K, K], D[K])
-    expected = least_squares(X, X @ W.T + lacking, torch.arange(width))
-    torch.testing.assert_close(reconstruct(W, L, width) + added, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_repair_weight_is_the_best_of_a_fine_grid(weighted):
-    others, added, lack = make_inputs(), make_weight(), 0.05 * make_weight(seed=3)
-    missing = 0.6 * others @ added.T + make_inputs(n=7, seed=9)
-    Q = torch.eye(7, dtype=torch.float64)
-    if weighted:
-        root = make_weight(7, 7, seed=5)
-        Q = root @ root.T
-
-    def error(alpha):
-        left = missing + others @ (lack - alpha * added).T
-        return float(((left @ Q) * left).sum())
-
-    alpha = repair_weight(lack, missing.T @ others, others.T @ others, added, Q if weighted else None)
-    grid = torch.linspace(0, 1, 1001).tolist()
-    best = min(grid, key=error)
-    assert 0 < best < 1 and alpha == pytest.approx(best, abs=1e-3)
-
-
-def test_the_repair_weight_stays_between_nothing_and_all():
-    G, added = torch.eye(3, dtype=torch.float64), make_weight(2, 3)
-    lack = torch.zeros_like(added)
-    assert repair_weight(lack, 5 * added, G, added) == 1.0
-    assert repair_weight(lack, -added, G, added) == 0.0
-    assert repair_weight(lack, added, G, torch.zeros_like(added)) == 0.0
 
 
 def test_predicted_loss_is_the_quadratic_model_at_every_width():
