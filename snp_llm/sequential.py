@@ -60,18 +60,18 @@ def prune_blocks(
     """
     hidden, dense_hidden = list(stream.hidden), list(stream.hidden)
     pruned_blocks, results = [], []
+    residual = recipe.target == "residual"
     for index, (old_block, dense_block) in enumerate(zip(blocks, reference, strict=True)):
         calls = [batch[index] for batch in stream.calls]
         targets = None
         uncut = all(w == s.units for s, w in zip(sites[: 2 * index + 2], widths, strict=False))
         untouched = uncut and old_block is dense_block  # so far the streams are the same
         if recipe.target != "self" and not untouched:
-            residual = recipe.target == "residual"
             with on_device(dense_block, clock.device), clock.phase("calibration"):
                 targets = block_targets(
                     dense_block, family, dense_hidden, calls, residual=residual, device=clock.device
                 )
-            dense_hidden = targets.hidden
+            dense_hidden, residual = targets.hidden, targets.stream_scale is not None
         block = copy.deepcopy(old_block)
         with on_device(block, clock.device):
             found = prune_block(

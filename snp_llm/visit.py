@@ -98,6 +98,8 @@ def visit_dense(
                 with clock.phase("calibration"), watch_inputs(watchers):
                     for b, batch in enumerate(hidden):
                         hidden[b] = run_block(block, batch, calls[b][index]).to(batch.device)
+                        if not torch.isfinite(hidden[b]).all():
+                            raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
                 if not recipe.needs_gradients:
                     inputs[-1] = []
                     with clock.phase("linear algebra"):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from snp_llm.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import ALLOCATIONS, SiteBudget, pooled_widths, total_cost
+from snp_llm.linalg.allocation import ALLOCATIONS, ROUNDING, SiteBudget, finest_step, pooled_widths, total_cost
 from snp_llm.models.families import Family, Site
 from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.recipe import Recipe
@@ -153,8 +153,13 @@ def fit_budget(
             f"most {prunable:,.6g} may go. {remedy}"
         )
     rule = ALLOCATIONS[recipe.allocation]
-    keep = 1 - removal / total_cost(chosen)
+    total, allowed = total_cost(chosen), total_cost(chosen) - removal
+    keep, step = allowed / total, finest_step(chosen) / 2 / total
     found = pooled_widths(rule, chosen, keep) if uniform else rule(chosen, keep)
+    # Rules meet a budget as closely as they can, from either side; one that was given as a limit is not exceeded.
+    while recipe.budget is not None and step and total_cost(chosen, found) > allowed * (1 + ROUNDING):
+        keep -= step
+        found = pooled_widths(rule, chosen, keep) if uniform else rule(chosen, keep)
     for i, width in zip(members, found, strict=True):
         widths[i] = width
     return widths

@@ -62,6 +62,12 @@ def total_cost(sites: Sequence[SiteBudget], widths: Sequence[int] | None = None)
     return sum(s.cost(w) for s, w in zip(sites, widths, strict=True))
 
 
+def finest_step(sites: Sequence[SiteBudget]) -> float:
+    """What the smallest step costs that some site can take: no budget is met more closely than half of it."""
+    steps = [s.cost(s.units) - s.cost(s.widths()[-2]) for s in sites if len(s.widths()) > 1]
+    return min(steps, default=0.0)
+
+
 def uniform(sites: Sequence[SiteBudget], keep: float) -> list[int]:
     """The same fraction at every site of a kind, the fractions together hitting the budget.
 
@@ -130,7 +136,8 @@ def loss(sites: Sequence[SiteBudget], keep: float) -> list[int]:
 
     Every site's curve is replaced by its lower convex hull over cost, whose pieces, taken in order of loss saved for
     what they cost, are the Lagrangian's solutions. The piece that no longer fits is taken as far as the site's widths
-    allow, and cheaper ones go on: the budget is never exceeded, and met to within the smallest step of the last site.
+    allow, and cheaper ones go on. The budget is met as closely as the site of the finest steps allows, and exceeded by
+    half of such a step at most.
 
     Args:
         sites: to be cut, with `loss`.
@@ -142,7 +149,7 @@ def loss(sites: Sequence[SiteBudget], keep: float) -> list[int]:
     Raises:
         SnpError: even the minimum at every site is more than the budget.
     """
-    budget = keep * total_cost(sites) * (1 + ROUNDING)
+    budget = keep * total_cost(sites) * (1 + ROUNDING) + finest_step(sites) / 2
     widths = _smallest_widths(sites, budget)
     spent = total_cost(sites, widths)
     pieces = []

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import SiteBudget, linear_costs, loss, pooled_widths, total_cost, uniform, variance
+from snp_llm.linalg.allocation import (
+    SiteBudget,
+    finest_step,
+    linear_costs,
+    loss,
+    pooled_widths,
+    total_cost,
+    uniform,
+    variance,
+)
 
 
 def energy(*shares):
@@ -156,7 +165,7 @@ def test_loss_is_within_one_step_of_the_best_of_all_choices(seed):
         return sum(float(s.loss[w]) for s, w in zip(sites, widths, strict=True))
 
     for keep in (0.8, 0.6, 0.45):
-        widths, budget = loss(sites, keep), keep * total_cost(sites)
+        widths, budget = loss(sites, keep), keep * total_cost(sites) + finest_step(sites) / 2
         assert total_cost(sites, widths) <= budget
         cheaper = min(predicted(c) for c in choices if total_cost(sites, c) <= budget)
         step = max(s.cost(s.multiple) for s in sites)
