@@ -93,7 +93,8 @@ class SiteResult:
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"
-        return f"{self.site.name}: kept {units}, error {self.error:.2e}, {self.seconds:.1f} s"
+        repaired = f"error {self.error:.2e}, drift repaired {100 * self.target_weight:.0f} %"
+        return f"{self.site.name}: kept {units}, {repaired}, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)

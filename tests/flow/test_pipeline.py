@@ -74,8 +74,8 @@ def test_every_site_is_the_least_squares_solution_on_what_the_pruned_blocks_befo
             expected = torch.linalg.lstsq(A, out(X), driver="gelsd").solution
             new = after.get_submodule(site.out_projection)
             got = new.weight.T if new.bias is None else torch.cat([new.weight.T, new.bias[None]])
-            # Compared as outputs: dead ReLU channels make the weights themselves ambiguous.
-            torch.testing.assert_close(A @ got, A @ expected, rtol=1e-9, atol=1e-9)
+            # Compared as outputs: dead ReLU channels make the weights themselves ambiguous, and rare ones ill-conditioned.
+            torch.testing.assert_close(A @ got, A @ expected, rtol=1e-6, atol=1e-6)
         hidden = run_block(after, hidden, calls[index])
 
 
@@ -191,7 +191,7 @@ def test_not_a_number_in_weights_names_the_tensor(tokenizer):
 def test_overflowing_activations_name_the_block(allocation, tokenizer):
     dense = small_opt(torch.float16)
     dense.model.decoder.layers[1].fc1.weight[:, :4] = 6e4
-    with pytest.raises(SnpError, match=r"block 1 (fc2)?.*NaN or Inf.*--dtype float32"):
+    with pytest.raises(SnpError, match=r"block 1\b.*NaN or Inf.*--dtype float32"):
         prune(dense, tokenizer, small_recipe(allocation=allocation))
 
 
