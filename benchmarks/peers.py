@@ -78,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256, help="of calibration and of evaluation")
     parser.add_argument("--max-windows", type=int, default=128)
+    parser.add_argument("--dtype", default="auto", help="of the weights, while pruning and measuring")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--work", type=Path, default=None, help="kept, and used again; default: a temporary folder")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
@@ -112,7 +113,7 @@ def _without_folders(argument: str) -> str:
 
 def run(args: argparse.Namespace, work: Path) -> int:
     """All cells, the CSV growing with them, then the report; 1 if a cell failed."""
-    dense, tokenizer = checkpoint.load(args.model, "auto")
+    dense, tokenizer = checkpoint.load(args.model, args.dtype)
     texts = {label: read_text(args, tokenizer, name) for label, name in args.evaluation.items()}
     calibration = {seed: read_calibration(args, tokenizer, seed) for seed in args.seeds}
     methods = all_methods(args, tokenizer)

@@ -204,9 +204,14 @@ def cut_blocks(
     assert visited.windows is not None
     gradients = [None if c is None else c.gradient for c in visited.curves]
     stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock)
-    return prune_blocks(
+    pruned_blocks, results = prune_blocks(
         visited.blocks, reference, visited.family, visited.sites, stream, widths, gradients, recipe, clock, on_step
     )
+    losses = [None if c is None else c.loss for c in visited.curves]
+    return pruned_blocks, [
+        result if loss is None else replace(result, predicted_loss=float(loss[width]))
+        for result, loss, width in zip(results, losses, widths, strict=True)
+    ]
 
 
 def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:

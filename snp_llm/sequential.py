@@ -3,14 +3,12 @@
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Drift, Moments, add_drift, add_moments, empty_drift
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import (
     BlockCall,
@@ -22,14 +20,13 @@ from snp_llm.models.blocks import (
     run_block,
     with_first_tensor,
 )
-from snp_llm.models.families import Family, Projection, Site, linear, weight_of
+from snp_llm.models.families import Family, Site, linear
 from snp_llm.recipe import Recipe
-from snp_llm.site import SiteResult, Statistics, cut
-from snp_llm.stream import Stream, attention_passes, moments_for
+from snp_llm.site import SiteResult, cut
+from snp_llm.stream import Stream, attention_passes
+from snp_llm.sums import add_batch, empty_sums, held_out
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
-
-HELD_OUT_EVERY = 8  # one window of so many is held out to choose how much of the drift is repaired
 
 
 def prune_blocks(
@@ -143,10 +140,9 @@ def prune_block(
             attended[b] = with_first_tensor(attended[b], output.to(batch.device))
             with fixed_output(attention, move(attended[b], device)):
                 inputs = input_of(ffn_out, block, batch, calls[b])
-            inputs = inputs.reshape(*batch.shape[:2], -1)  # OPT flattens windows here
             lacking = None
             if targets is not None:
-                lacking = targets.lacking_ffn(b, ffn_out(inputs), batch.to(device), output)
+                lacking = targets.lacking_ffn(b, ffn_out(inputs).reshape(output.shape), batch.to(device), output)
             sums = add_batch(sums, inputs, lacking, held_out(hidden, b))
     statistics = sums.statistics(gradients[1])
     ffn_result = cut(block, family, ffn_site, statistics, widths[1], recipe, clock, start)
@@ -159,72 +155,3 @@ def prune_block(
             if not torch.isfinite(hidden[b]).all():
                 raise SnpError(f"block {ffn_site.block}: activations hold NaN or Inf. Try --dtype float32.")
     return [attention_result, ffn_result]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums of a site over calibration tokens, apart for the windows that are held out.
-
-    Attributes:
-        moments, drift: of its inputs, and of what its output lacks (None without targets), over all other windows.
-        held_moments, held_drift: over those held out, or None where nothing is chosen by them.
-    """
-
-    moments: Moments
-    drift: Drift | None
-    held_moments: Moments | None
-    held_drift: Drift | None
-
-    def statistics(self, gradient: Tensor | None) -> Statistics:
-        """With the held-out windows as part of the whole. Sums in place: these sums are used up."""
-        moments, held, drift, held_drift = self.moments, self.held_moments, self.drift, self.held_drift
-        if held is None or held.tokens == 0:
-            return Statistics(moments, drift, gradient=gradient)
-        total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
-        if drift is not None and held_drift is not None:
-            drift = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
-        return Statistics(total, drift, held, held_drift, gradient)
-
-
-def empty_sums(out: Projection, device: torch.device, *, drifting: bool, holding_out: bool) -> Sums:
-    """Sums of no tokens."""
-    (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
-    return Sums(
-        moments=moments_for(out, device),
-        drift=empty_drift(d_out, n, dtype, device) if drifting else None,
-        held_moments=moments_for(out, device) if holding_out else None,
-        held_drift=empty_drift(d_out, n, dtype, device) if drifting and holding_out else None,
-    )
-
-
-def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) -> Sums:
-    """Adds a batch, in place, and returns the sums with the new counts.
-
-    Args:
-        sums: of the site.
-        inputs: of its out-projection, (batch, T, n).
-        lacking: of its output, (batch, T, d_out), or None without targets.
-        held: which windows are held out, (batch,), bool.
-    """
-    held = held.to(inputs.device)
-    if sums.held_moments is None or not held.any():
-        if sums.drift is not None and lacking is not None:
-            add_drift(sums.drift, lacking, inputs)
-        return replace(sums, moments=add_moments(sums.moments, inputs))
-    if sums.drift is not None and sums.held_drift is not None and lacking is not None:
-        add_drift(sums.drift, lacking[~held], inputs[~held])
-        add_drift(sums.held_drift, lacking[held], inputs[held])
-    return replace(
-        sums,
-        moments=add_moments(sums.moments, inputs[~held]),
-        held_moments=add_moments(sums.held_moments, inputs[held]),
-    )
-
-
-def held_out(hidden: Sequence[Tensor], at: int) -> Tensor:
-    """Which windows of a batch are held out: every eighth of all, the last where there are fewer, none of one."""
-    before = sum(len(batch) for batch in hidden[:at])
-    count = sum(len(batch) for batch in hidden)
-    positions = torch.arange(before, before + len(hidden[at]))
-    every = min(HELD_OUT_EVERY, count)
-    return (positions % every == every - 1) if count > 1 else torch.zeros(len(hidden[at]), dtype=torch.bool)

@@ -16,9 +16,9 @@ from snp_llm.linalg.ldl import (
     build_subspace,
     energy_curve,
     error_curve,
+    held_out_curve,
     make_definite,
     metric_root,
-    predicted_loss,
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
@@ -26,6 +26,7 @@ from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
+from snp_llm.sums import Statistics
 
 METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
 
@@ -33,24 +34,6 @@ DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration says of a site.
-
-    Attributes:
-        moments: of its inputs, all tokens.
-        drift: what its output lacks of its target, all tokens; None where the target is its own dense output.
-        held_moments, held_drift: the same over the windows that were held out; None without.
-        gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
-    """
-
-    moments: Moments
-    drift: Drift | None = None
-    held_moments: Moments | None = None
-    held_drift: Drift | None = None
-    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +46,7 @@ class SiteResult:
         energy: share of the latent energy in what was kept.
         predicted_error: relative squared output error read off the error curve (dampened Gram matrix).
         error: the same, computed from the weights that were written.
-        predicted_loss: rise of the mean loss that the quadratic model predicts; None without gradients.
+        predicted_loss: rise of the mean loss that the visit to the dense model predicted; None without gradients.
         target_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
@@ -120,12 +103,23 @@ class FactoredSite:
     tokens: int
     centred: bool
 
-    def loss_curve(self) -> Tensor | None:
-        """Predicted rise of the mean loss at every number of channels kept, or None without gradients."""
+    def loss_curve(self, held: Moments | None) -> Tensor | None:
+        """Predicted rise of the mean loss at every number of channels kept, (n + 1,), or None without gradients.
+
+        Half the squared output error a token in the metric F: the quadratic model of the loss whose curvature at the
+        site's output is F, for outputs and gradients that are independent of each other.
+
+        Args:
+            held: windows that the site was not factored from, on which errors are counted; None: those that it was.
+        """
         if self.metric is None:
             return None
         W, subspace = self.W[:, self.subspace.order], self.subspace
-        return predicted_loss(W, subspace.L, subspace.D, self.metric, self.tokens)
+        if held is None or held.tokens == 0:
+            return error_curve(metric_root(self.metric).T @ W, subspace.L, subspace.D) / (2 * self.tokens)
+        sums = sums_about(self.mean if self.centred else torch.zeros_like(self.mean), held, None)
+        gram = sums.gram[subspace.order][:, subspace.order]
+        return held_out_curve(W, subspace.L, gram, self.metric) / (2 * held.tokens)
 
 
 def factor_site(block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe) -> FactoredSite:
@@ -188,7 +182,6 @@ def cut(
         dense_bias = linear(block, site.out_projection).bias
         bias = None if dense_bias is None else dense_bias.detach().to(W.device).double()
         curve = error_curve(W[:, subspace.order], subspace.L, subspace.D)
-        loss = factored.loss_curve()
         try:
             repaired = repair_site(factored, statistics, kept, ascending, recipe)
         except SnpError as error:
@@ -202,7 +195,7 @@ def cut(
             energy=float(energy_curve(subspace.D, size)[width]),
             predicted_error=float(curve[channels] / curve[0]) if curve[0] > 0 else 0.0,
             error=repaired.error,
-            predicted_loss=None if loss is None else float(loss[channels]),
+            predicted_loss=None,
             target_weight=repaired.alpha,
             dampening=repaired.dampening,
             seconds=0.0,

@@ -3,28 +3,25 @@
 J. Offergeld, M. van Gerven, N. Ahmad, "Subspace Node Pruning", arXiv 2405.17506.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import snp_llm
 from snp_llm import Recipe
+from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
+from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
 
 from .common import Method, Prune, Pruned, pruned
 
-# Later fields of a recipe, each with the value at which it changes nothing about the paper's method.
-PAPER = {"ordering": "zca", "allocation": "variance", "metric": "error", "target": "self"}
+PAPER = {"ordering": "zca", "allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
 
 
 def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:
-    """The package's defaults but for the calibration, the budget and, as far as a recipe has them, `choices`."""
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    known = {name: value for name, value in choices.items() if name in fields}
-    return Recipe(**settings, **known, sparsity=sparsity, seed=seed)
+    """The package's defaults but for the calibration, the budget and `choices`."""
+    return Recipe(**settings, **choices, sparsity=sparsity, seed=seed)
 
 
 def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> tuple[Method, Method]:
@@ -36,11 +33,16 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
     """
 
     def prepare(dense: PreTrainedModel, tokens: Tensor, seed: int, choices: dict[str, Any]) -> Prune:
+        recipe = resolve(make_recipe(settings, choices, 0.5, seed), dense)
+        windows = read_calibration(tokenizer, recipe, dense)
+        if not torch.equal(windows.tokens, tokens):
+            raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
+        clock = Clock(compute_device(recipe.device))
+        visited = visit(dense, windows, recipe, clock, lambda _line: None)  # what no sparsity changes
+
         def prune(sparsity: float) -> Pruned:
-            result = snp_llm.prune(dense, tokenizer, make_recipe(settings, choices, sparsity, seed))
-            if not torch.equal(result.calibration.tokens, tokens):
-                raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
-            return pruned(dense, result.model)
+            recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
+            return pruned(dense, cut_once(visited, recipe, clock, lambda _line: None)[0])
 
         return prune
 

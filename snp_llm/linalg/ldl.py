@@ -144,23 +144,30 @@ def error_curve(W: Tensor, L: Tensor, D: Tensor) -> Tensor:
     return torch.cat([removed, removed.new_zeros(1)])
 
 
-def predicted_loss(W: Tensor, L: Tensor, D: Tensor, gradient: Tensor, tokens: int) -> Tensor:
-    """Predicted rise of the mean loss when the first k channels are kept, for every k.
+def held_out_curve(W: Tensor, L: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """Squared output error on other tokens of keeping the first k channels, for every k.
 
-    `l(k) = 1/2 sum_{i>k} (D_i / tokens) U[:, i]^T F U[:, i]` with `U = W L`: the quadratic model of the loss whose
-    curvature at the site's output is F, for outputs and gradients that are independent of each other.
+    What the first k latents leave out of any token's output is `U[:, k:] z[k:]` with `z = L^-1 x`, whichever tokens L
+    was factored from. Latents of other tokens are no longer orthogonal: with `H = L^-1 G L^-T` over those,
+    `e(k) = sum_{i,j>k} H_ij (U^T Q U)_ij`, the sums of one matrix's trailing blocks. On the tokens of L itself H is D
+    and this is the error curve.
 
     Args:
         W: out-projection weight, columns ordered, (d_out, n), float64.
         L: unit lower factor, (n, n), float64.
-        D: latent energies over all tokens, (n,), float64.
-        gradient: F, second moment of the loss gradient at the site's output, a token, (d_out, d_out), float64.
-        tokens: over which D was summed.
+        gram: of the other tokens, ordered, (n, n), float64.
+        metric: Q of the norm `v^T Q v` in which errors count, (d_out, d_out), float64.
 
     Returns:
-        (n + 1,), float64, in the unit of the loss, falling to 0 at k = n.
+        (n + 1,), float64, 0 at k = n.
     """
-    return error_curve(metric_root(gradient).T @ W, L, D) / (2 * tokens)
+    half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True)
+    latent = torch.linalg.solve_triangular(L, half.T, upper=False, unitriangular=True)
+    U = W @ L
+    shares = latent * (U.T @ (metric @ U))
+    # A trailing block is the one after it and a row and a column more.
+    added = 2 * shares.triu(1).sum(1) + shares.diagonal()
+    return torch.cat([added.flip(0).cumsum(0).flip(0), added.new_zeros(1)])
 
 
 def metric_root(gradient: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_every_site_is_the_least_squares_solution_on_what_the_pruned_blocks_befo
             expected = torch.linalg.lstsq(A, out(X), driver="gelsd").solution
             new = after.get_submodule(site.out_projection)
             got = new.weight.T if new.bias is None else torch.cat([new.weight.T, new.bias[None]])
-            # Compared as outputs: dead ReLU channels make the weights themselves ambiguous, and rare ones ill-conditioned.
+            # Compared as outputs: dead ReLU channels make the weights themselves ambiguous, rare ones ill-conditioned.
             torch.testing.assert_close(A @ got, A @ expected, rtol=1e-6, atol=1e-6)
         hidden = run_block(after, hidden, calls[index])
 

@@ -4,7 +4,8 @@ import torch
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import Moments
 from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.site import Statistics, factor_site
+from snp_llm.site import factor_site
+from snp_llm.sums import Statistics
 from tests.conftest import small_opt, small_recipe
 
 

@@ -3,7 +3,7 @@ import torch
 
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
-from snp_llm.linalg.ldl import build_subspace, error_curve, ldl, make_definite, metric_root, predicted_loss
+from snp_llm.linalg.ldl import build_subspace, error_curve, held_out_curve, ldl, make_definite, metric_root
 from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
@@ -66,14 +66,15 @@ def test_width_out_of_range_is_refused(width):
         reconstruct(make_weight(), torch.eye(12, dtype=torch.float64), width)
 
 
-def test_predicted_loss_is_the_quadratic_model_at_every_width():
-    X, W = make_inputs(), make_weight()
-    root = make_weight(7, 3, seed=8)  # fewer gradients than outputs: singular
+def test_the_error_on_other_tokens_at_every_width():
+    """Cut and repaired with the statistics of some tokens, counted on others, in a metric of fewer directions."""
+    X, W, others, root = make_inputs(), make_weight(), make_inputs(seed=11), make_weight(7, 3, seed=8)
     F = root @ root.T
     L, D = ldl(X.T @ X)
-    curve = predicted_loss(W, L, D, F, len(X))
     torch.testing.assert_close(metric_root(F) @ metric_root(F).T, F)
-    for k in (1, 5, 12):
-        missing = X @ W.T - X[:, :k] @ reconstruct(W, L, k).T
-        expected = 0.5 * ((missing @ F) * missing).sum(1).mean()
-        torch.testing.assert_close(curve[k], expected, rtol=1e-9, atol=1e-12)
+    curve = held_out_curve(W, L, others.T @ others, F)
+    for k in range(1, 13):
+        missing = others @ W.T - others[:, :k] @ reconstruct(W, L, k).T
+        torch.testing.assert_close(curve[k], ((missing @ F) * missing).sum(), rtol=1e-9, atol=1e-9)
+    own = held_out_curve(W, L, X.T @ X, F)
+    torch.testing.assert_close(own, error_curve(metric_root(F).T @ W, L, D), rtol=1e-9, atol=1e-9)
