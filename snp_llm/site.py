@@ -106,8 +106,9 @@ class FactoredSite:
     def loss_curve(self, held: Moments | None) -> Tensor | None:
         """Predicted rise of the mean loss at every number of channels kept, (n + 1,), or None without gradients.
 
-        Half the squared output error a token in the metric F: the quadratic model of the loss whose curvature at the
-        site's output is F, for outputs and gradients that are independent of each other.
+        Half the squared output error a token in the metric: the quadratic model of the loss whose curvature at the
+        site's output is F, for outputs and gradients that are independent of each other. The floor makes it err on the
+        dark side, most where F knows few directions.
 
         Args:
             held: windows that the site was not factored from, on which errors are counted; None: those that it was.

@@ -46,7 +46,12 @@ def test_gradient_moments_are_those_of_a_backward_pass_through_the_whole_model(m
         torch.testing.assert_close(
             curves.gradient.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
-        assert curves.loss.shape == (site.units + 1,) and curves.loss[-1] == 0 and (curves.loss[:-1] >= 0).all() and curves.loss[0] > 0
+        assert (
+            curves.loss.shape == (site.units + 1,)
+            and curves.loss[-1] == 0
+            and (curves.loss[:-1] >= 0).all()
+            and curves.loss[0] > 0
+        )
         assert curves.energy[-1] == 1
 
 
