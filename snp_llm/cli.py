@@ -23,12 +23,11 @@ from snp_llm import checkpoint, hub, measure, pipeline, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
-from snp_llm.recipe import EvaluationRecipe, PushRecipe, Recipe
+from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe
 from snp_llm.version import __version__
-from snp_llm.widths import OnStep
+from snp_llm.visit import OnStep, needs_visit
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
@@ -98,8 +97,8 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         windows = evaluation_windows(
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
-    curve_steps = 1 if recipe.allocation in NEEDS_CURVES else 0
-    with progress((2 + curve_steps) * dense.config.num_hidden_layers) as on_step:
+    rounds = recipe.steps if recipe.perplexity_increase is None else 1
+    with progress(rounds * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers) as on_step:
         pruned = pipeline.prune(dense, tokenizer, recipe, on_step=on_step)
     with checkpoint.finished_folder(folder, overwrite=recipe.overwrite) as partial:
         checkpoint.save(pruned.model, tokenizer, partial)
@@ -158,7 +157,10 @@ def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]],
 
 
 def asked(recipe: Recipe) -> str:
-    """The sparsity that the user wanted."""
+    """What the user wanted."""
+    for goal in GOALS:
+        if (value := getattr(recipe, goal)) is not None:
+            return f"--{goal.replace('_', '-')} {value}"
     if recipe.ffn_sparsity is None and recipe.head_sparsity is None:
         return f"{recipe.sparsity:g}"
     return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"

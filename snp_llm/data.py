@@ -107,6 +107,23 @@ def calibration_windows(
     return _windows(tokens[chosen], label, short)
 
 
+def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
+    """The draw without its last `held` windows, and those; where there are few, a quarter of them.
+
+    Raises:
+        SnpError: a single window.
+    """
+    count = len(windows.tokens)
+    if count < 2:
+        raise SnpError("calibration: expected at least two windows, one of them to be held out; got one.")
+    held = min(held, max(1, count // 4))
+    origin = windows.description.partition(",")[0]
+    return (
+        _windows(windows.tokens[:-held], origin, f", {held} more held out"),
+        _windows(windows.tokens[-held:], origin),
+    )
+
+
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
     name: str,

@@ -1,28 +1,26 @@
-"""The sequential loop: statistics, ordering, widths, reconstruction, surgery, block after block. Writes no files."""
+"""From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
-import copy
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm.data import Windows, calibration_windows
+from snp_llm.data import Windows, calibration_windows, split_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.linalg.gram import add_moments
-from snp_llm.linalg.units import unit_channels
-from snp_llm.models.blocks import fixed_output, input_of, move, on_device, run_block, with_first_tensor
-from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites, linear
+from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, pad_blocks
 from snp_llm.recipe import Recipe
-from snp_llm.site import SiteResult, cut
-from snp_llm.stream import Stream, attention_statistics, capture, moments_for
-from snp_llm.widths import OnStep, plan_widths
+from snp_llm.search import HELD_OUT_WINDOWS, largest_sparsity
+from snp_llm.sequential import prune_blocks
+from snp_llm.site import SiteResult
+from snp_llm.stream import capture
+from snp_llm.visit import OnStep, SiteCurves, needs_visit, visit_dense
+from snp_llm.widths import find_target, plan_widths
 
 LONGEST_DEFAULT_WINDOW = 2048
 
@@ -40,6 +38,7 @@ class PrunedModel:
         sites: results in pruning order.
         calibration: the windows that were used.
         seconds: by phase.
+        trials: sparsities that a search tried, and the relative rise of perplexity at each; empty without a search.
     """
 
     model: PreTrainedModel
@@ -48,6 +47,7 @@ class PrunedModel:
     sites: list[SiteResult]
     calibration: Windows
     seconds: dict[str, float]
+    trials: list[tuple[float, float]] = field(default_factory=list)
 
 
 def prune(
@@ -69,20 +69,26 @@ def prune(
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
     recipe = resolve(recipe, model)
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
-    sites = find_sites(blocks, family, recipe.head_unit)
-    check_weights(model)
-    announce_heads(sites, recipe)
+    clock = Clock(compute_device(recipe.device))
+    allowed = recipe.perplexity_increase
+    if allowed is not None:
+        windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
+        visited = visit(model, windows, recipe, clock, on_step)
+
+        def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
+            return cut_once(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None), clock, on_step)
+
+        def predicted(sparsity: float) -> float | None:
+            return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
+
+        found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, recipe.batch_size, clock)
+        recipe = replace(recipe, sparsity=found.sparsity)
+        return PrunedModel(found.model, tokenizer, recipe, found.results, windows, clock.seconds, found.trials)
     windows = read_calibration(tokenizer, recipe, model)
-    device = compute_device(recipe.device)
-    clock = Clock(device)
-    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
-    stream = capture(model, blocks, windows.tokens, recipe, clock)
-    pruned_blocks, results = prune_blocks(blocks, family, sites, stream, widths, recipe, clock, on_step)
-    if recipe.layout == "padded":
-        pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
-    pruned = assemble(model, family, pruned_blocks)
+    if recipe.steps == 1:
+        pruned, results = cut_once(visit(model, windows, recipe, clock, on_step), recipe, clock, on_step)
+    else:
+        pruned, results = cut_in_steps(model, windows, recipe, clock, on_step)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
 
 
@@ -93,17 +99,127 @@ def plan(
     *,
     on_step: OnStep = lambda _line: None,
 ) -> list[tuple[Site, int]]:
-    """The width of every site that `prune` would choose, without pruning."""
+    """The width of every site that `prune` would choose, without pruning.
+
+    Raises:
+        SnpError: the widths follow from pruning itself: in several steps, or from a permitted rise of perplexity.
+    """
+    if recipe.steps > 1 or recipe.perplexity_increase is not None:
+        raise SnpError(
+            "--dry-run: expected a budget whose widths are known before anything is cut, got --steps or "
+            "--max-perplexity-increase. Leave them out, or run without --dry-run."
+        )
     recipe = resolve(recipe, model)
+    clock = Clock(compute_device(recipe.device))
+    if recipe.allocation in NEEDS_CURVES:
+        visited = visit(model, read_calibration(tokenizer, recipe, model), recipe, clock, on_step)
+    else:
+        visited = visit(model, None, recipe, clock, on_step)
+    return list(zip(visited.sites, visited.widths(recipe), strict=True))
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A dense model of which everything is known that has to be before the first cut.
+
+    Attributes:
+        model, family, blocks, sites: what is to be cut.
+        windows: calibration windows; None where nothing but a plan of fixed widths is wanted.
+        curves: of every site, or None each.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    blocks: nn.ModuleList
+    sites: Sequence[Site]
+    windows: Windows | None
+    curves: Sequence[SiteCurves | None]
+
+    def widths(self, recipe: Recipe) -> list[int]:
+        """Units kept at every site under a recipe's budget."""
+        target = find_target(self.model, self.family, self.sites, recipe)
+        return plan_widths(self.model, self.family, self.sites, self.curves, target, recipe)
+
+
+def visit(model: PreTrainedModel, windows: Windows | None, recipe: Recipe, clock: Clock, on_step: OnStep) -> Visited:
+    """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
     family = find_family(model.config)
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family, recipe.head_unit)
     check_weights(model)
     announce_heads(sites, recipe)
-    clock = Clock(compute_device(recipe.device))
-    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    widths = plan_widths(model, family, sites, windows, recipe, clock, on_step)
-    return list(zip(sites, widths, strict=True))
+    curves: Sequence[SiteCurves | None] = [None] * len(sites)
+    if windows is not None and needs_visit(recipe):
+        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, on_step)
+    return Visited(model, family, blocks, sites, windows, curves)
+
+
+def cut_once(
+    visited: Visited, recipe: Recipe, clock: Clock, on_step: OnStep
+) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The pruned model and what happened at every site."""
+    model, family, blocks = visited.model, visited.family, visited.blocks
+    pruned_blocks, results = cut_blocks(visited, blocks, visited.widths(recipe), recipe, clock, on_step)
+    if recipe.layout == "padded":
+        pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
+    return assemble(model, family, pruned_blocks), results
+
+
+def cut_in_steps(
+    model: PreTrainedModel, windows: Windows, recipe: Recipe, clock: Clock, on_step: OnStep
+) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The same in several rounds, each with statistics, gradients and widths of its own.
+
+    Every round removes as much of the budget's unit as any other. What sites are repaired to give stays that of the
+    first model. Errors in the results are those of the last round; predicted losses and seconds add up.
+    """
+    family = find_family(model.config)
+    dense_blocks = find_blocks(model, family)
+    first = find_sites(dense_blocks, family, recipe.head_unit)
+    target = find_target(model, family, first, recipe)
+    current = model
+    results: list[SiteResult] = []
+    pruned_blocks = dense_blocks
+    for step in range(1, recipe.steps + 1):
+        visited = visit(current, windows, recipe, clock, on_step)
+        rest = target.rest([site.units for site in visited.sites], step / recipe.steps, first)
+        widths = plan_widths(current, visited.family, visited.sites, visited.curves, rest, recipe)
+        pruned_blocks, found = cut_blocks(visited, dense_blocks, widths, recipe, clock, on_step)
+        results = [earlier.then(later) for earlier, later in zip(results, found, strict=True)] if results else found
+        current = assemble(current, visited.family, pruned_blocks)
+    if recipe.layout == "padded":
+        pad_blocks(dense_blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
+    return assemble(model, family, pruned_blocks), results
+
+
+def cut_blocks(
+    visited: Visited,
+    reference: nn.ModuleList,
+    widths: Sequence[int],
+    recipe: Recipe,
+    clock: Clock,
+    on_step: OnStep,
+) -> tuple[nn.ModuleList, list[SiteResult]]:
+    """All blocks cut to the given widths, in sequence, repaired towards what the reference blocks give."""
+    assert visited.windows is not None
+    gradients = [None if c is None else c.gradient for c in visited.curves]
+    stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock)
+    pruned_blocks, results = prune_blocks(
+        visited.blocks, reference, visited.family, visited.sites, stream, widths, gradients, recipe, clock, on_step
+    )
+    losses = [None if c is None else c.loss for c in visited.curves]
+    return pruned_blocks, [
+        result if loss is None else replace(result, predicted_loss=float(loss[width]))
+        for result, loss, width in zip(results, losses, widths, strict=True)
+    ]
+
+
+def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
+    """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
+    losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
+    if len(losses) < len(visited.sites):
+        return None
+    return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
@@ -146,15 +262,17 @@ def check_weights(model: PreTrainedModel) -> None:
             raise SnpError(f"{name}: weights hold NaN or Inf; expected finite numbers. The checkpoint is damaged.")
 
 
-def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: PreTrainedModel) -> Windows:
-    """The calibration windows of a resolved recipe, checked against the model's vocabulary."""
+def read_calibration(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: PreTrainedModel, more: int = 0
+) -> Windows:
+    """The calibration windows of a resolved recipe, and `more` after them, checked against the model's vocabulary."""
     assert recipe.seq_len is not None
     windows = calibration_windows(
         tokenizer,
         recipe.calibration or "wikitext2",
         split=recipe.calibration_split,
         column=recipe.text_column,
-        num_samples=recipe.num_samples,
+        num_samples=recipe.num_samples + more,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
     )
@@ -162,60 +280,3 @@ def read_calibration(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: 
     if (largest := int(windows.tokens.max())) >= rows:
         raise SnpError(f"tokenizer: gives token id {largest:,}, the model has {rows:,}. They do not belong together.")
     return windows
-
-
-def prune_blocks(
-    blocks: nn.ModuleList,
-    family: Family,
-    sites: Sequence[Site],
-    stream: Stream,
-    widths: Sequence[int],
-    recipe: Recipe,
-    clock: Clock,
-    on_step: OnStep,
-) -> tuple[nn.ModuleList, list[SiteResult]]:
-    """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
-
-    A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
-    that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
-    """
-    hidden = list(stream.hidden)
-    pruned_blocks, results = [], []
-    for index, dense_block in enumerate(blocks):
-        calls = [batch[index] for batch in stream.calls]
-        attention_site, ffn_site = (s for s in sites if s.block == index)
-        attention_width, ffn_width = widths[2 * index : 2 * index + 2]
-        block = copy.deepcopy(dense_block)
-        with on_device(block, clock.device):
-            attention = block.get_submodule(family.attention)
-            start = time.perf_counter()
-            with clock.phase("calibration"):
-                moments, contexts, attended = attention_statistics(block, family, hidden, calls)
-            result = cut(block, family, attention_site, moments, attention_width, recipe, clock, start)
-            results.append(result)
-            on_step(str(result))
-
-            start = time.perf_counter()
-            channels = unit_channels(result.kept, attention_site.unit_size).to(clock.device)
-            attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
-            moments = moments_for(ffn_out, clock.device)
-            with clock.phase("calibration"), torch.no_grad():
-                for b, batch in enumerate(hidden):
-                    kept_context = contexts[b].to(clock.device)[..., channels]
-                    attended[b] = with_first_tensor(attended[b], attention_out(kept_context).to(batch.device))
-                    contexts[b] = batch.new_empty(0)  # not needed again
-                    with fixed_output(attention, move(attended[b], clock.device)):
-                        inputs = input_of(ffn_out, block, batch, calls[b])
-                    moments = add_moments(moments, inputs)
-            result = cut(block, family, ffn_site, moments, ffn_width, recipe, clock, start)
-            results.append(result)
-            on_step(str(result))
-
-            with clock.phase("calibration"):
-                for b, batch in enumerate(hidden):
-                    with fixed_output(attention, move(attended[b], clock.device)):
-                        hidden[b] = run_block(block, batch, calls[b]).to(batch.device)
-                    if not torch.isfinite(hidden[b]).all():
-                        raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
-        pruned_blocks.append(block)
-    return nn.ModuleList(pruned_blocks), results

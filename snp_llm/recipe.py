@@ -16,6 +16,32 @@ Layout = Literal["uniform", "compact", "padded"]
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
 
+BudgetKind = Literal["params", "size", "flops", "latency"]
+SUFFIXES: dict[BudgetKind, dict[str, float]] = {
+    "params": {"": 1, "K": 1e3, "M": 1e6, "B": 1e9},
+    "size": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30},
+    "flops": {"": 1, "M": 1e6, "G": 1e9, "T": 1e12},
+    "latency": {"S": 1, "MS": 1e-3, "US": 1e-6},
+}
+
+
+GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  # given instead of a sparsity
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost.
+
+    Attributes:
+        kind: parameters, bytes, FLOPs a token, or seconds of a window's prefill.
+        amount: in that unit or, if `relative`, as a share of the dense model's.
+    """
+
+    kind: BudgetKind
+    amount: float
+    relative: bool
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Remove FFN neurons and attention heads in one shot, repair by least squares, save a smaller model."""
@@ -30,18 +56,42 @@ class Recipe:
     """The same for FFN sites alone, a budget of their own."""
     head_sparsity: float | None = None
     """The same for attention sites alone, a budget of their own."""
+    target_params: Annotated[str | None, tyro.conf.arg(metavar="1.0B")] = None
+    """Parameters of the pruned model, instead of a sparsity: 900M, 1.0B, or 0.7x of the dense model's."""
+    target_size: Annotated[str | None, tyro.conf.arg(metavar="2GB")] = None
+    """Its size on disk: 800MB, 2GB, 1.5GiB, or 0.7x."""
+    target_flops: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
+    """Its FLOPs a token at prefill of a window: 1.2G, or 0.7x."""
+    target_latency: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
+    """Its time for prefill of one window on --device: 35ms, or 0.7x. Blocks are timed at several widths first."""
+    latency_table: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Those times: read if the file is there, else written to it."""
+    max_perplexity_increase: Annotated[str | None, tyro.conf.arg(metavar="5%")] = None
+    """The largest sparsity, found by bisection, at which perplexity on held-out calibration text rises by no more."""
+    steps: int = 1
+    """Reach the target in so many rounds, each with statistics and gradients of its own."""
     ordering: Literal["zca", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
     """Which units go first: the score that ranks them. zca is the paper's."""
-    allocation: Literal["uniform", "variance"] = "variance"
-    """How many units each site keeps. variance: one threshold on the share of latent energy for all sites."""
+    metric: Literal["error", "loss"] = "loss"
+    """In which obs and greedy measure what a removal costs. error: the out-projection's squared error. loss: that error
+    weighted by the loss gradient's second moments."""
+    allocation: Literal["uniform", "variance", "loss"] = "loss"
+    """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
+    latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
+    target: Literal["self", "dense", "residual"] = "residual"
+    """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
+    dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""
+    target_weight: float | None = None
+    """Share of the way from self to that target, in [0, 1]. Default: at each site what held-out windows like best."""
     head_unit: HeadUnit = "kv_group"
     """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
     every group; the only choice where there is one key-value head."""
     layout: Layout = "compact"
     """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
     every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
-    dampening: float = 0.1
-    """Added to each channel's energy, relative to it."""
+    dampening: float | None = None
+    """Added to each channel's energy, relative to it. Default: in every repair, what held-out windows like best; 0.1 in
+    orderings and curves."""
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""
     round_to: int | None = None
@@ -89,9 +139,23 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise SnpError(f"--{name.replace('_', '-')}: expected a fraction in [0, 1), got {value:g}.")
-        if not 0 <= self.dampening < float("inf"):
+        if self.target_weight is not None and not 0 <= self.target_weight <= 1:
+            raise SnpError(f"--target-weight: expected a share in [0, 1], got {self.target_weight:g}.")
+        if self.dampening is not None and not 0 <= self.dampening < float("inf"):
             raise SnpError(f"--dampening: expected a finite number >= 0, got {self.dampening:g}.")
-        for name in ("round_to", "num_samples", "batch_size", "seq_len"):
+        goals = [f for f in GOALS if getattr(self, f) is not None]
+        separate = [f for f in ("ffn_sparsity", "head_sparsity") if getattr(self, f) is not None]
+        if len(goals) > 1 or (goals and separate):
+            flags = " and ".join(f"--{f.replace('_', '-')}" for f in goals + separate)
+            raise SnpError(f"{flags}: expected one budget, got {len(goals + separate)}. Leave out all but one.")
+        _ = self.budget, self.perplexity_increase  # whether they can be read
+        if self.latency_table is not None and self.target_latency is None:
+            raise SnpError("--latency-table: expected together with --target-latency.")
+        if self.steps > 1 and self.max_perplexity_increase is not None:
+            raise SnpError(
+                "--steps: expected 1 with --max-perplexity-increase, whose search prunes many times already."
+            )
+        for name in ("round_to", "num_samples", "batch_size", "seq_len", "steps"):
             value = getattr(self, name)
             if value is not None and value < (2 if name == "seq_len" else 1):
                 raise SnpError(f"--{name.replace('_', '-')}: expected a positive number, got {value}.")
@@ -105,7 +169,9 @@ class Recipe:
     @property
     def output_folder(self) -> str:
         name = os.path.basename(os.path.normpath(self.model))
-        return self.output or f"{name}-snp-{100 * self.sparsity:g}"
+        goal = next((f"{f.split('_')[1]}-{getattr(self, f)}" for f in GOALS if getattr(self, f) is not None), None)
+        suffix = f"{100 * self.sparsity:g}" if goal is None else re.sub(r"[^\w.-]", "", goal)
+        return self.output or f"{name}-snp-{suffix}"
 
     def sparsity_of(self, kind: str) -> float:
         """The sparsity asked for at sites of a kind, "attention" or "ffn"."""
@@ -113,11 +179,60 @@ class Recipe:
         return self.sparsity if own is None else own
 
     @property
-    def budgets(self) -> list[tuple[tuple[str, ...], float]]:
+    def sparsities(self) -> list[tuple[tuple[str, ...], float]]:
         """Kinds of site that share a budget, and its sparsity."""
         if self.ffn_sparsity is None and self.head_sparsity is None:
             return [(("attention", "ffn"), self.sparsity)]
         return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the pruned model may cost, if that was said instead of a sparsity.
+
+        Raises:
+            SnpError: not an amount of that kind.
+        """
+        for kind, suffixes in SUFFIXES.items():
+            text = getattr(self, f"target_{kind}")
+            if text is None:
+                continue
+            if found := re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)", text.strip()):
+                amount, suffix = float(found[1]), found[2].upper()
+                if suffix == "X" and 0 < amount <= 1:
+                    return Budget(kind, amount, relative=True)
+                if suffix in suffixes and amount > 0:
+                    return Budget(kind, amount * suffixes[suffix], relative=False)
+            units = ", ".join(repr(s) for s in suffixes)
+            raise SnpError(
+                f"--target-{kind}: expected a number with one of {units}, or a share of the dense model such as 0.7x; "
+                f"got {text!r}."
+            )
+        return None
+
+    @property
+    def perplexity_increase(self) -> float | None:
+        """The permitted rise of perplexity, relative.
+
+        Raises:
+            SnpError: not a percentage.
+        """
+        text = self.max_perplexity_increase
+        if text is None:
+            return None
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", text.strip())
+        if not found or not 0 < float(found[1]) < 1000:
+            raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {text!r}.")
+        return float(found[1]) / 100
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything is chosen by its error on held-out windows."""
+        return self.dampening is None or (self.target != "self" and self.target_weight is None)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether anything is weighed by the loss gradient."""
+        return self.allocation == "loss" or (self.metric == "loss" and self.ordering in ("obs", "greedy"))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,6 +1,7 @@
 """What a run did, as JSON, as a model card and as the closing table. Knows results, changes nothing."""
 
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "energy": result.energy,
             "relative_error": result.error,
             "predicted_error": result.predicted_error,
+            "predicted_loss": result.predicted_loss,
+            "target_weight": result.target_weight,
             "dampening": result.dampening,
             "seconds": round(result.seconds, 4),
             "kept": result.kept.tolist(),
@@ -71,7 +74,12 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "recipe": pruned.recipe.as_dict(),
         "seed": pruned.recipe.seed,
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
-        "sparsity": {"target": pruned.recipe.sparsity, "achieved": achieved_sparsity(dense, pruned)},
+        "sparsity": {
+            "target": None if pruned.recipe.budget else pruned.recipe.sparsity,
+            "achieved": achieved_sparsity(dense, pruned),
+        },
+        "predicted_perplexity_ratio": predicted_ratio(pruned),
+        "trials": [{"sparsity": sparsity, "perplexity_rise": rise} for sparsity, rise in pruned.trials],
         "dense": asdict(dense),
         "pruned": asdict(after),
         "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
@@ -84,6 +92,12 @@ def achieved_sparsity(dense: Measured, pruned: PrunedModel) -> float:
     """Fraction of the block-linear parameters that is gone, or zero where the layout is padded."""
     removed = sum((r.site.units - len(r.kept)) * r.site.cost for r in pruned.sites)
     return removed / dense.size.block_linear
+
+
+def predicted_ratio(pruned: PrunedModel) -> float | None:
+    """What the quadratic model of the loss predicts for perplexity on the calibration text, over that of dense."""
+    losses = [r.predicted_loss for r in pruned.sites if r.predicted_loss is not None]
+    return math.exp(sum(losses)) if len(losses) == len(pruned.sites) else None
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

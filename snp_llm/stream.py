@@ -1,6 +1,6 @@
 """The hidden states of all calibration tokens on their way through the blocks. Knows nothing of what is pruned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.device import Clock
-from snp_llm.linalg.gram import Moments, add_moments, empty_moments
-from snp_llm.models.blocks import BlockCall, capture_calls, first_tensor, output_of, watch_inputs, with_first_tensor
+from snp_llm.linalg.gram import Moments, empty_moments
+from snp_llm.models.blocks import BlockCall, capture_calls, output_of, watch_inputs
 from snp_llm.models.families import Family, Projection, linear, weight_of
 from snp_llm.recipe import Recipe
 
@@ -60,19 +60,13 @@ def moments_for(out_projection: Projection, device: torch.device) -> Moments:
     return empty_moments(weight_of(out_projection).shape[1], out_projection.weight.dtype, device)
 
 
-def attention_statistics(
+def attention_passes(
     block: nn.Module, family: Family, hidden: Sequence[Tensor], calls: Sequence[BlockCall]
-) -> tuple[Moments, list[Tensor], list[Any]]:
-    """Moments of the attention out-projection's inputs, those inputs, and what the attention module returned."""
+) -> Iterator[tuple[Tensor, Any]]:
+    """Batch by batch, the inputs of the attention out-projection and what the attention module returned, on device."""
     attention, out = block.get_submodule(family.attention), linear(block, family.attention_out)
-    device = next(block.parameters()).device
-    moments = moments_for(out, device)
     contexts: list[Tensor] = []
-    returned: list[Any] = []
-    with watch_inputs({out: lambda x: contexts.append(x)}):
+    with watch_inputs({out: contexts.append}):
         for batch, call in zip(hidden, calls, strict=True):
-            output = output_of(attention, block, batch, call)
-            returned.append(with_first_tensor(output, first_tensor(output).to(batch.device)))
-            moments = add_moments(moments, contexts[-1])
-            contexts[-1] = contexts[-1].to(batch.device)
-    return moments, contexts, returned
+            returned = output_of(attention, block, batch, call)
+            yield contexts.pop(), returned

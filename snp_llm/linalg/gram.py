@@ -53,6 +53,39 @@ def add_moments(moments: Moments, inputs: Tensor) -> Moments:
     return Moments(moments.second, moments.first, moments.tokens + x.shape[0])
 
 
+@dataclass(frozen=True)
+class Drift:
+    """Sums over calibration tokens of what a site's output lacks, `e`, against its inputs `x`.
+
+    Attributes:
+        cross: `sum e x^T`, (d_out, n), float32 or float64.
+        first: `sum e`, (d_out,), same dtype.
+    """
+
+    cross: Tensor
+    first: Tensor
+
+
+def empty_drift(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Drift:
+    """Drift of no tokens; sums are kept in `dtype`, raised to float32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return Drift(torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device))
+
+
+def add_drift(drift: Drift, lacking: Tensor, inputs: Tensor) -> None:
+    """Adds a batch to the sums, in place.
+
+    Args:
+        drift: of d_out and n channels.
+        lacking: e, (..., d_out), any floating dtype, on the sums' device.
+        inputs: x, (..., n), likewise.
+    """
+    e = lacking.reshape(-1, lacking.shape[-1]).to(drift.cross.dtype)
+    x = inputs.reshape(-1, inputs.shape[-1]).to(drift.cross.dtype)
+    drift.cross.addmm_(e.T, x)
+    drift.first.add_(e.sum(0))
+
+
 def gram_matrix(moments: Moments, *, centred: bool) -> Tensor:
     """The Gram matrix `G = X^T X`, or with `centred` its Schur complement after a constant-1 channel.
 

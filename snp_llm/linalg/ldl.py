@@ -142,3 +142,39 @@ def error_curve(W: Tensor, L: Tensor, D: Tensor) -> Tensor:
     """
     removed = (D * (W @ L).square().sum(0)).flip(0).cumsum(0).flip(0)
     return torch.cat([removed, removed.new_zeros(1)])
+
+
+def held_out_curve(W: Tensor, L: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """Squared output error on other tokens of keeping the first k channels, for every k.
+
+    What the first k latents leave out of any token's output is `U[:, k:] z[k:]` with `z = L^-1 x`, whichever tokens L
+    was factored from. Latents of other tokens are no longer orthogonal: with `H = L^-1 G L^-T` over those,
+    `e(k) = sum_{i,j>k} H_ij (U^T Q U)_ij`, the sums of one matrix's trailing blocks. On the tokens of L itself H is D
+    and this is the error curve.
+
+    Args:
+        W: out-projection weight, columns ordered, (d_out, n), float64.
+        L: unit lower factor, (n, n), float64.
+        gram: of the other tokens, ordered, (n, n), float64.
+        metric: Q of the norm `v^T Q v` in which errors count, (d_out, d_out), float64.
+
+    Returns:
+        (n + 1,), float64, 0 at k = n.
+    """
+    half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True)
+    latent = torch.linalg.solve_triangular(L, half.T, upper=False, unitriangular=True)
+    U = W @ L
+    shares = latent * (U.T @ (metric @ U))
+    # A trailing block is the one after it and a row and a column more.
+    added = 2 * shares.triu(1).sum(1) + shares.diagonal()
+    return torch.cat([added.flip(0).cumsum(0).flip(0), added.new_zeros(1)])
+
+
+def metric_root(gradient: Tensor) -> Tensor:
+    """A square root R of `F = R R^T`, so that `||R^T v||^2 = v^T F v`.
+
+    Args:
+        gradient: F, symmetric, positive semidefinite up to rounding, (d, d), float64.
+    """
+    values, vectors = torch.linalg.eigh(gradient)
+    return vectors * values.clamp_min(0).sqrt()

@@ -62,6 +62,102 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 
 
 @torch.no_grad()
+def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
+    """Embeddings, last norm and head, for whoever wants to know how long they take."""
+    with _replaced_forwards(dict.fromkeys(blocks, lambda hidden, *_args, **_kwargs: hidden)):
+        model(tokens, use_cache=False)
+
+
+def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of the summed negative log-likelihood of tokens 2..T with respect to what the last block puts out.
+
+    Args:
+        model: its embeddings, last norm and head are where `hidden` is.
+        blocks: its decoder blocks; none is run.
+        tokens: (batch, T), int64, on the same device.
+        hidden: output of the last block, (batch, T, d).
+
+    Returns:
+        (batch, T, d), in the dtype of `hidden`.
+    """
+    gradients = []
+    last = blocks[-1]
+    for window, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one at a time: logits are large
+        leaf = states.detach().requires_grad_()
+        forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, lambda hidden, *_args, **_kwargs: hidden)
+        forwards[last] = lambda *_args, leaf=leaf, **_kwargs: leaf
+        with torch.enable_grad(), _replaced_forwards(forwards):
+            logits = model(window, use_cache=False).logits[0, :-1]
+            loss = nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum")
+            gradients.append(torch.autograd.grad(loss, leaf)[0])
+    return torch.cat(gradients)
+
+
+def input_gradient(
+    block: nn.Module,
+    hidden: Tensor,
+    call: BlockCall,
+    gradient: Tensor,
+    watchers: dict[nn.Module, Callable[[Tensor], None]],
+) -> Tensor:
+    """Gradient at a block's input from that at its output; each watcher sees the gradient at its module's output.
+
+    The block runs forward once more for it, so that only one block's activations are ever held.
+
+    Args:
+        block: its parameters do not require gradients.
+        hidden: its input, (batch, T, d).
+        call: its other arguments.
+        gradient: of the loss at its output, (batch, T, d), where the block is.
+        watchers: by module inside the block.
+
+    Returns:
+        (batch, T, d), where the block is.
+    """
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, watch=watch: output.register_hook(watch) and None)
+        for module, watch in watchers.items()
+    ]
+    device = gradient.device
+    leaf = hidden.detach().to(device).requires_grad_()
+    try:
+        with torch.enable_grad():
+            output = first_tensor(block(leaf, *move(call.args, device), **move(call.kwargs, device)))
+            return torch.autograd.grad(output, leaf, gradient)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, as long as the context lasts."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """Moves everything but the blocks (embeddings, last norm, head) to a device and afterwards back to where it was."""
+    inside = set(blocks.modules())
+    rest = [module for module in model.modules() if module not in inside and not [*module.children()]]
+    home = next(model.get_input_embeddings().parameters()).device
+    for module in rest:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in rest:
+            module.to(home)
+
+
+@torch.no_grad()
 def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The input tensor that `module` gets inside the block; nothing after that point is computed."""
     result: list[Tensor] = []
@@ -92,6 +188,20 @@ def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterato
     """Shows each module's input tensor to its watcher, as long as the context lasts."""
     handles = [
         module.register_forward_pre_hook(lambda _module, inputs, watch=watch: watch(inputs[0]))
+        for module, watch in watchers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_outputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Shows each module's output tensor to its watcher, as long as the context lasts."""
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, watch=watch: watch(output))
         for module, watch in watchers.items()
     ]
     try:

@@ -52,6 +52,19 @@ def test_cost_prints_the_ratio(tmp_path):
     assert float(figures["ratio"]) > 0 and float(figures["peak prune, MB"]) > 100
 
 
+@pytest.mark.slow
+def test_predicted_loss_compares_every_cut_with_what_was_believed(tmp_path):
+    options = ["--num-samples", "8", "--seq-len", "64", "--max-windows", "4", "--shares", "0.8,0.4", "--every", "2"]
+    texts = ["--calibration", "bundled", "--evaluation", "bundled"]
+    out = run("predicted_loss.py", *options, *texts, "--output", str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "predicted_loss.csv").open()))
+    assert {int(r["block"]) for r in rows} == {0, 2, 4} and len(rows) == 12
+    for narrow, wide in zip(rows[::2], rows[1::2], strict=True):
+        assert float(narrow["predicted"]) > float(wide["predicted"]) > 0
+    assert "Rank correlation over all 12 cuts" in out and "tmp" not in (tmp_path / "predicted_loss.md").read_text()
+    assert (tmp_path / "predicted_loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
 ENGINES = ("gguf", "onnx", "onnxscript", "onnxruntime")
 SHAPES = {
     "llama": {"num_attention_heads": 6, "num_key_value_heads": 2},  # six heads of 16 in a hidden size of 48

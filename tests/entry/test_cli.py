@@ -62,6 +62,39 @@ def test_the_demo_end_to_end(tmp_path):
     assert fresh.stdout.startswith("SnpOPTForCausalLM")
 
 
+def test_a_budget_from_the_command_line(opt_folder, tmp_path, capsys):
+    out, plain = tmp_path / "out", ["--output", str(tmp_path / "out"), "--round-to", "4", *QUICK]
+    assert prune_main([str(opt_folder), "--target-params", "0.9x", *plain]) == 0
+    assert "--target-params 0.9x asked for" in capsys.readouterr().out
+    report = json.loads((out / "prune_report.json").read_text())
+    ratio = report["pruned"]["size"]["parameters"] / report["dense"]["size"]["parameters"]
+    assert 0.89 < ratio <= 0.9 and report["sparsity"]["target"] is None and report["trials"] == []
+    assert report["predicted_perplexity_ratio"] > 1
+    assert {"predicted_loss", "target_weight", "dampening"} <= set(report["sites"][0])
+
+
+def test_a_permitted_rise_of_perplexity_from_the_command_line(opt_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--max-perplexity-increase", "10%", "--output", str(out), "--round-to", "4", "--no-eval", *QUICK]
+    assert prune_main([str(opt_folder), *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "--max-perplexity-increase 10% asked for" in printed.out and "held-out perplexity" in printed.err
+    report = json.loads((out / "prune_report.json").read_text())
+    kept = [trial for trial in report["trials"] if trial["sparsity"] == report["sparsity"]["target"]]
+    assert len(kept) == 1 and kept[0]["perplexity_rise"] <= 0.1
+
+
+def test_budgets_that_cannot_be_are_refused(opt_folder, tmp_path, capsys):
+    out = ["--output", str(tmp_path / "out"), *QUICK]
+    refuse(capsys, [str(opt_folder), "--target-size", "1TB", *out], "--target-size: expected a number with one of")
+    refuse(
+        capsys, [str(opt_folder), "--target-params", "1B", *out], "--target-params: expected less than the model has"
+    )
+    refuse(capsys, [str(opt_folder), "--target-params", "2K", *out], "at most .* may go. Ask for less")
+    refuse(capsys, [str(opt_folder), "--steps", "2", "--dry-run", *out], "--dry-run: expected a budget whose widths")
+    assert not (tmp_path / "out").exists()
+
+
 def test_prune_then_eval_agree(opt_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert prune_main([str(opt_folder), "--output", str(out), *QUICK]) == 0

@@ -67,7 +67,7 @@ def test_verification_notices_changed_weights(tokenizer, tmp_path):
 
 
 def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
-    pruned = prune(small_opt(), tokenizer, small_recipe())
+    pruned = prune(small_opt(), tokenizer, small_recipe(allocation="variance"))
     checkpoint.save(pruned.model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["pruned_layers"]["0"]["ffn_dim"] = 8

@@ -1,10 +1,20 @@
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import SiteBudget, pooled_widths, uniform, variance
+from snp_llm.linalg.allocation import (
+    SiteBudget,
+    finest_step,
+    linear_costs,
+    loss,
+    pooled_widths,
+    total_cost,
+    uniform,
+    variance,
+)
 
 
 def energy(*shares):
@@ -12,16 +22,24 @@ def energy(*shares):
     return curve / curve[-1]
 
 
-def ffn(units=64, cost=10, multiple=8, minimum=8, energy=None):
-    return SiteBudget("ffn", units, cost, multiple, minimum, energy)
+def rise(*gains):
+    """A loss curve from what each unit saves, the first unit first."""
+    gains = torch.tensor([*gains, 0.0], dtype=torch.float64)
+    return gains.flip(0).cumsum(0).flip(0)
 
 
-def heads(units=8, cost=40, energy=None):
-    return SiteBudget("attention", units, cost, 1, 1, energy)
+def ffn(units=64, cost=10, multiple=8, minimum=8, energy=None, loss=None):
+    loss = (1 - energy) if loss is None and energy is not None else loss
+    return SiteBudget("ffn", units, linear_costs(units, cost), multiple, minimum, energy, loss)
+
+
+def heads(units=8, cost=40, energy=None, loss=None):
+    loss = (1 - energy) if loss is None and energy is not None else loss
+    return SiteBudget("attention", units, linear_costs(units, cost), 1, 1, energy, loss)
 
 
 def kept_fraction(sites, widths):
-    return sum(w * s.cost for w, s in zip(widths, sites, strict=True)) / sum(s.units * s.cost for s in sites)
+    return total_cost(sites, widths) / total_cost(sites)
 
 
 @pytest.mark.parametrize("keep", [0.95, 0.7, 0.5, 0.3])
@@ -76,22 +94,22 @@ def test_variance_never_goes_below_the_minimum_and_says_what_is_possible():
     steep = energy(*[2.0**-i for i in range(64)])
     sites = [ffn(energy=steep), ffn(energy=steep)]
     assert variance(sites, 0.13) == [8, 8]
-    with pytest.raises(SnpError, match="fewer than the 160 of every site at its minimum.*below 0.875"):
+    with pytest.raises(SnpError, match="less than the 160 of every site at its minimum.*below 0.875"):
         variance(sites, 0.02)
 
 
 def test_variance_needs_curves():
-    with pytest.raises(SnpError, match="energy curves"):
+    with pytest.raises(SnpError, match="energy or loss curves"):
         variance([ffn()], 0.5)
 
 
-@pytest.mark.parametrize("rule", [uniform, variance])
+@pytest.mark.parametrize("rule", [uniform, variance, loss])
 def test_keeping_everything_keeps_everything(rule):
     sites = [heads(energy=energy(*[1.0] * 8)), ffn(units=60, energy=energy(*[1.0] * 60))]
     assert rule(sites, 1.0) == [8, 60]
 
 
-@pytest.mark.parametrize("rule", [uniform, variance])
+@pytest.mark.parametrize("rule", [uniform, variance, loss])
 def test_pooled_sites_of_a_kind_get_one_width_and_hit_the_total(rule):
     generator = torch.Generator().manual_seed(0)
     curves = [energy(*torch.rand(64, generator=generator).tolist()) for _ in range(3)]
@@ -115,7 +133,7 @@ def test_pooled_variance_reads_the_mean_curve():
 
 def test_pools_of_unequal_sites_keep_no_more_than_the_smallest_has():
     sites = [ffn(units=64, energy=energy(*[1] * 64)), ffn(units=32, energy=energy(*[1] * 32))]
-    for rule in (uniform, variance):
+    for rule in (uniform, variance, loss):
         assert pooled_widths(rule, sites, 1.0) == [32, 32]
         assert pooled_widths(rule, sites, 0.5) == [24, 24]
 
@@ -123,5 +141,70 @@ def test_pools_of_unequal_sites_keep_no_more_than_the_smallest_has():
 def test_only_permitted_widths_are_given():
     sites = [replace(heads(energy=energy(*[1] * 8)), permitted=(2, 6), minimum=2), ffn(energy=energy(*[1] * 64))]
     assert sites[0].widths() == [2, 6, 8]
-    for rule in (uniform, variance):
+    for rule in (uniform, variance, loss):
         assert rule(sites, 0.6)[0] in (2, 6, 8)
+
+
+def random_sites(seed):
+    """Sites of a few widths each, so that all choices can be tried."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gains(n):
+        return rise(*torch.rand(n, generator=generator, dtype=torch.float64).sort(descending=True).values)
+
+    return [heads(4, cost=30, loss=gains(4)), ffn(32, cost=5, loss=gains(32)), ffn(24, cost=7, loss=gains(24))]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_loss_is_within_one_step_of_the_best_of_all_choices(seed):
+    """Brute force. Between two of the hull's budgets nothing better than the next larger budget's best is possible."""
+    sites = random_sites(seed)
+    choices = [*itertools.product(*(s.widths() for s in sites))]
+
+    def predicted(widths):
+        return sum(float(s.loss[w]) for s, w in zip(sites, widths, strict=True))
+
+    for keep in (0.8, 0.6, 0.45):
+        widths, budget = loss(sites, keep), keep * total_cost(sites) + finest_step(sites) / 2
+        assert total_cost(sites, widths) <= budget
+        cheaper = min(predicted(c) for c in choices if total_cost(sites, c) <= budget)
+        step = max(s.cost(s.multiple) for s in sites)
+        smaller = min(predicted(c) for c in choices if total_cost(sites, c) <= budget - step)
+        assert cheaper <= predicted(widths) <= smaller
+
+
+def test_loss_is_exactly_the_best_where_curves_are_convex_and_steps_equal():
+    generator = torch.Generator().manual_seed(0)
+    curves = [rise(*torch.rand(6, generator=generator).double().sort(descending=True).values) for _ in range(3)]
+    sites = [SiteBudget("ffn", 6, linear_costs(6, 2), 1, 1, None, curve) for curve in curves]
+    for budget in range(6, 36, 2):
+        found = loss(sites, budget / 36)
+        best = min(
+            (c for c in itertools.product(range(1, 7), repeat=3) if 2 * sum(c) <= budget),
+            key=lambda c: sum(float(curve[w]) for curve, w in zip(curves, c, strict=True)),
+        )
+        assert found == [*best]
+
+
+def test_loss_goes_by_what_a_unit_saves_for_its_cost():
+    gains = [1.0] * 8
+    dear = SiteBudget("attention", 8, linear_costs(8, 10), 1, 1, None, rise(*gains))
+    cheap = replace(dear, costs=linear_costs(8, 1))
+    assert loss([dear, cheap], 0.5) == [3, 8]
+
+
+def test_loss_steps_over_widths_that_are_not_on_the_hull():
+    """The second unit saves nothing without the third: the site keeps one or three, never two, while budget allows."""
+    lump = SiteBudget("attention", 4, linear_costs(4, 1), 1, 1, None, rise(5.0, 0.0, 4.0, 0.1))
+    other = SiteBudget("attention", 4, linear_costs(4, 1), 1, 1, None, rise(5.0, 1.0, 1.0, 1.0))
+    assert loss([lump, other], 4 / 8) == [3, 1]
+    assert loss([lump, other], 5 / 8) == [3, 2]
+
+
+def test_costs_need_not_be_linear():
+    """A step table, as latency has: only the widths before a step are worth their cost."""
+    stairs = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2, 2], dtype=torch.float64)
+    sites = [SiteBudget("ffn", 8, stairs, 1, 1, energy(*[1] * 8), rise(*[1.0] * 8)) for _ in range(2)]
+    assert sorted(loss(sites, 0.75)) == [4, 8]
+    assert loss(sites, 0.5) == [4, 4]
+    assert total_cost(sites, uniform(sites, 0.75)) <= 4

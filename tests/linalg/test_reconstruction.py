@@ -3,7 +3,7 @@ import torch
 
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
-from snp_llm.linalg.ldl import build_subspace, error_curve, ldl, make_definite
+from snp_llm.linalg.ldl import build_subspace, error_curve, held_out_curve, ldl, make_definite, metric_root
 from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
@@ -64,3 +64,17 @@ def test_relative_error_is_what_the_curve_predicts():
 def test_width_out_of_range_is_refused(width):
     with pytest.raises(SnpError, match="width of 1 to 12"):
         reconstruct(make_weight(), torch.eye(12, dtype=torch.float64), width)
+
+
+def test_the_error_on_other_tokens_at_every_width():
+    """Cut and repaired with the statistics of some tokens, counted on others, in a metric of fewer directions."""
+    X, W, others, root = make_inputs(), make_weight(), make_inputs(seed=11), make_weight(7, 3, seed=8)
+    F = root @ root.T
+    L, D = ldl(X.T @ X)
+    torch.testing.assert_close(metric_root(F) @ metric_root(F).T, F)
+    curve = held_out_curve(W, L, others.T @ others, F)
+    for k in range(1, 13):
+        missing = others @ W.T - others[:, :k] @ reconstruct(W, L, k).T
+        torch.testing.assert_close(curve[k], ((missing @ F) * missing).sum(), rtol=1e-9, atol=1e-9)
+    own = held_out_curve(W, L, X.T @ X, F)
+    torch.testing.assert_close(own, error_curve(metric_root(F).T @ W, L, D), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,81 @@
+"""Units with the smallest weights go; as they are, or with least squares on the out-projection.
+
+H. Li, A. Kadav, I. Durdanovic, H. Samet, H. P. Graf, "Pruning Filters for Efficient ConvNets", arXiv 1608.08710: a
+unit's norm is its score. Y. He, X. Zhang, J. Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv
+1707.06168: the layer that reads the units is then refitted to what it put out before.
+"""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from snp_llm.linalg.gram import gram_matrix
+from snp_llm.linalg.ldl import make_definite
+from snp_llm.linalg.reconstruction import absorb_mean
+from snp_llm.linalg.units import per_unit, unit_channels
+from snp_llm.models.families import Family, Site, linear, row_units, weight_of
+
+from .common import (
+    Cut,
+    Method,
+    Prune,
+    Pruned,
+    SiteProblem,
+    best_units,
+    keep_units,
+    least_squares,
+    model_sites,
+    prune_sequentially,
+    pruned,
+    uniform_widths,
+)
+
+DAMPENING = 0.1  # relative to each channel's energy, as by default in the package
+
+
+def unit_norms(block: nn.Module, family: Family, site: Site) -> Tensor:
+    """Euclidean norm of all weights of each unit, its rows of the in-projections and its columns, (units,), float64."""
+    total = per_unit(weight_of(linear(block, site.out_projection)).double().square().sum(0), site.unit_size)
+    for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
+        rows, units = weight_of(linear(block, path)).double().square().sum(1), units.to(total.device)
+        total.index_add_(0, units[units >= 0], rows[units >= 0])
+    return total.sqrt()
+
+
+def prepare(dense: PreTrainedModel, _tokens: Tensor, _seed: int) -> Prune:
+    """The units of the largest norm, out-projections as they were."""
+    family, blocks, sites = model_sites(dense)
+    scores = [unit_norms(blocks[site.block], family, site) for site in sites]
+
+    def prune(sparsity: float) -> Pruned:
+        widths = uniform_widths(sites, sparsity)
+        return pruned(dense, keep_units(dense, [best_units(s, w) for s, w in zip(scores, widths, strict=True)]))
+
+    return prune
+
+
+def prepare_refitted(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
+    """The same units, and each out-projection refitted on the activations of the model as pruned so far."""
+    sites = model_sites(dense)[2]
+
+    def prune(sparsity: float) -> Pruned:
+        return pruned(dense, prune_sequentially(dense, tokens, uniform_widths(sites, sparsity), refit))
+
+    return prune
+
+
+def refit(problem: SiteProblem) -> Cut:
+    """Weight, and bias where there is one, that come closest to the site's output before the cut."""
+    kept = best_units(unit_norms(problem.block, problem.family, problem.site), problem.width).cpu()
+    channels = unit_channels(kept, problem.site.unit_size).to(problem.W.device)
+    gram = make_definite(gram_matrix(problem.moments, centred=problem.bias is not None), DAMPENING).gram
+    weight, bias = least_squares(problem.W, gram, channels), problem.bias
+    if bias is not None:
+        mean = problem.moments.first.double() / problem.moments.tokens
+        bias = absorb_mean(bias, problem.W, weight, channels, mean)
+    return Cut(kept, weight, bias)
+
+
+METHODS = (
+    Method("magnitude", "magnitude", "Li et al., arXiv 1608.08710", prepare),
+    Method("magnitude-ls", "magnitude + least squares", "He et al., arXiv 1707.06168", prepare_refitted),
+)

@@ -1,0 +1,53 @@
+"""Subspace node pruning by this package: as in the paper, and with the package's defaults.
+
+J. Offergeld, M. van Gerven, N. Ahmad, "Subspace Node Pruning", arXiv 2405.17506.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm import Recipe
+from snp_llm.device import Clock, compute_device
+from snp_llm.errors import SnpError
+from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
+
+from .common import Method, Prune, Pruned, pruned
+
+PAPER = {"ordering": "zca", "allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
+
+
+def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:
+    """The package's defaults but for the calibration, the budget and `choices`."""
+    return Recipe(**settings, **choices, sparsity=sparsity, seed=seed)
+
+
+def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> tuple[Method, Method]:
+    """`snp` and `ours`.
+
+    Args:
+        tokenizer: of the model.
+        settings: fields of the recipe that say what is calibrated on: model, calibration, num_samples, seq_len, ...
+    """
+
+    def prepare(dense: PreTrainedModel, tokens: Tensor, seed: int, choices: dict[str, Any]) -> Prune:
+        recipe = resolve(make_recipe(settings, choices, 0.5, seed), dense)
+        windows = read_calibration(tokenizer, recipe, dense)
+        if not torch.equal(windows.tokens, tokens):
+            raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
+        clock = Clock(compute_device(recipe.device))
+        visited = visit(dense, windows, recipe, clock, lambda _line: None)  # what no sparsity changes
+
+        def prune(sparsity: float) -> Pruned:
+            recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
+            return pruned(dense, cut_once(visited, recipe, clock, lambda _line: None)[0])
+
+        return prune
+
+    reference = "Offergeld et al., arXiv 2405.17506"
+    return (
+        Method("snp", "SNP as in the paper", reference, lambda d, t, s: prepare(d, t, s, PAPER)),
+        Method("ours", "ours", f"this package's defaults, after {reference}", lambda d, t, s: prepare(d, t, s, {})),
+    )

@@ -1,0 +1,196 @@
+"""Predicted against measured loss, site by site: where the two disagree, widths are chosen wrongly.
+
+    python benchmarks/predicted_loss.py MODEL --calibration TEXT --evaluation TEXT
+
+One site at a time is cut to each share of its units and repaired, in an otherwise dense model, and the mean negative
+log-likelihood on the evaluation text is compared with what the allocation believed before. CSV, a table of ratios, and
+a plot with both axes logarithmic.
+"""
+
+import argparse
+import copy
+import csv
+import statistics
+import sys
+import time
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from torch import Tensor
+
+from snp_llm import Recipe, checkpoint, perplexity
+from snp_llm.data import evaluation_windows
+from snp_llm.device import Clock, compute_device
+from snp_llm.models.blocks import run_block, watch_inputs
+from snp_llm.models.families import Site, linear
+from snp_llm.pipeline import Visited, read_calibration, resolve, visit
+from snp_llm.site import cut
+from snp_llm.stream import Stream, capture
+from snp_llm.sums import add_batch, empty_sums, held_out
+
+
+def main() -> None:
+    args = parse()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    recipe = Recipe(
+        model=args.model,
+        calibration=args.calibration,
+        num_samples=args.num_samples,
+        seq_len=args.seq_len,
+        batch_size=args.batch_size,
+        target="self",
+        round_to=1,
+    )
+    recipe = resolve(recipe, model)
+    texts = evaluation_windows(
+        tokenizer, args.evaluation, split=None, column="text", seq_len=args.seq_len, max_windows=args.max_windows
+    )
+    clock = Clock(compute_device("auto"))
+    windows = read_calibration(tokenizer, recipe, model)
+    visited = visit(model, windows, recipe, clock, lambda line: print(line, flush=True))
+    stream = capture(model, visited.blocks, windows.tokens, recipe, clock)
+    shares = [float(s) for s in args.shares.split(",")]
+    rows = measure(visited, stream, texts.tokens, shares, args.every, recipe, clock)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with open(args.output / f"{args.name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    caption = (
+        f"{Path(args.model).name}, {args.num_samples} calibration windows of {args.seq_len} tokens, measured on "
+        f"{texts.description}"
+    )
+    text = markdown(rows, caption)
+    (args.output / f"{args.name}.md").write_text(text)
+    plot(rows, caption, args.output / f"{args.name}.png")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", default="wikitext2")
+    parser.add_argument("--evaluation", default="wikitext2")
+    parser.add_argument("--shares", default="0.9,0.7,0.5", help="of its units that a site keeps")
+    parser.add_argument("--every", type=int, default=1, help="one block of so many")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", default="predicted_loss")
+    return parser.parse_args()
+
+
+def measure(
+    visited: Visited, stream: Stream, tokens: Tensor, shares: list[float], every: int, recipe: Recipe, clock: Clock
+) -> list[dict[str, Any]]:
+    """One row for every site and share: predicted and measured rise of the mean loss."""
+    model, blocks, family = visited.model, visited.blocks, visited.family
+
+    def mean_loss() -> float:
+        return log(perplexity(model, tokens, batch_size=recipe.batch_size, device=clock.device))
+
+    base, rows, hidden = mean_loss(), [], list(stream.hidden)
+    for index, block in enumerate(blocks):
+        here = [s for s in visited.sites if s.block == index]
+        outs = [linear(block, s.out_projection) for s in here]
+        sums = [empty_sums(out, clock.device, drifting=False, holding_out=True) for out in outs]
+        seen: dict[Any, Tensor] = {}
+        with watch_inputs({out: partial(seen.__setitem__, out) for out in outs}):
+            for b, batch in enumerate(hidden):
+                hidden[b] = run_block(block, batch, stream.calls[b][index])
+                sums = [add_batch(s, seen[o], None, held_out(hidden, b)) for s, o in zip(sums, outs, strict=True)]
+        for site, site_sums in zip(here, sums, strict=True):
+            if index % every:
+                continue
+            curves = visited.curves[visited.sites.index(site)]
+            assert curves is not None and curves.loss is not None
+            found = site_sums.statistics(curves.gradient)
+            for width in widths(site, shares):
+                narrow = copy.deepcopy(block)
+                cut(narrow, family, site, found, width, recipe, clock, time.perf_counter())
+                blocks[index] = narrow
+                rise = mean_loss() - base
+                blocks[index] = block
+                row = {"site": site.name, "kind": site.kind, "block": index, "width": width, "units": site.units}
+                rows.append({**row, "predicted": float(curves.loss[width]), "measured": rise})
+                print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
+def widths(site: Site, shares: list[float]) -> list[int]:
+    """Widths at these shares of the units, whole units of every group, each once and never all."""
+    step = site.groups or 1
+    found = {max(step, round(share * site.units / step) * step) for share in shares}
+    return sorted(w for w in found if w < site.units)
+
+
+def markdown(rows: list[dict[str, Any]], caption: str) -> str:
+    """Measured over predicted, by kind of site and third of the depth."""
+    depth = max(row["block"] for row in rows) + 1
+    lines = [
+        "# Predicted and measured loss",
+        "",
+        f"    python {' '.join([Path(sys.argv[0]).name, *(Path(a).name if '/' in a else a for a in sys.argv[1:])])}",
+        "",
+        f"{caption}. Rise of the mean negative log-likelihood when one site is cut: median of measured over predicted, "
+        "and the range of both.",
+        "",
+        "| sites | count | measured / predicted | predicted | measured |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind in ("attention", "ffn"):
+        for third, name in enumerate(("first", "middle", "last")):
+            group = [r for r in rows if r["kind"] == kind and r["block"] * 3 // depth == third]
+            if not group:
+                continue
+            ratio = statistics.median(r["measured"] / r["predicted"] for r in group if r["predicted"] > 0)
+            ranges = [
+                f"{min(r[key] for r in group):.1e} to {max(r[key] for r in group):.1e}"
+                for key in ("predicted", "measured")
+            ]
+            lines.append(f"| {kind}, {name} third | {len(group)} | {ratio:.2f} | {' | '.join(ranges)} |")
+    ranked = torch.tensor([[r["predicted"], r["measured"]] for r in rows], dtype=torch.float64).argsort(0).argsort(0)
+    correlation = float(torch.corrcoef(ranked.double().T)[0, 1])
+    return "\n".join([*lines, "", f"Rank correlation over all {len(rows)} cuts: {correlation:.3f}.", ""])
+
+
+def plot(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
+    """One point a cut; on the line where they agree, below it the prediction was too dark."""
+    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    depth = max(row["block"] for row in rows) + 1
+    for kind, marker in (("attention", "s"), ("ffn", "o")):
+        group = [row for row in rows if row["kind"] == kind and row["measured"] > 0]
+        points = axes.scatter(
+            [r["predicted"] for r in group],
+            [r["measured"] for r in group],
+            c=[r["block"] for r in group],
+            marker=marker,
+            vmin=0,
+            vmax=depth - 1,
+            label=kind,
+        )
+    low = min(r["predicted"] for r in rows if r["predicted"] > 0)
+    high = max(max(r["predicted"], r["measured"]) for r in rows)
+    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted rise of the mean loss")
+    axes.set_ylabel("measured")
+    axes.set_title(caption, fontsize=8, wrap=True)
+    axes.legend()
+    figure.colorbar(points, label="block")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What sites are repaired to give: the definitions, replayed from the activations of whole models."""
+
+import copy
+
+import pytest
+import torch
+
+from snp_llm import prune
+from snp_llm.models.blocks import capture_calls, input_of, output_of, run_block
+from snp_llm.models.families import find_blocks, find_family, linear, weight_of
+from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+
+CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples": 12, "dampening": 1e-9}
+NORMALISED = ("gemma2", "gemma3_text", "olmo2")  # what their sites put out goes through a norm before it is added
+
+
+def with_ones(X, projection):
+    return X if projection.bias is None else torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
+
+
+def flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+@pytest.mark.parametrize("model_type", [m for m in FAMILY_CONFIGS if m not in NORMALISED])
+def test_every_site_is_the_least_squares_solution_for_its_target(model_type, target, tokenizer):
+    """At each site lstsq on what really arrives there, for a target taken from the dense model's own stream."""
+    dense = small_model(model_type)
+    pruned = prune(dense, tokenizer, small_recipe(**CUTS, target=target, target_weight=1.0))
+    family = find_family(dense.config)
+    dense_blocks, blocks = find_blocks(dense, family), find_blocks(pruned.model, family)
+    hidden, calls = capture_calls(dense, dense_blocks, pruned.calibration.tokens)
+    reference = hidden
+    for index, (before, after) in enumerate(zip(dense_blocks, blocks, strict=True)):
+        scale = getattr(before, "residual_multiplier", 1.0)
+        wanted = {}
+        for path in (family.attention_out, family.ffn_out):
+            wanted[path] = output_of(linear(before, path), before, reference, calls[index]).reshape(hidden.shape)
+        half = copy.deepcopy(before)  # attention pruned, FFN still dense
+        half.set_submodule(family.attention, copy.deepcopy(after.get_submodule(family.attention)))
+        for path, full in ((family.attention_out, before), (family.ffn_out, half)):
+            channels = result_channels(pruned, index, path)
+            X = flat(input_of(linear(full, path), full, hidden, calls[index]))[:, channels]
+            goal = wanted[path]
+            if target == "residual":
+                goal = goal + (reference - hidden) / scale
+                if path == family.ffn_out:
+                    attended = output_of(linear(half, family.attention_out), half, hidden, calls[index])
+                    goal = goal + wanted[family.attention_out] - attended.reshape(hidden.shape)
+            new = linear(after, path)
+            A = with_ones(X, new)
+            expected = A @ torch.linalg.lstsq(A, flat(goal), driver="gelsd").solution
+            got = X @ weight_of(new).T + (0 if new.bias is None else new.bias)
+            # As a whole: norms inside compute in float32, and some of these random sites are nearly singular.
+            assert float((got - expected).norm()) < 1e-4 * float(expected.norm())
+        hidden = run_block(after, hidden, calls[index])
+        reference = run_block(before, reference, calls[index])
+
+
+def result_channels(pruned, block, path):
+    result = next(r for r in pruned.sites if r.site.block == block and r.site.out_projection == path)
+    size = result.site.unit_size
+    return torch.cat([torch.arange(u * size, (u + 1) * size) for u in result.kept.tolist()])
+
+
+@pytest.mark.parametrize("model_type", NORMALISED)
+def test_blocks_that_normalise_their_outputs_get_the_dense_target_instead(model_type, tokenizer, caplog):
+    cuts = {**CUTS, **({"head_sparsity": 0.0} if model_type == "olmo2" else {})}
+    one, other = (
+        prune(small_model(model_type), tokenizer, small_recipe(**cuts, target=t)) for t in ("residual", "dense")
+    )
+    assert sum("target residual: blocks of this model normalise" in m for m in caplog.messages) == 1
+    tokens = one.calibration.tokens[:1]
+    assert torch.equal(one.model(tokens).logits, other.model(tokens).logits)
+
+
+def test_no_share_of_the_target_is_the_target_self(tokenizer):
+    nothing, itself = (
+        prune(small_model("llama"), tokenizer, small_recipe(**CUTS, **settings))
+        for settings in ({"target": "residual", "target_weight": 0.0}, {"target": "self"})
+    )
+    tokens = nothing.calibration.tokens[:1]
+    torch.testing.assert_close(nothing.model(tokens).logits, itself.model(tokens).logits, rtol=1e-9, atol=1e-9)
+    assert all(r.target_weight == 0 for r in nothing.sites)
+
+
+def test_shares_and_dampening_are_chosen_and_reported(tokenizer):
+    pruned = prune(small_model("llama"), tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.3, num_samples=16))
+    assert any(0 < r.target_weight < 1 for r in pruned.sites)
+    assert len({r.dampening for r in pruned.sites}) > 1
+
+
+def test_the_held_out_choice_is_better_on_unseen_text_than_the_extremes(tokenizer):
+    """On a model with few tokens for its channels: neither none nor all of the drift, and not the least dampening."""
+    dense = small_model("llama")
+    unseen = torch.randint(3, 2048, (16, 32), generator=torch.Generator().manual_seed(7))
+    logits = dense(unseen).logits
+
+    def error(**settings):
+        fixed = {"allocation": "uniform", "ordering": "variance", "calibration": "random", "num_samples": 4}
+        recipe = small_recipe(sparsity=0.3, round_to=4, **fixed, **settings)
+        return float((prune(dense, tokenizer, recipe).model(unseen).logits - logits).square().mean())
+
+    assert error() < error(dampening=0.0, target_weight=1.0)
+
+
+def test_one_window_leaves_nothing_to_hold_out(tokenizer):
+    pruned = prune(small_model("llama"), tokenizer, small_recipe(sparsity=0.3, num_samples=1, round_to=4))
+    assert all(r.target_weight == 0 for r in pruned.sites)

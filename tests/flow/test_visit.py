@@ -1,0 +1,89 @@
+"""The visit to the dense model: gradients against autograd on the whole model, curves against their definition."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from snp_llm.device import Clock
+from snp_llm.models.families import find_blocks, find_family, find_sites, linear
+from snp_llm.pipeline import resolve
+from snp_llm.visit import needs_visit, visit_dense
+from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+
+TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed(0))
+
+
+def visit(model, **overrides):
+    recipe = resolve(small_recipe(**overrides), model)
+    family = find_family(model.config)
+    blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family)
+    clock = Clock(torch.device("cpu"))
+    return sites, visit_dense(model, family, blocks, sites, TOKENS, recipe, clock, lambda _line: None)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_gradient_moments_are_those_of_a_backward_pass_through_the_whole_model(model_type):
+    model = small_model(model_type)
+    model.requires_grad_(True)
+    sites, found = visit(model, batch_size=2)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    family, outputs = find_family(model.config), {}
+    blocks = find_blocks(model, family)
+    for site in sites:
+
+        def keep(_module, _inputs, output, name=site.name):
+            output.retain_grad()
+            outputs[name] = output
+
+        linear(blocks[site.block], site.out_projection).register_forward_hook(keep)
+    logits = model(TOKENS, use_cache=False).logits[:, :-1]
+    functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
+    for site, curves in zip(sites, found, strict=True):
+        gradient = outputs[site.name].grad
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        expected = gradient.T @ gradient / TOKENS.numel()
+        torch.testing.assert_close(
+            curves.gradient.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+        assert (
+            curves.loss.shape == (site.units + 1,)
+            and curves.loss[-1] == 0
+            and (curves.loss[:-1] >= 0).all()
+            and curves.loss[0] > 0
+        )
+        assert curves.energy[-1] == 1
+
+
+def test_batch_size_does_not_matter():
+    for a, b in zip(visit(small_model("llama"))[1], visit(small_model("llama"), batch_size=1)[1], strict=True):
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-4, atol=1e-12)
+
+
+def test_without_gradients_the_model_is_visited_once_forwards():
+    _, found = visit(small_model("llama"), allocation="variance", metric="error")
+    assert all(c.gradient is None and c.loss is None and c.energy is not None for c in found)
+    _, found = visit(small_model("llama"), allocation="uniform")
+    assert all(c.gradient is not None and c.loss is None and c.energy is None for c in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "visited"),
+    [
+        ({"allocation": "uniform", "metric": "error"}, False),
+        ({"allocation": "uniform", "ordering": "zca"}, False),  # no metric in it
+        ({"allocation": "uniform", "ordering": "obs"}, True),
+        ({"allocation": "variance", "ordering": "zca"}, True),
+        ({"allocation": "loss", "metric": "error"}, True),
+    ],
+)
+def test_the_model_is_visited_only_where_something_needs_it(settings, visited):
+    assert needs_visit(small_recipe(**settings)) == visited
+
+
+def test_a_wide_site_is_visited_with_enough_windows_and_no_more():
+    model = small_model("llama")
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
+    visit(model, allocation="variance", metric="error", batch_size=1)  # 64 channels x 16 tokens are more than there are
+    assert sum(seen) == len(TOKENS)
