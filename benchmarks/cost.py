@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -22,6 +23,10 @@ from snp_llm import Recipe, checkpoint, prune
 from snp_llm.device import compute_device, synchronize
 from snp_llm.pipeline import read_calibration, resolve
 
+# What no gradients are needed for, with the default's ordering, and with the paper's.
+PLAIN = {"allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
+CHOICES: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN, "paper": {**PLAIN, "ordering": "zca"}}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,8 +35,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--orderings", default=Recipe(model="").ordering)
-    parser.add_argument("--allocations", default=Recipe(model="").allocation)
+    parser.add_argument("--choices", default=",".join(CHOICES), help="rows of the table")
     parser.add_argument("--calibration", default="wikitext2")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -56,34 +60,33 @@ def main() -> None:
         f"{args.model}: {windows.tokens.numel():,} tokens, batches of {args.batch_size}, sparsity {args.sparsity:g}, "
         f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {args.repeats}.\n"
     )
-    columns = ("ordering", "allocation", "forward, s", "prune, s", "ratio")
+    columns = ("choices", "forward, s", "prune, s", "ratio")
     phases = ("calibration", "linear algebra", "surgery")
     memory = ("peak forward, MB", "peak prune, MB")
     print("| " + " | ".join((*columns, *phases, *memory)) + " |")
-    print("|---|---|" + "---:|" * 8)
-    for ordering in args.orderings.split(","):
-        for allocation in args.allocations.split(","):
-            chosen = Recipe(**{**recipe.as_dict(), "ordering": ordering, "allocation": allocation})
-            forwards, prunes, shares = [], [], []
-            peaks = [0.0, 0.0]
-            for repeat in range(1 + args.repeats):  # the first is a warm-up
-                with sampled_peak() as peak:
-                    seconds = forward_seconds(dense, windows.tokens, args.batch_size, device)
-                forward_peak = peak[0]
-                with sampled_peak() as peak:
-                    start = time.perf_counter()
-                    pruned = prune(dense, tokenizer, chosen)
-                    elapsed = time.perf_counter() - start
-                if repeat:
-                    forwards.append(seconds)
-                    prunes.append(elapsed)
-                    shares.append(pruned.seconds)
-                    peaks = [max(peaks[0], forward_peak), max(peaks[1], peak[0])]
-            ratio = statistics.median(p / f for p, f in zip(prunes, forwards, strict=True))
-            figures = [statistics.median(forwards), statistics.median(prunes), ratio]
-            figures += [statistics.median(s[phase] for s in shares) for phase in phases]
-            cells = [ordering, allocation, *(f"{x:.2f}" for x in figures), *(f"{x:.0f}" for x in peaks)]
-            print("| " + " | ".join(cells) + " |", flush=True)
+    print("|---|" + "---:|" * 8)
+    for name in args.choices.split(","):
+        chosen = Recipe(**{**recipe.as_dict(), **CHOICES[name]})
+        forwards, prunes, shares = [], [], []
+        peaks = [0.0, 0.0]
+        for repeat in range(1 + args.repeats):  # the first is a warm-up
+            with sampled_peak() as peak:
+                seconds = forward_seconds(dense, windows.tokens, args.batch_size, device)
+            forward_peak = peak[0]
+            with sampled_peak() as peak:
+                start = time.perf_counter()
+                pruned = prune(dense, tokenizer, chosen)
+                elapsed = time.perf_counter() - start
+            if repeat:
+                forwards.append(seconds)
+                prunes.append(elapsed)
+                shares.append(pruned.seconds)
+                peaks = [max(peaks[0], forward_peak), max(peaks[1], peak[0])]
+        ratio = statistics.median(p / f for p, f in zip(prunes, forwards, strict=True))
+        figures = [statistics.median(forwards), statistics.median(prunes), ratio]
+        figures += [statistics.median(s[phase] for s in shares) for phase in phases]
+        cells = [name, *(f"{x:.2f}" for x in figures), *(f"{x:.0f}" for x in peaks)]
+        print("| " + " | ".join(cells) + " |", flush=True)
     print(f"\nResident before loading the model {imported:.0f} MB, after {loaded:.0f} MB.")
 
 

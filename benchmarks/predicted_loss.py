@@ -137,10 +137,11 @@ def widths(site: Site, shares: list[float]) -> list[int]:
 def markdown(rows: list[dict[str, Any]], caption: str) -> str:
     """Measured over predicted, by kind of site and third of the depth."""
     depth = max(row["block"] for row in rows) + 1
+    command = [Path(sys.argv[0]).name, *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
     lines = [
         "# Predicted and measured loss",
         "",
-        f"    python {' '.join([Path(sys.argv[0]).name, *(Path(a).name if '/' in a else a for a in sys.argv[1:])])}",
+        f"    python benchmarks/{' '.join(command)}",
         "",
         f"{caption}. Rise of the mean negative log-likelihood when one site is cut: median of measured over predicted, "
         "and the range of both.",
@@ -179,14 +180,19 @@ def plot(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
             vmax=depth - 1,
             label=kind,
         )
-    low = min(r["predicted"] for r in rows if r["predicted"] > 0)
-    high = max(max(r["predicted"], r["measured"]) for r in rows)
+    shown = [r for r in rows if r["measured"] > 0]
+    low = max(1e-6, min(min(r["predicted"], r["measured"]) for r in shown))
+    high = max(max(r["predicted"], r["measured"]) for r in shown)
     axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("predicted rise of the mean loss")
     axes.set_ylabel("measured")
-    axes.set_title(caption, fontsize=8, wrap=True)
+    axes.set_xlim(low / 2, 2 * high)
+    axes.set_ylim(low / 2, 2 * high)
+    axes.set_title(
+        f"{caption}; {len(rows) - len(shown)} cuts that lowered the loss are not shown", fontsize=8, wrap=True
+    )
     axes.legend()
     figure.colorbar(points, label="block")
     figure.savefig(path, dpi=120)

@@ -45,7 +45,19 @@ def test_perplexity_writes_csv_table_and_plot(tmp_path):
 
 @pytest.mark.slow
 def test_cost_prints_the_ratio(tmp_path):
-    out = run("cost.py", "--num-samples", "4", "--seq-len", "64", "--repeats", "1", "--calibration", "bundled")
+    out = run(
+        "cost.py",
+        "--num-samples",
+        "4",
+        "--seq-len",
+        "64",
+        "--repeats",
+        "1",
+        "--calibration",
+        "bundled",
+        "--choices",
+        "default",
+    )
     header, _, row = [line for line in out.splitlines() if line.startswith("|")]
     figures = dict(zip(header.split("|")[1:-1], row.split("|")[1:-1], strict=True))
     figures = {k.strip(): v.strip() for k, v in figures.items()}
