@@ -34,6 +34,7 @@ from snp_llm.sums import Statistics, add_batch, empty_sums, held_out
 
 TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
 
+GRADIENT_TOKENS = 32_768  # at most, with gradients: what enters every block is kept for the way back
 HELD_OUT_OF = 4  # one window of so many is held out
 
 OnStep = Callable[[str], None]
@@ -90,6 +91,8 @@ def visit_dense(
     """
     widest = max(s.units * s.unit_size for s in sites)
     enough = -(-TOKENS_A_CHANNEL * widest // tokens.shape[1])
+    if recipe.needs_gradients:
+        enough = min(enough, max(HELD_OUT_OF, GRADIENT_TOKENS // tokens.shape[1]))
     tokens = tokens[:enough]
     stream = capture(model, blocks, tokens, recipe, clock)
     if recipe.needs_gradients:

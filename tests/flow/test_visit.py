@@ -87,3 +87,12 @@ def test_a_wide_site_is_visited_with_enough_windows_and_no_more():
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
     visit(model, allocation="variance", metric="error", batch_size=1)  # 64 channels x 16 tokens are more than there are
     assert sum(seen) == len(TOKENS)
+
+
+def test_the_way_back_keeps_no_more_tokens_than_said(monkeypatch):
+    model = small_model("llama")
+    monkeypatch.setattr("snp_llm.visit.GRADIENT_TOKENS", 4 * TOKENS.shape[1])
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
+    visit(model, batch_size=1)
+    assert sum(seen) == 2 * 4  # there and back
