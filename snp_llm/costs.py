@@ -29,10 +29,6 @@ class Costs:
     dense: float
     sites: Sequence[Tensor]
 
-    def removed(self, widths: Sequence[int]) -> float:
-        """What is saved when sites keep these widths."""
-        return sum(float(costs[-1] - costs[width]) for costs, width in zip(self.sites, widths, strict=True))
-
 
 def sparsity_costs(sites: Sequence[Site]) -> Costs:
     """Block-linear parameters, which sparsity is a fraction of."""

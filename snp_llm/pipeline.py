@@ -111,10 +111,8 @@ def plan(
         )
     recipe = resolve(recipe, model)
     clock = Clock(compute_device(recipe.device))
-    if recipe.allocation in NEEDS_CURVES:
-        visited = visit(model, read_calibration(tokenizer, recipe, model), recipe, clock, on_step)
-    else:
-        visited = visit(model, None, recipe, clock, on_step)
+    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
+    visited = visit(model, windows, recipe, clock, on_step)
     return list(zip(visited.sites, visited.widths(recipe), strict=True))
 
 
@@ -158,11 +156,8 @@ def cut_once(
     visited: Visited, recipe: Recipe, clock: Clock, on_step: OnStep
 ) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site."""
-    model, family, blocks = visited.model, visited.family, visited.blocks
-    pruned_blocks, results = cut_blocks(visited, blocks, visited.widths(recipe), recipe, clock, on_step)
-    if recipe.layout == "padded":
-        pad_blocks(blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
-    return assemble(model, family, pruned_blocks), results
+    pruned_blocks, results = cut_blocks(visited, visited.blocks, visited.widths(recipe), recipe, clock, on_step)
+    return lay_out(visited.model, pruned_blocks, results, recipe), results
 
 
 def cut_in_steps(
@@ -187,9 +182,18 @@ def cut_in_steps(
         pruned_blocks, found = cut_blocks(visited, dense_blocks, widths, recipe, clock, on_step)
         results = [earlier.then(later) for earlier, later in zip(results, found, strict=True)] if results else found
         current = assemble(current, visited.family, pruned_blocks)
+    return lay_out(model, pruned_blocks, results, recipe), results
+
+
+def lay_out(
+    dense: PreTrainedModel, pruned_blocks: nn.ModuleList, results: Sequence[SiteResult], recipe: Recipe
+) -> PreTrainedModel:
+    """The model of a dense model's pruned blocks, padded first where that is the layout."""
+    family = find_family(dense.config)
     if recipe.layout == "padded":
-        pad_blocks(dense_blocks, pruned_blocks, family, [(result.site, result.kept) for result in results])
-    return assemble(model, family, pruned_blocks), results
+        kept = [(result.site, result.kept) for result in results]
+        pad_blocks(find_blocks(dense, family), pruned_blocks, family, kept)
+    return assemble(dense, family, pruned_blocks)
 
 
 def cut_blocks(

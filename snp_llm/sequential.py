@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.device import Clock
-from snp_llm.errors import SnpError
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import (
     BlockCall,
@@ -17,13 +16,12 @@ from snp_llm.models.blocks import (
     input_of,
     move,
     on_device,
-    run_block,
     with_first_tensor,
 )
 from snp_llm.models.families import Family, Site, linear
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
-from snp_llm.stream import Stream, attention_passes
+from snp_llm.stream import Stream, advance, attention_passes
 from snp_llm.sums import add_batch, empty_sums, held_out
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
@@ -151,7 +149,5 @@ def prune_block(
     with clock.phase("calibration"):
         for b, batch in enumerate(hidden):
             with fixed_output(attention, move(attended[b], device)):
-                hidden[b] = run_block(block, batch, calls[b]).to(batch.device)
-            if not torch.isfinite(hidden[b]).all():
-                raise SnpError(f"block {ffn_site.block}: activations hold NaN or Inf. Try --dtype float32.")
+                hidden[b] = advance(block, ffn_site.block, batch, calls[b])
     return [attention_result, ffn_result]

@@ -127,10 +127,9 @@ def factor_site(block: nn.Module, family: Family, site: Site, statistics: Statis
     """Orders a site's units and factors its Gram matrix in that order, on the moments' device."""
     try:
         out, moments = linear(block, site.out_projection), statistics.moments
-        device = torch.device("cpu") if moments.second.device.type == "mps" else moments.second.device  # no float64
-        moments = Moments(moments.second.to(device), moments.first.to(device), moments.tokens)
         centred = recipe.absorb_bias and out.bias is not None
         gram = gram_matrix(moments, centred=centred)
+        device = gram.device
         wanted = DAMPENING if recipe.dampening is None else recipe.dampening
         definite = make_definite(gram, wanted)
         if definite.dampening != wanted:
@@ -151,7 +150,7 @@ def factor_site(block: nn.Module, family: Family, site: Site, statistics: Statis
         if site.groups:
             unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
-        mean = moments.first.double() / moments.tokens
+        mean = moments.first.to(device).double() / moments.tokens
         return FactoredSite(unit_order, subspace, W, gram, mean, metric, moments.tokens, centred)
     except SnpError as error:
         raise SnpError(f"{site.name}: {error}") from error
@@ -254,7 +253,7 @@ def repair_site(
             fit_drift = Drift(drift.cross - held_drift.cross, drift.first - held_drift.first)
         choice = choose_repair(
             W,
-            own_sums(fit, fit_drift, centred=factored.centred, device=W.device),
+            own_sums(gram_matrix(fit, centred=factored.centred), fit, fit_drift, centred=factored.centred),
             sums_about(fit_mean if factored.centred else torch.zeros_like(fit_mean), held, held_drift),
             kept,
             metric,
@@ -263,7 +262,7 @@ def repair_site(
         )
         if recipe.target_weight is not None:
             choice = replace(choice, alpha=recipe.target_weight)
-    sums = replace(own_sums(total, statistics.drift, centred=factored.centred, device=W.device), gram=gram)
+    sums = own_sums(gram, total, statistics.drift, centred=factored.centred)
     if choice.dampening == used:
         L, order = factored.subspace.L, factored.subspace.order
         W_new = reconstruct(W[:, order], L, len(kept))[:, ascending]
@@ -277,10 +276,10 @@ def repair_site(
     return RepairedSite(W_new, shift, error, choice.dampening, choice.alpha)
 
 
-def own_sums(moments: Moments, drift: Drift | None, *, centred: bool, device: torch.device) -> TokenSums:
-    """Sums in float64 on a device; with `centred`, of inputs less their own mean."""
+def own_sums(gram: Tensor, moments: Moments, drift: Drift | None, *, centred: bool) -> TokenSums:
+    """Sums in float64 where their Gram matrix is; with `centred`, of inputs less their own mean, as that is."""
+    device = gram.device
     mean = moments.first.to(device).double() / moments.tokens
-    gram = gram_matrix(moments, centred=centred).to(device)
     sums = TokenSums(gram, moments.first.to(device).double(), moments.tokens, *_drift_sums(drift, device))
     if not centred:
         return sums

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.device import Clock
+from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import Moments, empty_moments
-from snp_llm.models.blocks import BlockCall, capture_calls, output_of, watch_inputs
+from snp_llm.models.blocks import BlockCall, capture_calls, output_of, run_block, watch_inputs
 from snp_llm.models.families import Family, Projection, linear, weight_of
 from snp_llm.recipe import Recipe
 
@@ -58,6 +59,18 @@ def _share(new: Any, old: Any) -> Any:
 def moments_for(out_projection: Projection, device: torch.device) -> Moments:
     """Empty moments for the inputs of an out-projection."""
     return empty_moments(weight_of(out_projection).shape[1], out_projection.weight.dtype, device)
+
+
+def advance(block: nn.Module, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
+    """A block's output hidden states, (batch, T, d), where its input waits.
+
+    Raises:
+        SnpError: they are not finite.
+    """
+    output = run_block(block, hidden, call).to(hidden.device)
+    if not torch.isfinite(output).all():
+        raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
+    return output
 
 
 def attention_passes(

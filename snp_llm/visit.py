@@ -17,23 +17,20 @@ from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.blocks import (
-    BlockCall,
     frozen,
     input_gradient,
     loss_gradient,
     on_device,
     rest_on_device,
-    run_block,
     watch_inputs,
 )
 from snp_llm.models.families import Family, Site, linear, weight_of
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
-from snp_llm.stream import Stream, capture, moments_for
+from snp_llm.stream import Stream, advance, capture, moments_for
 from snp_llm.sums import Statistics, add_batch, empty_sums, held_out
 
 TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
-
 GRADIENT_TOKENS = 32_768  # at most, with gradients: what enters every block is kept for the way back
 HELD_OUT_OF = 4  # one window of so many is held out
 
@@ -121,7 +118,7 @@ def _there(
         with on_device(block, clock.device):
             with clock.phase("calibration"), watch_inputs(watchers):
                 for b in range(len(hidden)):
-                    hidden[b] = _advance(block, index, hidden[b], stream.calls[b][index])
+                    hidden[b] = advance(block, index, hidden[b], stream.calls[b][index])
             with clock.phase("linear algebra"):
                 for site, moment in zip(here, moments, strict=True):
                     found.append(_curves(block, family, site, Statistics(moment), recipe))
@@ -147,7 +144,7 @@ def _there_and_back(
         inputs.append(list(hidden))
         with on_device(block, device), clock.phase("calibration"):
             for b in range(len(hidden)):
-                hidden[b] = _advance(block, index, hidden[b], calls[b][index])
+                hidden[b] = advance(block, index, hidden[b], calls[b][index])
     with clock.phase("calibration"), rest_on_device(model, blocks, device):
         gradients = [
             loss_gradient(model, blocks, batch.to(device), states.to(device)).to(states.device)
@@ -177,13 +174,6 @@ def _there_and_back(
                     found.append(_curves(block, family, site, apart, recipe))
         on_step(f"block {index}: curves and gradients of the dense model")
     return found[::-1]
-
-
-def _advance(block: nn.Module, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-    output = run_block(block, hidden, call).to(hidden.device)
-    if not torch.isfinite(output).all():
-        raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
-    return output
 
 
 def _curves(block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe) -> SiteCurves:

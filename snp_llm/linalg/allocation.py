@@ -64,7 +64,7 @@ def total_cost(sites: Sequence[SiteBudget], widths: Sequence[int] | None = None)
 
 def finest_step(sites: Sequence[SiteBudget]) -> float:
     """What the smallest step costs that some site can take: no budget is met more closely than half of it."""
-    steps = [s.cost(s.units) - s.cost(s.widths()[-2]) for s in sites if len(s.widths()) > 1]
+    steps = [_extra(s, s.widths()[-2], s.units) for s in sites if len(s.widths()) > 1]
     return min(steps, default=0.0)
 
 
@@ -124,7 +124,7 @@ def variance(sites: Sequence[SiteBudget], keep: float) -> list[int]:
         for small, large in pairwise(grid)
     )
     for _, i, large in steps:
-        step = sites[i].cost(large) - sites[i].cost(widths[i])
+        step = _extra(sites[i], widths[i], large)
         if spent + step / 2 > budget:  # stopping is now closer to the budget than going on
             break
         widths[i], spent = large, spent + step
@@ -175,8 +175,7 @@ def pooled_widths(rule: Allocation, sites: Sequence[SiteBudget], keep: float) ->
     """One width for each kind of site: the rule applied to pools, each of which stands for all sites of a kind.
 
     Costs and losses in a pool add up and energy shares are averaged. Heads are coarse, so the kind with the finest
-    grid (the FFN)
-    then takes up what is left of the budget.
+    grid (the FFN) then takes up what is left of the budget.
 
     Args:
         rule: one of `ALLOCATIONS`.

@@ -97,6 +97,8 @@ def gram_matrix(moments: Moments, *, centred: bool) -> Tensor:
         (n, n), symmetric, float64. Channels whose remaining energy is below the rounding of the sums are exactly zero
         in row and column: they are dead, or constant where `centred`.
     """
+    if moments.second.device.type == "mps":  # no float64 there
+        moments = Moments(moments.second.cpu(), moments.first.cpu(), moments.tokens)
     lower = moments.second.double().tril()
     gram = lower + lower.tril(-1).T
     if centred:

@@ -133,8 +133,7 @@ def choose_repair(
     added = repairs[best]
     # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
     lack = held.cross[:, kept] + removed - added @ held_kept
-    gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-    gone[kept] = False
+    gone = _others(W, kept)
     constant = held.lacking + W[:, gone] @ held.first[gone] - added @ held.first[kept]
     gains: dict[float, tuple[float, float]] = {}
     for dampening in errors:
@@ -162,9 +161,15 @@ def _solve(right: Tensor, gram: Tensor, kept: Tensor, dampening: float) -> Tenso
 
 def _removed_product(W: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """`W[:, P] G[P, K]`, (d_out, k)."""
+    gone = _others(W, kept)
+    return W[:, gone] @ gram[gone][:, kept]
+
+
+def _others(W: Tensor, kept: Tensor) -> Tensor:
+    """P: the channels that are not in K, (n,), bool."""
     gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     gone[kept] = False
-    return W[:, gone] @ gram[gone][:, kept]
+    return gone
 
 
 def _inner(a: Tensor, b: Tensor, metric: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Capture and run one decoder block at a time. Knows how blocks are called, not what is inside them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,19 +115,15 @@ def input_gradient(
     Returns:
         (batch, T, d), where the block is.
     """
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, watch=watch: output.register_hook(watch) and None)
-        for module, watch in watchers.items()
-    ]
     device = gradient.device
     leaf = hidden.detach().to(device).requires_grad_()
-    try:
-        with torch.enable_grad():
-            output = first_tensor(block(leaf, *move(call.args, device), **move(call.kwargs, device)))
-            return torch.autograd.grad(output, leaf, gradient)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def hook(watch: Callable[[Tensor], None], output: Tensor) -> None:
+        output.register_hook(watch)
+
+    with torch.enable_grad(), watch_outputs({module: partial(hook, watch) for module, watch in watchers.items()}):
+        output = first_tensor(block(leaf, *move(call.args, device), **move(call.kwargs, device)))
+        return torch.autograd.grad(output, leaf, gradient)[0]
 
 
 @contextmanager
@@ -186,29 +183,21 @@ def output_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCa
 @contextmanager
 def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
     """Shows each module's input tensor to its watcher, as long as the context lasts."""
-    handles = [
+    with _attached(
         module.register_forward_pre_hook(lambda _module, inputs, watch=watch: watch(inputs[0]))
         for module, watch in watchers.items()
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def watch_outputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
     """Shows each module's output tensor to its watcher, as long as the context lasts."""
-    handles = [
+    with _attached(
         module.register_forward_hook(lambda _module, _inputs, output, watch=watch: watch(output))
         for module, watch in watchers.items()
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -259,6 +248,16 @@ def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: Blo
         pass
     finally:
         handle.remove()
+
+
+@contextmanager
+def _attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    handles = [*hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
