@@ -1,17 +1,20 @@
 """Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
 
+import logging
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -23,25 +26,37 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from snp_llm import ranks
 from snp_llm.data import BUNDLED
 from snp_llm.errors import SnpError
+from snp_llm.measure import logits_block_by_block
 from snp_llm.models.families import embedding_rows, find_family
 from snp_llm.models.layouts import needs_code
 
 TINY_OPT = "tiny-opt"
-LARGEST_SHARD = "5GB"
+LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
 # Largest difference of a logit after reloading, relative to the largest logit. The same kernels on the same device give
 # the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
 LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+JOURNAL = "journal"  # what an unfinished run has done
+DENSE = "dense"  # weights that are in no safetensors file
+UNFINISHED = (JOURNAL, DENSE)  # parts of a temporary folder that do not belong to the finished one
 RELOAD = Path(__file__).with_name("reload.py")
 
+log = logging.getLogger(__name__)
 
-def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+
+def load(
+    name: str, dtype: str, *, trust_remote_code: bool = False, on_disk: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model of a supported family and its tokenizer, on the CPU.
 
     Args:
         name: hub id, local folder, or `tiny-opt`.
         dtype: "auto" for the checkpoint's, or a torch dtype's name.
+        trust_remote_code: whether code in its repository may run.
+        on_disk: leave the weights in their files, from where blocks are read when their turn comes. This folder takes
+            those that are in no safetensors file; it has to last as long as the model does.
 
     Raises:
         SnpError: not found, unsupported, quantised, or weights that do not fit the config.
@@ -64,6 +79,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Pre
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they come back in `info`, and are refused below with their names
+            **({} if on_disk is None else {"device_map": {"": "disk"}, "offload_folder": str(on_disk)}),
         )
     model, info = loaded
     if mismatched := sorted(info["mismatched_keys"]):
@@ -129,29 +145,95 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def finished_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of `folder` to write into, renamed to it when the context ends well, else removed."""
+def finished_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `folder` to write into, renamed to it when the context ends well, else removed.
+
+    What the run has put into its `UNFINISHED` parts stays out of the finished folder. If there is something in them
+    that a later run can go on from, the temporary folder outlives this one.
+
+    Args:
+        folder: to be.
+        overwrite: replace it if it is there, and forget an unfinished run.
+        resume: go on with an unfinished run, if there is one.
+
+    Raises:
+        SnpError: it cannot be written, or is being written by another process; an unfinished run is there, unasked for.
+    """
     folder = folder.absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    if ranks.rank():  # rank 0 writes
+        yield ranks.from_rank(0, lambda: partial)
+        return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        try:
-            partial.chmod(0o777 & ~_umask())
-            yield partial
-            for file in partial.rglob("*"):  # safetensors makes its files readable by their owner only
-                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-            if folder.exists() and overwrite:
-                old = partial.with_name(partial.name.replace("partial", "old"))
-                folder.rename(old)
-                partial.rename(folder)
-                shutil.rmtree(old)
-            else:
-                check_output(folder, overwrite=False)
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with ExitStack() as stack:
+
+            def open_it() -> Path:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(partial))
+                if partial.exists() and not resume:
+                    if can_resume(partial) and not overwrite:
+                        raise SnpError(
+                            f"output {folder}: an unfinished run is there, in {partial.name}. Go on with it with "
+                            "--resume, or forget it with --overwrite."
+                        )
+                    shutil.rmtree(partial)
+                partial.mkdir(exist_ok=True)
+                return partial
+
+            try:
+                ranks.from_rank(0, open_it)
+                yield partial
+                for file in partial.rglob("*"):  # safetensors makes its files readable by their owner only
+                    file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+                partial.chmod(0o777 & ~_umask())
+                if not overwrite:
+                    check_output(folder, overwrite=False)
+            except BaseException:
+                if can_resume(partial):
+                    log.warning("the unfinished run is kept in %s; go on with --resume", partial)
+                else:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _exchange(partial, folder)
     except OSError as error:
         raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
+
+
+def _exchange(partial: Path, folder: Path) -> None:
+    """Puts a temporary folder in the place of the finished one, and only then removes what nobody needs any more."""
+    rest = partial.with_name(f"{partial.name}.old")
+    shutil.rmtree(rest, ignore_errors=True)
+    rest.mkdir()
+    for name in UNFINISHED:
+        if (partial / name).exists():
+            (partial / name).rename(rest / name)
+    if folder.exists():
+        folder.rename(rest / "replaced")
+    partial.rename(folder)
+    shutil.rmtree(rest)
+
+
+def can_resume(partial: Path) -> bool:
+    """Whether a temporary folder holds anything that a run can go on from."""
+    return any(partial.glob(f"{JOURNAL}/*/state.json"))
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same output; the lock ends with the process, however that ends."""
+    file = partial.with_name(f"{partial.name}.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SnpError(
+            f"output {partial.parent}: another run is writing {partial.name}. Wait for it or stop it."
+        ) from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -159,7 +241,9 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if needs_code(model.config):
         type(model.config).register_for_auto_class()
         type(model).register_for_auto_class("AutoModelForCausalLM")
-    model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     tokenizer.save_pretrained(folder)
 
 
@@ -192,8 +276,7 @@ def verify(model: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
         reloaded = load_file(result)["logits"]
-    with torch.no_grad():
-        logits = model(tokens, use_cache=False).logits
+    logits = logits_block_by_block(model, tokens)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[model.dtype]:
         raise SnpError(

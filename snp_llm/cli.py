@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,13 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm import checkpoint, hub, measure, pipeline, report
+from snp_llm import checkpoint, hub, measure, pipeline, ranks, report
 from snp_llm.data import Windows, evaluation_windows
-from snp_llm.device import compute_device
+from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
+from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
 from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe
@@ -70,7 +73,7 @@ def push_main(arguments: Sequence[str]) -> int:
 
 
 def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
-    """Load, prune, save, verify, measure, print the closing table."""
+    """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints."""
     folder = Path(recipe.output_folder)
     if not recipe.dry_run:
         checkpoint.check_output(folder, overwrite=recipe.overwrite)
@@ -79,60 +82,104 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     bundled = recipe.model == checkpoint.TINY_OPT
     recipe = replace(recipe, calibration=recipe.calibration or ("bundled" if bundled else "wikitext2"))
     recipe = replace(recipe, eval_dataset=recipe.eval_dataset or ("bundled" if bundled else "wikitext2"))
-    device = compute_device(recipe.device)
-    dense, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-    recipe = pipeline.resolve(recipe, dense)
-    assert recipe.seq_len is not None and recipe.eval_dataset is not None and recipe.round_to is not None
-    family = find_family(dense.config)
-    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
-    print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
     if recipe.dry_run:
-        with progress(dense.config.num_hidden_layers) as on_step:
-            plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
-        print_plan(dense, plan, recipe)
+        with tempfile.TemporaryDirectory() as scratch:
+            show_plan(recipe, Path(scratch))
         return
+    with ranks.joined(recipe.device):
+        if ranks.rank():
+            log.setLevel(logging.ERROR)  # rank 0 says it for all
+        with checkpoint.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume) as partial:
+            closing = prune_into(partial, recipe, command)
+        if ranks.rank() == 0:
+            Console().print(*closing, sep="\n")
+            if recipe.push_to_hub is not None:
+                run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
 
+
+def prune_into(partial: Path, recipe: Recipe, command: Sequence[str]) -> list[Any]:
+    """Everything between a parsed recipe and a folder that only has to get its name.
+
+    Returns:
+        What to print at the end.
+    """
+    device = compute_device(recipe.device)
+    clock = Clock(device)
+    with clock.phase("loading"):
+        dense, tokenizer = load_on_disk(recipe, partial)
+    recipe = pipeline.resolve(recipe, dense)
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    announce_layout(dense, recipe)
     windows: Windows | None = None
     if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
         windows = evaluation_windows(
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
+    journal = Journal(partial / checkpoint.JOURNAL, recipe.save_every)
     rounds = recipe.steps if recipe.perplexity_increase is None else 1
     with progress(rounds * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers) as on_step:
-        pruned = pipeline.prune(dense, tokenizer, recipe, on_step=on_step)
-    with checkpoint.finished_folder(folder, overwrite=recipe.overwrite) as partial:
+        pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
+    compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
+
+    def save_and_verify() -> float:
         checkpoint.save(pruned.model, tokenizer, partial)
-        difference = checkpoint.verify(pruned.model, partial, pruned.calibration.tokens[:1, :LONGEST_COMPARISON])
-        models = (dense, pruned.model)
-        perplexities: list[float | None] = [None, None]
-        speeds: list[float | None] = [None, None]
-        try:
-            if windows is not None:
-                perplexities = [
-                    measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
-                ]
-            speeds = [*measure.prefill_speed(models, pruned.calibration.tokens[:1], device=device)]
-        except torch.OutOfMemoryError:  # a whole model needs more than the one block that pruning had there
-            log.warning("%s: not enough memory to measure a whole model; the pruned model is saved without", device)
-        sizes = [measure.model_size(m, recipe.seq_len) for m in models]
-        disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
-        before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
-        facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
-        if windows is not None:
-            facts["evaluation"] = windows.description
-        summary = report.build_report(pruned, before, after, facts)
-        report.write_report(summary, partial)
-        base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
-        report.write_card(summary, pruned, base_model, partial)
-    achieved = summary["sparsity"]["achieved"]
-    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
-    Console().print(report.closing_table(before, after, pruned))
+        return checkpoint.verify(pruned.model, partial, compared)
+
+    with clock.phase("saving"):
+        difference = ranks.from_rank(0, save_and_verify)
+    pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
+    models = (dense, pruned.model)
+    perplexities: list[float | None] = [None, None]
     if windows is not None:
-        print(f"perplexity on {windows.description}")
-    print(f"calibrated on {pruned.calibration.description}")
-    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
-    if recipe.push_to_hub is not None:
-        run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
+        perplexities = [
+            measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+        ]
+    if ranks.rank():
+        return []
+    speeds = measure.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
+    sizes = [measure.model_size(m, recipe.seq_len) for m in models]
+    disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
+    before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
+    facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+    if windows is not None:
+        facts["evaluation"] = windows.description
+    summary = report.build_report(pruned, before, after, facts)
+    report.write_report(summary, partial)
+    base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
+    report.write_card(summary, pruned, base_model, partial)
+    achieved = summary["sparsity"]["achieved"]
+    return [
+        f"{recipe.model} -> {recipe.output_folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for",
+        report.closing_table(before, after, pruned),
+        *([] if windows is None else [f"perplexity on {windows.description}"]),
+        f"calibrated on {pruned.calibration.description}",
+        f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest",
+    ]
+
+
+def show_plan(recipe: Recipe, scratch: Path) -> None:
+    """What `--dry-run` does."""
+    dense, tokenizer = load_on_disk(recipe, scratch)
+    recipe = pipeline.resolve(recipe, dense)
+    announce_layout(dense, recipe)
+    with progress(dense.config.num_hidden_layers) as on_step:
+        plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
+    print_plan(dense, plan, recipe)
+
+
+def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
+    own = folder / checkpoint.DENSE / str(ranks.rank())
+    return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
+
+
+def announce_layout(dense: PreTrainedModel, recipe: Recipe) -> None:
+    """Says what will be written and what loads it."""
+    assert recipe.round_to is not None
+    family = find_family(dense.config)
+    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    if ranks.rank() == 0:
+        print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
 
 
 def run_push(recipe: PushRecipe) -> None:
@@ -186,6 +233,9 @@ def run_evaluate(recipe: EvaluationRecipe) -> None:
 def progress(steps: int) -> Iterator[OnStep]:
     """A bar with the last step's line on a terminal, a line a step elsewhere."""
     console = Console(stderr=True)
+    if ranks.rank():
+        yield lambda _line: None
+        return
     if not console.is_terminal:
         yield log.info
         return
@@ -215,6 +265,7 @@ def _guarded(run: Callable[[], None]) -> int:
     log.handlers = [logging.StreamHandler()]  # to what is stderr now
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is no news
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries end in an error that says the same in one line
     transformers.logging.disable_progress_bar()
     with contextlib.suppress(ValueError):  # not in the main thread
@@ -228,7 +279,7 @@ def _guarded(run: Callable[[], None]) -> int:
             f"out of memory on the device ({str(error).splitlines()[0]}). Use a smaller --batch-size or --seq-len."
         )
     except KeyboardInterrupt as interrupt:
-        return _fail("interrupted; nothing was written.", code=interrupt.args[0] if interrupt.args else 130)
+        return _fail("interrupted; no output was written.", code=interrupt.args[0] if interrupt.args else 130)
     return 0
 
 

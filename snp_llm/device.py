@@ -9,7 +9,7 @@ import torch
 
 from snp_llm.errors import SnpError
 
-PHASES = ("calibration", "linear algebra", "surgery")
+PHASES = ("loading", "forward passes", "Gram matrices", "linear algebra", "surgery", "saving")
 
 
 def compute_device(name: str) -> torch.device:
@@ -36,14 +36,18 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass
 class Clock:
-    """Seconds by phase."""
+    """Seconds by phase; time in a phase within another counts for the inner one alone."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    within: float = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        synchronize(self.device)
+        start, before, self.within = time.perf_counter(), self.within, 0.0
         yield
         synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        self.seconds[name] += elapsed - self.within
+        self.within = before + elapsed

@@ -3,18 +3,31 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from snp_llm import ranks
 from snp_llm.device import synchronize
 from snp_llm.errors import SnpError
-from snp_llm.models.blocks import on_device
+from snp_llm.models.blocks import (
+    capture_calls,
+    logits_of,
+    move,
+    on_device,
+    rest_on_device,
+    run_block,
+    run_without_blocks,
+)
 from snp_llm.models.families import Projection, find_blocks, find_family, find_sites
+
+HIDDEN_BYTES = 2**29  # of hidden states that are held while perplexity is measured
 
 
 @dataclass(frozen=True)
@@ -60,26 +73,56 @@ def perplexity(
 ) -> float:
     """`exp` of the mean negative log-likelihood of tokens 2..T of every window.
 
+    Blocks are run one at a time, so that a model need fit neither on the device nor, where its weights are on disk,
+    into host memory. Ranks share the windows.
+
     Args:
-        model: on `device` for as long as it takes.
+        model: of a supported family; left where it is.
         windows: (windows, T), int64.
         batch_size: windows at a time; has no influence on the result beyond rounding.
+        device: to compute on.
 
     Raises:
         SnpError: the likelihood is not finite.
     """
-    total = 0.0
-    with on_device(model.eval(), torch.device(device)):
-        for batch in windows.split(batch_size):
-            batch = batch.to(device)
-            logits = model(batch, use_cache=False).logits[:, :-1]
-            # Window by window in float32: a whole batch of logits in float32 would be the largest tensor of the run.
-            for window, target in zip(logits, batch[:, 1:], strict=True):
-                total += functional.cross_entropy(window.float(), target, reduction="sum").item()
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    total = torch.zeros((), dtype=torch.float64)
+    mine = ranks.share(len(windows))
+    for logits, tokens in _logits(model, windows[mine.start : mine.stop], batch_size, torch.device(device)):
+        # In float32 window by window: a whole batch of logits in float32 would be the largest tensor of the run.
+        total += functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum").item()
+    ranks.add_up([total])
+    mean = total.item() / (windows.shape[0] * (windows.shape[1] - 1))
     if not math.isfinite(mean):
         raise SnpError(f"perplexity: expected a finite log-likelihood, got {mean}. Try --dtype float32.")
     return math.exp(min(mean, 700.0))
+
+
+@torch.no_grad()
+def logits_block_by_block(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits, (windows, T, vocabulary), of windows (windows, T), on the CPU; one block is in memory at a time."""
+    return torch.cat([logits for logits, _ in _logits(model, tokens, len(tokens), torch.device("cpu"))])
+
+
+def _logits(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
+    model.eval()
+    blocks = find_blocks(model, find_family(model.config))
+    bytes_a_token = model.config.hidden_size * model.dtype.itemsize
+    at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
+    for chunk in windows.split(at_once):
+        with rest_on_device(model, blocks, device):
+            calls = capture_calls(model, blocks, chunk[:1])[1]
+            hidden = torch.cat([capture_calls(model, blocks, batch)[0].cpu() for batch in chunk.split(batch_size)])
+        for block, call in zip(blocks, calls, strict=True):
+            with on_device(block, device):
+                for batch in hidden.split(batch_size):
+                    batch.copy_(run_block(block, batch, call))
+        with rest_on_device(model, blocks, device):
+            for tokens, states in zip(chunk.split(1), hidden.split(1), strict=True):
+                tokens = tokens.to(device)
+                yield logits_of(model, blocks, tokens, states.to(device)), tokens
 
 
 @torch.no_grad()
@@ -88,21 +131,45 @@ def prefill_speed(
 ) -> list[float]:
     """Tokens a second that each model reads, the models taking turns so that drift of the machine cancels.
 
+    The time is the sum of those of all blocks, of embeddings and of the head, each measured by itself: a model need not
+    fit on the device.
+
     Args:
-        models: on `device` one at a time, so that both need not fit.
+        models: of supported families, with equally many blocks; left where they are.
         tokens: one batch, (batch, T), int64.
-        repeats: timed passes of each model, each after a warm-up; the median counts.
+        device: to compute on.
+        repeats: timed passes of each, after a warm-up; the median counts.
     """
     device = torch.device(device)
     tokens = tokens.to(device)
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(repeats):
-        for times, model in zip(seconds, models, strict=True):
-            with on_device(model.eval(), device):
-                model(tokens, use_cache=False)
+    blocks = [find_blocks(model.eval(), find_family(model.config)) for model in models]
+    captured = [capture_calls(m, b, tokens) for m, b in zip(models, blocks, strict=True)]
+    seconds = [0.0 for _ in models]
+
+    def take_turns(passes: Sequence[Callable[[], object]]) -> None:
+        times: list[list[float]] = [[] for _ in passes]
+        for _ in range(1 + repeats):
+            for its_times, run in zip(times, passes, strict=True):
                 synchronize(device)
                 start = time.perf_counter()
-                model(tokens, use_cache=False)
+                run()
                 synchronize(device)
-                times.append(time.perf_counter() - start)
-    return [tokens.numel() / statistics.median(times) for times in seconds]
+                its_times.append(time.perf_counter() - start)
+        for at, its_times in enumerate(times):
+            seconds[at] += statistics.median(its_times[1:])  # the first warms up
+
+    for index, together in enumerate(zip(*blocks, strict=True)):
+        with ExitStack() as stack:
+            for block in together:
+                stack.enter_context(on_device(block, device))
+            take_turns(
+                [
+                    partial(run_block, block, hidden.to(device), move(calls[index], device))
+                    for block, (hidden, calls) in zip(together, captured, strict=True)
+                ]
+            )
+    with ExitStack() as stack:
+        for model, its_blocks in zip(models, blocks, strict=True):
+            stack.enter_context(rest_on_device(model, its_blocks, device))
+        take_turns([partial(run_without_blocks, m, b, tokens) for m, b in zip(models, blocks, strict=True)])
+    return [tokens.numel() / its_seconds for its_seconds in seconds]

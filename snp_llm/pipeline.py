@@ -1,28 +1,51 @@
 """From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from snp_llm import ranks
 from snp_llm.data import Windows, calibration_windows, split_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
+from snp_llm.journal import Finish, Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites
-from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, pad_blocks
+from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble
+from snp_llm.models.on_disk import fingerprint
+from snp_llm.models.surgery import pad_site
 from snp_llm.recipe import Recipe
 from snp_llm.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.sequential import prune_blocks
 from snp_llm.site import SiteResult
 from snp_llm.stream import capture
+from snp_llm.version import __version__
 from snp_llm.visit import OnStep, SiteCurves, needs_visit, visit_dense
 from snp_llm.widths import find_target, plan_widths
 
 LONGEST_DEFAULT_WINDOW = 2048
+# Settings without influence on the pruned weights; the model and its texts are known by their contents.
+NO_MATTER = (
+    *("model", "output", "overwrite", "resume", "save_every", "dry_run", "hidden_device", "trust_remote_code"),
+    *(
+        "calibration",
+        "calibration_split",
+        "text_column",
+        "eval",
+        "eval_dataset",
+        "eval_split",
+        "push_to_hub",
+        "private",
+    ),
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +78,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
+    journal: Journal | None = None,
     on_step: OnStep = lambda _line: None,
 ) -> PrunedModel:
     """Remove units from every attention and FFN site and repair the out-projections by least squares.
@@ -63,20 +87,24 @@ def prune(
         model: dense model of a supported family; left as it was.
         tokenizer: its tokenizer.
         recipe: all settings. Everything about files and evaluation is ignored here.
+        journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
         on_step: called with a line of text after each site, and after each block of the dense model's visit.
 
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    recipe = resolve(recipe, model)
+    recipe, journal = resolve(recipe, model), journal or Journal()
     clock = Clock(compute_device(recipe.device))
     allowed = recipe.perplexity_increase
     if allowed is not None:
         windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
-        visited = visit(model, windows, recipe, clock, on_step)
+        journal.belongs_to(identity(model, windows, recipe))
+        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
 
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
-            return cut_once(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None), clock, on_step)
+            phase = journal.phase(f"sparsity-{sparsity:.5f}")
+            once = replace(recipe, sparsity=sparsity, max_perplexity_increase=None)
+            return cut_once(visited, once, clock, phase, on_step)
 
         def predicted(sparsity: float) -> float | None:
             return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
@@ -85,10 +113,12 @@ def prune(
         recipe = replace(recipe, sparsity=found.sparsity)
         return PrunedModel(found.model, tokenizer, recipe, found.results, windows, clock.seconds, found.trials)
     windows = read_calibration(tokenizer, recipe, model)
+    journal.belongs_to(identity(model, windows, recipe))
     if recipe.steps == 1:
-        pruned, results = cut_once(visit(model, windows, recipe, clock, on_step), recipe, clock, on_step)
+        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
+        pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
     else:
-        pruned, results = cut_in_steps(model, windows, recipe, clock, on_step)
+        pruned, results = cut_in_steps(model, windows, recipe, clock, journal, on_step)
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
 
 
@@ -112,7 +142,7 @@ def plan(
     recipe = resolve(recipe, model)
     clock = Clock(compute_device(recipe.device))
     windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    visited = visit(model, windows, recipe, clock, on_step)
+    visited = visit(model, windows, recipe, clock, Journal(), on_step)
     return list(zip(visited.sites, visited.widths(recipe), strict=True))
 
 
@@ -133,35 +163,44 @@ class Visited:
     windows: Windows | None
     curves: Sequence[SiteCurves | None]
 
+    def gradient(self, number: int) -> Tensor | None:
+        """F of a site, by its number, read when it is asked for."""
+        curves = self.curves[number]
+        return None if curves is None else curves.gradient
+
     def widths(self, recipe: Recipe) -> list[int]:
         """Units kept at every site under a recipe's budget."""
         target = find_target(self.model, self.family, self.sites, recipe)
         return plan_widths(self.model, self.family, self.sites, self.curves, target, recipe)
 
 
-def visit(model: PreTrainedModel, windows: Windows | None, recipe: Recipe, clock: Clock, on_step: OnStep) -> Visited:
+def visit(
+    model: PreTrainedModel, windows: Windows | None, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
+) -> Visited:
     """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
     family = find_family(model.config)
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family, recipe.head_unit)
-    check_weights(model)
+    check_weights(model, blocks)
     announce_heads(sites, recipe)
     curves: Sequence[SiteCurves | None] = [None] * len(sites)
     if windows is not None and needs_visit(recipe):
-        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, on_step)
+        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, journal, on_step)
     return Visited(model, family, blocks, sites, windows, curves)
 
 
 def cut_once(
-    visited: Visited, recipe: Recipe, clock: Clock, on_step: OnStep
+    visited: Visited, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
 ) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site."""
-    pruned_blocks, results = cut_blocks(visited, visited.blocks, visited.widths(recipe), recipe, clock, on_step)
-    return lay_out(visited.model, pruned_blocks, results, recipe), results
+    finish = partial(pad, visited.family, []) if recipe.layout == "padded" else None
+    widths = ranks.from_rank(0, lambda: visited.widths(recipe))  # latencies are measured
+    blocks, results = cut_blocks(visited, visited.blocks, widths, finish, recipe, clock, journal, on_step)
+    return assemble(visited.model, visited.family, blocks), results
 
 
 def cut_in_steps(
-    model: PreTrainedModel, windows: Windows, recipe: Recipe, clock: Clock, on_step: OnStep
+    model: PreTrainedModel, windows: Windows, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
 ) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The same in several rounds, each with statistics, gradients and widths of its own.
 
@@ -174,48 +213,84 @@ def cut_in_steps(
     target = find_target(model, family, first, recipe)
     current = model
     results: list[SiteResult] = []
-    pruned_blocks = dense_blocks
     for step in range(1, recipe.steps + 1):
-        visited = visit(current, windows, recipe, clock, on_step)
+        visited = visit(current, windows, recipe, clock, journal.phase(f"visit-{step}"), on_step)
         rest = target.rest([site.units for site in visited.sites], step / recipe.steps, first)
-        widths = plan_widths(current, visited.family, visited.sites, visited.curves, rest, recipe)
-        pruned_blocks, found = cut_blocks(visited, dense_blocks, widths, recipe, clock, on_step)
-        results = [earlier.then(later) for earlier, later in zip(results, found, strict=True)] if results else found
-        current = assemble(current, visited.family, pruned_blocks)
-    return lay_out(model, pruned_blocks, results, recipe), results
+        widths = ranks.from_rank(0, partial(plan_widths, current, family, visited.sites, visited.curves, rest, recipe))
+        padded = recipe.layout == "padded" and step == recipe.steps
+        finish = partial(pad, family, results) if padded else None
+        phase = journal.phase(f"cut-{step}")
+        blocks, found = cut_blocks(visited, dense_blocks, widths, finish, recipe, clock, phase, on_step)
+        results = [before.then(after) for before, after in zip(results, found, strict=True)] if results else found
+        current = assemble(current, family, blocks)
+    return current, results
 
 
-def lay_out(
-    dense: PreTrainedModel, pruned_blocks: nn.ModuleList, results: Sequence[SiteResult], recipe: Recipe
-) -> PreTrainedModel:
-    """The model of a dense model's pruned blocks, padded first where that is the layout."""
-    family = find_family(dense.config)
-    if recipe.layout == "padded":
-        kept = [(result.site, result.kept) for result in results]
-        pad_blocks(find_blocks(dense, family), pruned_blocks, family, kept)
-    return assemble(dense, family, pruned_blocks)
+def pad(
+    family: Family,
+    earlier: Sequence[SiteResult],
+    block: nn.Module,
+    dense_block: nn.Module,
+    results: Sequence[SiteResult],
+) -> None:
+    """Puts a pruned block back into its dense shape, in place, with zeros where units are gone.
+
+    Args:
+        family: its family.
+        earlier: what happened at all sites in earlier rounds, if there were any.
+        block: as it is.
+        dense_block: as it was at first.
+        results: what happened at its sites in this round.
+    """
+    for result in results:
+        before = [r for r in earlier if r.site.name == result.site.name]
+        whole = before[0].then(result) if before else result
+        if len(whole.kept) < whole.site.units:
+            pad_site(block, dense_block, family, whole.site, whole.kept)
 
 
 def cut_blocks(
     visited: Visited,
     reference: nn.ModuleList,
     widths: Sequence[int],
+    finish: Finish | None,
     recipe: Recipe,
     clock: Clock,
+    journal: Journal,
     on_step: OnStep,
 ) -> tuple[nn.ModuleList, list[SiteResult]]:
     """All blocks cut to the given widths, in sequence, repaired towards what the reference blocks give."""
     assert visited.windows is not None
-    gradients = [None if c is None else c.gradient for c in visited.curves]
-    stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock)
+    stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock, journal.folder)
     pruned_blocks, results = prune_blocks(
-        visited.blocks, reference, visited.family, visited.sites, stream, widths, gradients, recipe, clock, on_step
+        visited.blocks,
+        reference,
+        visited.family,
+        visited.sites,
+        stream,
+        widths,
+        visited.gradient,
+        finish,
+        recipe,
+        clock,
+        journal,
+        on_step,
     )
     losses = [None if c is None else c.loss for c in visited.curves]
     return pruned_blocks, [
         result if loss is None else replace(result, predicted_loss=float(loss[width]))
         for result, loss, width in zip(results, losses, widths, strict=True)
     ]
+
+
+def identity(model: PreTrainedModel, windows: Windows, recipe: Recipe) -> dict[str, Any]:
+    """What the bits of a pruned model depend on; an unfinished run is only gone on with where all of it is the same."""
+    return {
+        "setting": {key: value for key, value in recipe.as_dict().items() if key not in NO_MATTER},
+        "weights": fingerprint(model),
+        "calibration text": windows.digest,
+        "version": {"snp_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
@@ -234,6 +309,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
+    if recipe.hidden_device not in ("cpu", "disk", kind := compute_device(recipe.device).type):
+        raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
     if recipe.round_to is not None:
         return replace(recipe, seq_len=seq_len)
     family = find_family(model.config)
@@ -259,11 +336,25 @@ def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
         log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Raises SnpError with the tensor's name if a weight is NaN or Inf."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise SnpError(f"{name}: weights hold NaN or Inf; expected finite numbers. The checkpoint is damaged.")
+def check_weights(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    """Raises SnpError with the tensor's name if a weight is NaN or Inf; one block is in memory at a time."""
+    names = {id(module): name for name, module in model.named_modules()}
+    cpu = torch.device("cpu")
+
+    def check(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_meta and not torch.isfinite(parameter).all():
+                    raise SnpError(
+                        f"{names[id(module)]}.{name}: weights hold NaN or Inf; expected finite numbers. The checkpoint "
+                        "is damaged."
+                    )
+
+    with rest_on_device(model, blocks, cpu):
+        check(model.modules())  # blocks that are on disk are passed over here
+    for block in blocks:
+        with on_device(block, cpu):
+            check(block.modules())
 
 
 def read_calibration(

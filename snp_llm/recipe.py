@@ -113,8 +113,8 @@ class Recipe:
     """Draws the calibration windows and the random ordering."""
     device: Device = "auto"
     """Where blocks are run. auto: cuda, else mps, else cpu."""
-    hidden_device: Literal["compute", "cpu"] = "cpu"
-    """Where the hidden states of all calibration tokens wait between blocks."""
+    hidden_device: Literal["cuda", "mps", "cpu", "disk"] = "cpu"
+    """Where the hidden states of all calibration tokens wait between blocks. disk: in memory maps beside the output."""
     dtype: Dtype = "auto"
     """Type of the weights, while running and saved. auto: as in the checkpoint."""
     eval: bool = True
@@ -130,7 +130,12 @@ class Recipe:
     private: bool = False
     """That repository is private."""
     overwrite: bool = False
-    """Replace an existing output folder, once its successor has been verified."""
+    """Replace an existing output folder, once its successor has been verified, and forget an unfinished run."""
+    resume: bool = False
+    """Go on with an unfinished run of the same command, from where it was interrupted."""
+    save_every: float = 60.0
+    """Seconds after which an unfinished run writes down its hidden states, to be resumed from there; at most a
+    twentieth of the time is spent on it."""
     dry_run: bool = False
     """Print the planned widths and sizes; write nothing."""
 
@@ -159,6 +164,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < (2 if name == "seq_len" else 1):
                 raise SnpError(f"--{name.replace('_', '-')}: expected a positive number, got {value}.")
+        if not self.save_every >= 0:
+            raise SnpError(f"--save-every: expected seconds >= 0, got {self.save_every:g}.")
         if not 0 <= self.seed < 2**63:
             raise SnpError(f"--seed: expected an integer in [0, 2^63), got {self.seed}.")
         if self.push_to_hub is not None:

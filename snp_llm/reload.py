@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, given, result = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+# The weights stay on disk but for the layer that is being computed: a large model need not fit into memory for this.
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, dtype="auto", device_map={"": "disk"}, offload_folder=f"{result}.offloaded"
+)
 model.eval()
 AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"

@@ -2,29 +2,39 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from snp_llm import ranks
 from snp_llm.device import Clock
+from snp_llm.journal import Finish, Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import (
-    BlockCall,
     first_tensor,
     fixed_output,
     input_of,
     move,
     on_device,
+    run_block,
     with_first_tensor,
 )
-from snp_llm.models.families import Family, Site, linear
+from snp_llm.models.families import Family, Site, linear, weight_of
+from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
-from snp_llm.stream import Stream, advance, attention_passes
-from snp_llm.sums import add_batch, empty_sums, held_out
+from snp_llm.stream import Stream, attention_pass, check_finite, in_batches
+from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, held_out, over_all_ranks
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
+
+# Gradient of a site by its number, read when its turn comes.
+Gradients = Callable[[int], Tensor | None]
 
 
 def prune_blocks(
@@ -34,9 +44,11 @@ def prune_blocks(
     sites: Sequence[Site],
     stream: Stream,
     widths: Sequence[int],
-    gradients: Sequence[Tensor | None],
+    gradients: Gradients,
+    finish: Finish | None,
     recipe: Recipe,
     clock: Clock,
+    journal: Journal,
     on_step: OnStep,
 ) -> tuple[nn.ModuleList, list[SiteResult]]:
     """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
@@ -46,46 +58,55 @@ def prune_blocks(
         reference: dense blocks, whose outputs are what sites are repaired to give; mostly the same.
         family: theirs.
         sites: attention and FFN of every block.
-        stream: the calibration tokens before the first block.
+        stream: the calibration tokens before the first block; used up.
         widths: units to keep at every site.
         gradients: F of every site, or None.
+        finish: last touches to a pruned block, or None.
         recipe: all settings, resolved.
         clock: of the compute device.
+        journal: keeps finished blocks, and knows those that an interrupted run has finished.
         on_step: called with a line a site.
     """
-    hidden, dense_hidden = list(stream.hidden), list(stream.hidden)
-    pruned_blocks, results = [], []
     residual = recipe.target == "residual"
-    for index, (old_block, dense_block) in enumerate(zip(blocks, reference, strict=True)):
-        calls = [batch[index] for batch in stream.calls]
-        targets = None
-        uncut = all(w == s.units for s, w in zip(sites[: 2 * index + 2], widths, strict=False))
-        untouched = uncut and old_block is dense_block  # so far the streams are the same
-        if recipe.target != "self" and not untouched:
-            with on_device(dense_block, clock.device), clock.phase("calibration"):
-                targets = block_targets(
-                    dense_block, family, dense_hidden, calls, residual=residual, device=clock.device
-                )
-            dense_hidden, residual = targets.hidden, targets.stream_scale is not None
-        block = copy.deepcopy(old_block)
-        with on_device(block, clock.device):
-            found = prune_block(
-                block,
-                family,
-                sites[2 * index : 2 * index + 2],
-                hidden,
-                calls,
-                widths[2 * index : 2 * index + 2],
-                gradients[2 * index : 2 * index + 2],
-                targets,
-                recipe,
-                clock,
-                on_step,
-            )
-        if targets is None:
-            dense_hidden = list(hidden)
-        pruned_blocks.append(block)
+    dense = stream if recipe.target == "self" else replace(stream, hidden=stream.copy())
+    first, state = journal.last_state(stream.windows)
+    if state:
+        stream.hidden.copy_(state["hidden"])
+        dense.hidden.copy_(state["dense"])
+        residual = bool(state["residual"])
+    pruned_blocks: list[nn.Module] = []
+    results: list[SiteResult] = []
+    for index in range(first):
+        here = slice(2 * index, 2 * index + 2)
+        found = journal.results(sites[here], index)
+        pruned_blocks.append(journal.finished_block(blocks[index], reference[index], family, found, finish, index))
         results += found
+    for index in range(first, len(blocks)):
+        old_block, dense_block = blocks[index], reference[index]
+        here = slice(2 * index, 2 * index + 2)
+        uncut = all(w == s.units for s, w in zip(sites[: here.stop], widths, strict=False))
+        untouched = uncut and old_block is dense_block  # so far the streams are the same
+        home = next(old_block.parameters()).device
+        with on_device(old_block, clock.device), on_device(dense_block, clock.device):
+            targets = None
+            if recipe.target != "self" and not untouched:
+                with clock.phase("forward passes"):
+                    targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
+                residual = targets.stream_scale is not None
+            block = remove_hook_from_module(copy.deepcopy(old_block), recurse=True)
+            found = prune_block(
+                block, family, sites[here], stream, widths[here], gradients, targets, recipe, clock, on_step
+            )
+            if finish is not None:
+                finish(block, dense_block, found)
+        if recipe.target != "self" and targets is None:
+            dense.hidden.copy_(stream.hidden)
+        results += found
+        with clock.phase("saving"):
+            block = block.to("cpu" if home.type == "meta" else home)
+            pruned_blocks.append(journal.finish_block(block, found, index))
+            state = {"hidden": stream.hidden, "dense": dense.hidden, "residual": torch.tensor(residual)}
+            journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
 
 
@@ -93,61 +114,102 @@ def prune_block(
     block: nn.Module,
     family: Family,
     sites: Sequence[Site],
-    hidden: list[Tensor],
-    calls: Sequence[BlockCall],
+    stream: Stream,
     widths: Sequence[int],
-    gradients: Sequence[Tensor | None],
+    gradients: Gradients,
     targets: Targets | None,
     recipe: Recipe,
     clock: Clock,
     on_step: OnStep,
 ) -> list[SiteResult]:
-    """Cuts a block's attention, then its FFN, in place, and replaces `hidden` by what the block then puts out.
+    """Cuts a block's attention, then its FFN, in place, and the stream moves on to what the block then puts out.
 
     A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
     that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
     """
     attention_site, ffn_site = sites
-    device, attention = clock.device, block.get_submodule(family.attention)
+    index, device, attention = attention_site.block, clock.device, block.get_submodule(family.attention)
     attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
+    hidden, call, windows = stream.hidden, stream.calls[index], len(stream.windows)
+    held = held_out(stream.total)
+    held_here = held[stream.windows.start : stream.windows.stop]
+    length = hidden.shape[1]
+    new_sums = partial(empty_sums, device=device, drifting=targets is not None, holding_out=recipe.holds_out)
+
+    def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
+        with clock.phase("Gram matrices"):
+            statistics = over_all_ranks(sums, held, length).statistics(gradients(2 * index + (site is ffn_site)))
+        result = cut_on_one_rank(block, family, site, statistics, width, recipe, clock, start)
+        on_step(str(result))
+        return result
 
     start = time.perf_counter()
-    contexts, attended = [], []
-    with clock.phase("calibration"), torch.no_grad():
-        sums = empty_sums(attention_out, device, drifting=targets is not None, holding_out=recipe.holds_out)
-        for b, (context, returned) in enumerate(attention_passes(block, family, hidden, calls)):
-            home = hidden[b].device
+    contexts = stream.shelf.empty(windows, length, weight_of(attention_out).shape[1], dtype=hidden.dtype)
+    attended = stream.like_hidden()
+    form: Any = None  # what the attention module returns, but for the tensor
+    with clock.phase("forward passes"), torch.no_grad():
+        sums = new_sums(attention_out)
+        passes = in_batches(windows, stream.batch, lambda at: attention_pass(block, family, hidden[at], call))
+        for at, (context, returned) in passes:
             lacking = None
             if targets is not None:
-                lacking = targets.lacking_attention(b, first_tensor(returned), hidden[b].to(device))
-            sums = add_batch(sums, context, lacking, held_out(hidden, b))
-            contexts.append(context.to(home))
-            attended.append(with_first_tensor(returned, first_tensor(returned).to(home)))
-    statistics = sums.statistics(gradients[0])
-    attention_result = cut(block, family, attention_site, statistics, widths[0], recipe, clock, start)
-    on_step(str(attention_result))
+                lacking = targets.lacking_attention(at, first_tensor(returned), hidden[at].to(device))
+            with clock.phase("Gram matrices"):
+                sums = add_batch(sums, context, lacking, held_here[at])
+            contexts[at], form = context, with_first_tensor(returned, hidden.new_empty(0))
+    attention_result = cut_site(attention_site, sums, widths[0], start)
 
     start = time.perf_counter()
     channels = unit_channels(attention_result.kept, attention_site.unit_size).to(device)
     attention_out = linear(block, family.attention_out)
-    with clock.phase("calibration"), torch.no_grad():
-        sums = empty_sums(ffn_out, device, drifting=targets is not None, holding_out=recipe.holds_out)
-        for b, batch in enumerate(hidden):
-            output = attention_out(contexts[b].to(device)[..., channels])
-            contexts[b] = batch.new_empty(0)  # not needed again
-            attended[b] = with_first_tensor(attended[b], output.to(batch.device))
-            with fixed_output(attention, move(attended[b], device)):
-                inputs = input_of(ffn_out, block, batch, calls[b])
+
+    def to_ffn(at: slice) -> tuple[Tensor, Tensor]:
+        output = attention_out(contexts[at].to(device)[..., channels])
+        with fixed_output(attention, with_first_tensor(form, output)):
+            return output, input_of(ffn_out, block, hidden[at], call)
+
+    with clock.phase("forward passes"), torch.no_grad():
+        sums = new_sums(ffn_out)
+        for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn):
+            attended[at] = output
             lacking = None
             if targets is not None:
-                lacking = targets.lacking_ffn(b, ffn_out(inputs).reshape(output.shape), batch.to(device), output)
-            sums = add_batch(sums, inputs, lacking, held_out(hidden, b))
-    statistics = sums.statistics(gradients[1])
-    ffn_result = cut(block, family, ffn_site, statistics, widths[1], recipe, clock, start)
-    on_step(str(ffn_result))
+                fed = ffn_out(inputs).reshape(output.shape)
+                lacking = targets.lacking_ffn(at, fed, hidden[at].to(device), output)
+            with clock.phase("Gram matrices"):
+                sums = add_batch(sums, inputs, lacking, held_here[at])
+    ffn_result = cut_site(ffn_site, sums, widths[1], start)
 
-    with clock.phase("calibration"):
-        for b, batch in enumerate(hidden):
-            with fixed_output(attention, move(attended[b], device)):
-                hidden[b] = advance(block, ffn_site.block, batch, calls[b])
+    def run_ffn(at: slice) -> Tensor:
+        with fixed_output(attention, move(with_first_tensor(form, attended[at]), device)):
+            return run_block(block, hidden[at], call)
+
+    with clock.phase("forward passes"):
+        for at, output in in_batches(windows, stream.batch, run_ffn):
+            check_finite(output, index)
+            hidden[at] = output
     return [attention_result, ffn_result]
+
+
+def cut_on_one_rank(
+    block: nn.Module,
+    family: Family,
+    site: Site,
+    statistics: Statistics,
+    width: int,
+    recipe: Recipe,
+    clock: Clock,
+    start: float,
+) -> SiteResult:
+    """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits."""
+
+    def here() -> tuple[SiteResult, Tensor, Tensor | None]:
+        result = cut(block, family, site, statistics, width, recipe, clock, start)
+        out = linear(block, site.out_projection)
+        return result, weight_of(out), None if out.bias is None else out.bias.detach()
+
+    owner = site.block % ranks.rank_count()
+    result, weight, bias = ranks.from_rank(owner, here)
+    if ranks.rank() != owner:
+        prune_site(block, family, site, result.kept, weight, bias)
+    return result

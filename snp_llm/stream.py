@@ -1,85 +1,176 @@
-"""The hidden states of all calibration tokens on their way through the blocks. Knows nothing of what is pruned."""
+"""Calibration tokens on their way through the blocks. Knows how to run blocks, not what is computed from them."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from snp_llm import ranks
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Moments, empty_moments
-from snp_llm.models.blocks import BlockCall, capture_calls, output_of, run_block, watch_inputs
-from snp_llm.models.families import Family, Projection, linear, weight_of
+from snp_llm.models.blocks import BlockCall, capture_calls, output_of, rest_on_device, run_block, watch_inputs
+from snp_llm.models.families import Family, linear
 from snp_llm.recipe import Recipe
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where hidden states wait between blocks.
+
+    Attributes:
+        device: in whose memory; None: in memory maps of files.
+        folder: of those files. They have no name, so nothing is left of them when the process ends, however it ends.
+    """
+
+    device: torch.device | None
+    folder: Path | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled."""
+        if self.device is not None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        count = torch.Size(shape).numel()
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-") as file:
+            try:
+                file.truncate(count * dtype.itemsize)
+                return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+            except (OSError, RuntimeError) as error:
+                raise SnpError(f"--hidden-device disk: {self.folder} has no room ({error}).") from error
+
+
+@dataclass
+class BatchSize:
+    """Windows that are run at a time; what turned out not to fit is remembered."""
+
+    windows: int
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What enters the blocks, batch by batch.
+    """Calibration windows of this rank before some block.
 
     Attributes:
-        hidden: hidden states before the first block, one (batch, T, d) a batch.
-        calls: for each batch, every block's other arguments.
+        hidden: hidden states, (windows, T, d), on the shelf.
+        calls: every block's other arguments, for one window; windows are equally long, so they hold for any batch.
+        windows: which of all calibration windows these are.
+        total: how many there are on all ranks together.
+        batch: windows at a time.
+        shelf: where hidden states wait.
     """
 
-    hidden: list[Tensor]
-    calls: list[list[BlockCall]]
+    hidden: Tensor
+    calls: list[BlockCall]
+    windows: range
+    total: int
+    batch: BatchSize
+    shelf: Shelf
+
+    def like_hidden(self) -> Tensor:
+        """Room for as many hidden states."""
+        return self.shelf.empty(*self.hidden.shape, dtype=self.hidden.dtype)
+
+    def copy(self) -> Tensor:
+        """The hidden states once more, to be overwritten."""
+        return self.like_hidden().copy_(self.hidden)
 
 
-def capture(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, recipe: Recipe, clock: Clock) -> Stream:
-    """Embeds all calibration tokens and records how the model calls its blocks."""
-    home = clock.device if recipe.hidden_device == "compute" else torch.device("cpu")
-    hidden: list[Tensor] = []
-    calls: list[list[BlockCall]] = []
-    with clock.phase("calibration"):
-        for batch in tokens.split(recipe.batch_size):
-            first, call = capture_calls(model, blocks, batch)
-            hidden.append(first.to(home))
-            # Windows are equally long, so masks and positions are mostly the same in every batch: keep one copy.
-            calls.append(_share(call, calls[-1]) if calls else call)
-    return Stream(hidden, calls)
+def capture(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    recipe: Recipe,
+    clock: Clock,
+    folder: Path | None = None,
+) -> Stream:
+    """Embeds this rank's share of the calibration tokens and records how the model calls its blocks.
+
+    Args:
+        model: dense, or pruned before.
+        blocks: its decoder blocks.
+        tokens: all calibration windows, (windows, T), int64.
+        recipe: batch size, and where hidden states wait.
+        clock: of the compute device.
+        folder: for hidden states on disk; None: the system's for temporary files.
+    """
+    shelf = Shelf(None if recipe.hidden_device == "disk" else torch.device(recipe.hidden_device), folder)
+    if len(tokens) < ranks.rank_count():
+        raise SnpError(
+            f"calibration: expected a window or more for each of {ranks.rank_count()} ranks, got {len(tokens)}. Use "
+            "more --num-samples or fewer ranks."
+        )
+    mine = ranks.share(len(tokens))
+    size = recipe.batch_size
+    with clock.phase("forward passes"), rest_on_device(model, blocks, torch.device("cpu")):
+        first, calls = capture_calls(model, blocks, tokens[:1])
+        hidden = shelf.empty(len(mine), *first.shape[1:], dtype=first.dtype)
+        for start in range(0, len(mine), size):
+            stop = min(start + size, len(mine))
+            hidden[start:stop] = capture_calls(model, blocks, tokens[mine.start + start : mine.start + stop])[0]
+    return Stream(hidden, calls, mine, len(tokens), BatchSize(size), shelf)
 
 
-def _share(new: Any, old: Any) -> Any:
-    """`new`, with every tensor that equals its counterpart in `old` replaced by that one."""
-    if isinstance(new, Tensor):
-        return old if isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old) else new
-    if isinstance(new, BlockCall) and isinstance(old, BlockCall):
-        return BlockCall(_share(new.args, old.args), _share(new.kwargs, old.kwargs))
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {k: _share(v, old.get(k)) for k, v in new.items()}
-    if type(new) in (list, tuple) and type(old) is type(new) and len(new) == len(old):
-        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
-    return new
+def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
+    """Slice after slice of so many windows, with what `compute` makes of each.
 
-
-def moments_for(out_projection: Projection, device: torch.device) -> Moments:
-    """Empty moments for the inputs of an out-projection."""
-    return empty_moments(weight_of(out_projection).shape[1], out_projection.weight.dtype, device)
-
-
-def advance(block: nn.Module, index: int, hidden: Tensor, call: BlockCall) -> Tensor:
-    """A block's output hidden states, (batch, T, d), where its input waits.
+    Where a batch does not fit into the device's memory, the batch size is halved, for the rest of the run, and the
+    batch repeated: `compute` must leave no trace when it fails.
 
     Raises:
-        SnpError: they are not finite.
+        SnpError: not even one window fits.
     """
-    output = run_block(block, hidden, call).to(hidden.device)
+    start = 0
+    while start < windows:
+        at = slice(start, min(start + batch.windows, windows))
+        try:
+            result = compute(at)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if batch.windows == 1:
+                raise SnpError(
+                    "not enough memory on the device for one calibration window. Use a smaller --seq-len or --dtype "
+                    f"bfloat16 ({str(error).splitlines()[0][:200]})."
+                ) from error
+        else:
+            yield at, result
+            start = at.stop
+            continue
+        batch.windows = max(1, batch.windows // 2)
+        log.warning("batch of %d windows did not fit; going on with %d at a time", at.stop - at.start, batch.windows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def advance(block: nn.Module, index: int, hidden: Tensor, into: Tensor, call: BlockCall, batch: BatchSize) -> None:
+    """Runs a block over hidden states, (windows, T, d); `into`, which may be the same, takes what it puts out.
+
+    Raises:
+        SnpError: that is not finite.
+    """
+    for at, output in in_batches(len(hidden), batch, lambda at: run_block(block, hidden[at], call)):
+        check_finite(output, index)
+        into[at] = output
+
+
+def check_finite(output: Tensor, index: int) -> None:
+    """Raises SnpError if hidden states after a block are not finite."""
     if not torch.isfinite(output).all():
         raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
-    return output
 
 
-def attention_passes(
-    block: nn.Module, family: Family, hidden: Sequence[Tensor], calls: Sequence[BlockCall]
-) -> Iterator[tuple[Tensor, Any]]:
-    """Batch by batch, the inputs of the attention out-projection and what the attention module returned, on device."""
-    attention, out = block.get_submodule(family.attention), linear(block, family.attention_out)
+def attention_pass(block: nn.Module, family: Family, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Any]:
+    """The inputs of the attention out-projection and what the attention module returned, on the block's device."""
     contexts: list[Tensor] = []
-    with watch_inputs({out: contexts.append}):
-        for batch, call in zip(hidden, calls, strict=True):
-            returned = output_of(attention, block, batch, call)
-            yield contexts.pop(), returned
+    with watch_inputs({linear(block, family.attention_out): contexts.append}):
+        returned = output_of(block.get_submodule(family.attention), block, hidden, call)
+    return contexts[0], returned

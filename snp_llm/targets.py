@@ -6,15 +6,17 @@ good as far as this site can.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from snp_llm.models.blocks import BlockCall, run_block, watch_outputs
+from snp_llm import ranks
+from snp_llm.models.blocks import run_block, watch_outputs
 from snp_llm.models.families import Family, linear
+from snp_llm.stream import Stream, check_finite, in_batches
 
 # Relative distance between what a block adds to its stream and its sites' outputs, up to which they are the same: in
 # bfloat16 an update of a stream a hundred times its size is only known to a few percent.
@@ -25,40 +27,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one block's sites, batch by batch, where the hidden states wait.
+    """Targets of one block's sites, where the hidden states wait.
 
     Attributes:
-        attention, ffn: (batch, T, d) each. With `stream_scale` they include the stream before the site.
-        hidden: the dense model's hidden states after the block.
+        attention, ffn: (windows, T, d) each. With `stream_scale` they include the stream before the site.
         stream_scale: what the stream is divided by to be in the measure of a site's output; None under `dense`.
     """
 
-    attention: list[Tensor]
-    ffn: list[Tensor]
-    hidden: list[Tensor]
+    attention: Tensor
+    ffn: Tensor
     stream_scale: float | None
 
-    def lacking_attention(self, at: int, output: Tensor, stream: Tensor) -> Tensor:
+    def lacking_attention(self, at: slice, output: Tensor, stream: Tensor) -> Tensor:
         """What an attention out-projection's output lacks of its target, given the stream before the block."""
         before = stream / self.stream_scale if self.stream_scale else 0.0
         return self.attention[at].to(output.device) - output - before
 
-    def lacking_ffn(self, at: int, output: Tensor, stream: Tensor, attended: Tensor) -> Tensor:
+    def lacking_ffn(self, at: slice, output: Tensor, stream: Tensor, attended: Tensor) -> Tensor:
         """The same for the FFN, given the attention's output in this block as well."""
         before = stream / self.stream_scale + attended if self.stream_scale else 0.0
         return self.ffn[at].to(output.device) - output - before
 
 
 def block_targets(
-    block: nn.Module,
-    family: Family,
-    hidden: Sequence[Tensor],
-    calls: Sequence[BlockCall],
-    *,
-    residual: bool,
-    device: torch.device,
+    block: nn.Module, family: Family, index: int, dense: Stream, *, residual: bool, device: torch.device
 ) -> Targets:
-    """Runs a dense block over the dense model's stream.
+    """Runs a dense block over the dense model's stream, which moves on to what the block puts out.
 
     Under `residual` a block that normalises what its sites put out, or the sum, has no such target: its own dense
     outputs take its place, and a log line says so.
@@ -66,35 +60,35 @@ def block_targets(
     Args:
         block: dense, on `device`.
         family: its family.
-        hidden: the dense model's hidden states before it, (batch, T, d) each.
-        calls: the block's other arguments, batch by batch.
+        index: its number.
+        dense: the dense model's hidden states before it; overwritten by those after it.
         residual: whether the stream is part of the target.
         device: to compute on.
     """
-    attention: list[Tensor] = []
-    ffn: list[Tensor] = []
-    after: list[Tensor] = []
+    attention, ffn = dense.like_hidden(), dense.like_hidden()
     scale: float | None = float(getattr(block, "residual_multiplier", 1.0)) if residual else None
     seen: dict[str, Tensor] = {}
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {
         linear(block, path): partial(seen.__setitem__, path) for path in (family.attention_out, family.ffn_out)
     }
+
+    def run(at: slice) -> tuple[Tensor, Tensor, Tensor]:
+        output = run_block(block, dense.hidden[at], dense.calls[index])
+        return output, seen[family.attention_out], seen[family.ffn_out].reshape(output.shape)  # OPT flattens it
+
     with watch_outputs(watchers):
-        for batch, call in zip(hidden, calls, strict=True):
-            output = run_block(block, batch, call)
-            attended, fed = seen[family.attention_out], seen[family.ffn_out].reshape(output.shape)  # OPT flattens it
+        for at, (output, attended, fed) in in_batches(len(dense.hidden), dense.batch, run):
+            check_finite(output, index)
             if scale is not None:
-                stream = batch.to(device) / scale
-                if not attention and not _same(attended + fed, output / scale - stream):
+                stream = dense.hidden[at].to(device) / scale
+                if at.start == 0 and not ranks.from_rank(0, partial(_same, attended + fed, output / scale - stream)):
                     log.warning("target residual: blocks of this model normalise what is added; target dense instead")
                     scale = None
                 else:
                     fed = output / scale
                     attended = stream + attended
-            attention.append(attended.to(batch.device))
-            ffn.append(fed.to(batch.device))
-            after.append(output.to(batch.device))
-    return Targets(attention, ffn, after, scale)
+            attention[at], ffn[at], dense.hidden[at] = attended, fed, output
+    return Targets(attention, ffn, scale)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -11,24 +11,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from snp_llm import ranks
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
+from snp_llm.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
+from snp_llm.linalg.gram import Moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.blocks import (
+    BlockCall,
     frozen,
     input_gradient,
     loss_gradient,
     on_device,
     rest_on_device,
+    run_block,
     watch_inputs,
 )
-from snp_llm.models.families import Family, Site, linear, weight_of
+from snp_llm.models.families import Family, Site, linear
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
-from snp_llm.stream import Stream, advance, capture, moments_for
-from snp_llm.sums import Statistics, add_batch, empty_sums, held_out
+from snp_llm.stream import advance, capture, check_finite, in_batches
+from snp_llm.sums import Statistics, Sums, add_batch, add_gradient, empty_sums, held_out, over_all_ranks
 
 TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
 GRADIENT_TOKENS = 32_768  # at most, with gradients: what enters every block is kept for the way back
@@ -45,12 +49,17 @@ class SiteCurves:
     Attributes:
         energy: share of the latent energy at every width, (units + 1,); None where no curve was asked for.
         loss: predicted rise of the mean loss at every width, (units + 1,); None without gradients.
-        gradient: F, second moment of the loss gradient at the site's output, a token, (d_out, d_out); None without.
+        read_gradient: reads F, second moment of the loss gradient at the site's output, a token, (d_out, d_out).
     """
 
     energy: Tensor | None
     loss: Tensor | None
-    gradient: Tensor | None
+    read_gradient: Callable[[], Tensor | None]
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """F, or None where no gradients were asked for."""
+        return self.read_gradient()
 
 
 def needs_visit(recipe: Recipe) -> bool:
@@ -66,6 +75,7 @@ def visit_dense(
     tokens: Tensor,
     recipe: Recipe,
     clock: Clock,
+    journal: Journal,
     on_step: OnStep,
 ) -> list[SiteCurves]:
     """Curves and gradients of every site, in the order of `find_sites`.
@@ -84,46 +94,69 @@ def visit_dense(
         tokens: calibration windows, (windows, T), int64.
         recipe: all settings, resolved.
         clock: of the compute device.
+        journal: of this phase; keeps curves and gradients.
         on_step: called with a line a block.
     """
     widest = max(s.units * s.unit_size for s in sites)
     enough = -(-TOKENS_A_CHANNEL * widest // tokens.shape[1])
     if recipe.needs_gradients:
         enough = min(enough, max(HELD_OUT_OF, GRADIENT_TOKENS // tokens.shape[1]))
-    tokens = tokens[:enough]
-    stream = capture(model, blocks, tokens, recipe, clock)
-    if recipe.needs_gradients:
-        with frozen(model):
-            return _there_and_back(model, family, blocks, sites, tokens, stream, recipe, clock, on_step)
-    return _there(family, blocks, sites, stream, recipe, clock, on_step)
+    tokens = tokens[: max(enough, ranks.rank_count())]
+    way = _there_and_back if recipe.needs_gradients else _there
+    with frozen(model):
+        way(model, family, blocks, sites, tokens, recipe, clock, journal, on_step)
+    return [
+        SiteCurves(
+            energy=journal.get(site.block, f"{site.kind} energy"),
+            loss=journal.get(site.block, f"{site.kind} loss"),
+            read_gradient=partial(journal.get, site.block, f"{site.kind} gradient"),
+        )
+        for site in sites
+    ]
 
 
 def _there(
+    model: PreTrainedModel,
     family: Family,
     blocks: nn.ModuleList,
     sites: Sequence[Site],
-    stream: Stream,
+    tokens: Tensor,
     recipe: Recipe,
     clock: Clock,
+    journal: Journal,
     on_step: OnStep,
-) -> list[SiteCurves]:
+) -> None:
     """Curves without gradients, in one pass."""
-    hidden = list(stream.hidden)
-    found: list[SiteCurves] = []
-    for index, block in enumerate(blocks):
-        here = [s for s in sites if s.block == index]
-        outs = [linear(block, s.out_projection) for s in here]
-        moments = [moments_for(out, clock.device) for out in outs]
-        watchers: Watchers = {out: partial(_accumulate, moments, at) for at, out in enumerate(outs)}
+    windows = ranks.share(len(tokens))
+    first, state = journal.last_state(windows)
+    if first == len(blocks):
+        return
+    stream = capture(model, blocks, tokens, recipe, clock, journal.folder)
+    if first:
+        stream.hidden.copy_(state["hidden"])
+    summed: list[tuple[int, list[Sums]]] = []
+    for index in range(first, len(blocks)):
+        block = blocks[index]
+        outs = [linear(block, s.out_projection) for s in sites if s.block == index]
+        sums = [empty_sums(out, clock.device, drifting=False, holding_out=False) for out in outs]
+        seen: dict[nn.Module, Tensor] = {}
+
+        run = partial(_run, block, stream.hidden, stream.calls[index])
+        keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
         with on_device(block, clock.device):
-            with clock.phase("calibration"), watch_inputs(watchers):
-                for b in range(len(hidden)):
-                    hidden[b] = advance(block, index, hidden[b], stream.calls[b][index])
-            with clock.phase("linear algebra"):
-                for site, moment in zip(here, moments, strict=True):
-                    found.append(_curves(block, family, site, Statistics(moment), recipe))
+            with clock.phase("forward passes"), watch_inputs(keepers):
+                for at, output in in_batches(len(windows), stream.batch, run):
+                    check_finite(output, index)
+                    none_held = torch.zeros(at.stop - at.start, dtype=torch.bool)
+                    with clock.phase("Gram matrices"):
+                        sums = [add_batch(s, seen[out], None, none_held) for s, out in zip(sums, outs, strict=True)]
+                    stream.hidden[at] = output
+                sums = [over_all_ranks(s, torch.zeros(len(tokens), dtype=torch.bool), tokens.shape[1]) for s in sums]
+            _settle(summed, index, sums, index == len(blocks) - 1, blocks, family, sites, recipe, clock, journal)
+        if not summed:
+            done = index + 1
+            journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
         on_step(f"block {index}: curves of the dense model")
-    return found
 
 
 def _there_and_back(
@@ -132,71 +165,145 @@ def _there_and_back(
     blocks: nn.ModuleList,
     sites: Sequence[Site],
     tokens: Tensor,
-    stream: Stream,
     recipe: Recipe,
     clock: Clock,
+    journal: Journal,
     on_step: OnStep,
-) -> list[SiteCurves]:
+) -> None:
     """Curves and gradients, in a pass forwards that keeps what enters each block, and one back."""
-    hidden, calls, device = list(stream.hidden), stream.calls, clock.device
-    inputs: list[list[Tensor]] = []
-    for index, block in enumerate(blocks):
-        inputs.append(list(hidden))
-        with on_device(block, device), clock.phase("calibration"):
-            for b in range(len(hidden)):
-                hidden[b] = advance(block, index, hidden[b], calls[b][index])
-    with clock.phase("calibration"), rest_on_device(model, blocks, device):
-        gradients = [
-            loss_gradient(model, blocks, batch.to(device), states.to(device)).to(states.device)
-            for batch, states in zip(tokens.split(recipe.batch_size), hidden, strict=True)
-        ]
-    found: list[SiteCurves] = []
-    for index, block in reversed([*enumerate(blocks)]):
-        here = [s for s in sites if s.block == index]
-        outs = [linear(block, s.out_projection) for s in here]
-        sums = [empty_sums(out, device, drifting=False, holding_out=True) for out in outs]
-        at_output = [empty_moments(weight_of(out).shape[0], out.weight.dtype, device) for out in outs]
-        watchers: Watchers = {out: partial(_accumulate, at_output, at) for at, out in enumerate(outs)}
+    windows, device = ranks.share(len(tokens)), clock.device
+    done, state = journal.last_state(windows)
+    if done == len(blocks):
+        return
+    stream = capture(model, blocks, tokens, recipe, clock, journal.folder)
+    inputs: list[Tensor] = []
+    hidden = stream.hidden
+    for index, block in enumerate(blocks[: len(blocks) - done]):
+        inputs.append(hidden)
+        if done and index == len(blocks) - done - 1:
+            break  # what comes after it has been visited
+        hidden = stream.like_hidden()
+        with on_device(block, device), clock.phase("forward passes"):
+            advance(block, index, inputs[index], hidden, stream.calls[index], stream.batch)
+    if done:
+        gradients = stream.like_hidden().copy_(state["gradients"])
+    else:
+        gradients = hidden
+        mine = tokens[windows.start : windows.stop]
+        with clock.phase("forward passes"), rest_on_device(model, blocks, device):
+            for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
+                states.copy_(loss_gradient(model, blocks, window.to(device), states.to(device)))
+    held = held_out(len(tokens), one_of=HELD_OUT_OF)
+    held_here = held[windows.start : windows.stop]
+    summed: list[tuple[int, list[Sums]]] = []
+    for index in range(len(blocks) - done - 1, -1, -1):
+        block, entering = blocks[index], inputs.pop()
+        outs = [linear(block, s.out_projection) for s in sites if s.block == index]
+        sums = [empty_sums(out, device, drifting=False, holding_out=True, with_gradient=True) for out in outs]
         seen: dict[nn.Module, Tensor] = {}
+        backwards: dict[nn.Module, Tensor] = {}
+        watchers: Watchers = {out: partial(_keep, backwards, out) for out in outs}
+        keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
+        back = partial(_back, block, entering, stream.calls[index], gradients, watchers, device)
         with on_device(block, device):
-            with clock.phase("calibration"), watch_inputs({out: partial(_keep, seen, out) for out in outs}):
-                for b, batch in enumerate(inputs[index]):
-                    back = input_gradient(block, batch, calls[b][index], gradients[b].to(device), watchers)
-                    gradients[b] = back.to(batch.device)
-                    held = held_out(inputs[index], b, one_of=HELD_OUT_OF)
-                    sums = [add_batch(s, seen[out], None, held) for s, out in zip(sums, outs, strict=True)]
-            inputs[index] = []
-            with clock.phase("linear algebra"):
-                for site, site_sums, gradient in reversed([*zip(here, sums, at_output, strict=True)]):
-                    apart = Statistics(
-                        site_sums.moments, held_moments=site_sums.held_moments, gradient=_per_token(gradient, site)
-                    )
-                    found.append(_curves(block, family, site, apart, recipe))
+            with clock.phase("forward passes"), watch_inputs(keepers):
+                for at, gradient in in_batches(len(windows), stream.batch, back):
+                    with clock.phase("Gram matrices"):
+                        sums = [add_batch(s, seen[o], None, held_here[at]) for s, o in zip(sums, outs, strict=True)]
+                        sums = [add_gradient(s, backwards[o]) for s, o in zip(sums, outs, strict=True)]
+                    gradients[at] = gradient
+                sums = [over_all_ranks(s, held, tokens.shape[1]) for s in sums]
+            _settle(summed, index, sums, index == 0, blocks, family, sites, recipe, clock, journal)
+        if not summed:
+            journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
         on_step(f"block {index}: curves and gradients of the dense model")
-    return found[::-1]
 
 
-def _curves(block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe) -> SiteCurves:
-    gradient = None if statistics.gradient is None else statistics.gradient.float().cpu()
-    if recipe.allocation not in NEEDS_CURVES:
-        return SiteCurves(None, None, gradient)
-    factored = factor_site(block, family, site, statistics, recipe)
-    loss = factored.loss_curve(statistics.held_moments)
-    return SiteCurves(
-        energy=energy_curve(factored.subspace.D, site.unit_size).cpu(),
-        loss=None if loss is None else loss[:: site.unit_size].cpu(),
-        gradient=gradient,
-    )
+def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
+    return run_block(block, hidden[at], call)
+
+
+def _back(
+    block: nn.Module,
+    entering: Tensor,
+    call: BlockCall,
+    gradients: Tensor,
+    watchers: Watchers,
+    device: torch.device,
+    at: slice,
+) -> Tensor:
+    return input_gradient(block, entering[at], call, gradients[at].to(device), watchers)
+
+
+def _settle(
+    summed: list[tuple[int, list[Sums]]],
+    index: int,
+    sums: list[Sums],
+    last: bool,
+    blocks: nn.ModuleList,
+    family: Family,
+    sites: Sequence[Site],
+    recipe: Recipe,
+    clock: Clock,
+    journal: Journal,
+) -> None:
+    """Factorises blocks once there is one for each rank, so that all ranks do so at the same time.
+
+    Args:
+        summed: blocks that wait for it; of other ranks' blocks nothing is held.
+        index: of the block that is added.
+        sums: of its sites.
+        last: no other block will come.
+    """
+    owner = index % ranks.rank_count()
+    summed.append((index, sums if owner == ranks.rank() else []))
+    if len(summed) < ranks.rank_count() and not last:
+        return
+    curves: dict[int, dict[str, Tensor]] = {}
+    with clock.phase("linear algebra"):
+        for block_index, found in summed:
+            if found:
+                here = [s for s in sites if s.block == block_index]
+                with on_device(blocks[block_index], clock.device):
+                    curves[block_index] = _curves(blocks[block_index], family, here, found, recipe)
+    for block_index, tensors in curves.items():
+        journal.put(block_index, tensors)
+    if journal.folder is None:  # on disk all ranks can read them
+        for others in ranks.from_all(
+            {i: {k: t for k, t in c.items() if not k.endswith("gradient")} for i, c in curves.items()}
+        ):
+            for block_index, tensors in others.items():
+                if block_index not in curves:
+                    journal.put(block_index, tensors)
+    ranks.wait()
+    summed.clear()
+
+
+def _curves(
+    block: nn.Module, family: Family, sites: Sequence[Site], sums: Sequence[Sums], recipe: Recipe
+) -> dict[str, Tensor]:
+    """By kind of site and name: what `SiteCurves` holds."""
+    found: dict[str, Tensor] = {}
+    for site, site_sums in reversed([*zip(sites, sums, strict=True)]):
+        gradient = None
+        if site_sums.gradient is not None:
+            gradient = _per_token(site_sums.gradient, site)
+            found[f"{site.kind} gradient"] = gradient.float().cpu()
+        if recipe.allocation not in NEEDS_CURVES:
+            continue
+        apart = Statistics(site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient)
+        factored = factor_site(block, family, site, apart, recipe)
+        found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
+        loss = factored.loss_curve(apart.held_moments)
+        if loss is not None:
+            found[f"{site.kind} loss"] = loss[:: site.unit_size].cpu()
+    return found
 
 
 def _per_token(moments: Moments, site: Site) -> Tensor:
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
     return gram_matrix(moments, centred=False) / moments.tokens
-
-
-def _accumulate(moments: list[Moments], at: int, values: Tensor) -> None:
-    moments[at] = add_moments(moments[at], values.detach())
 
 
 def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, values: Tensor) -> None:

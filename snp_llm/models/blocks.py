@@ -1,12 +1,13 @@
 """Capture and run one decoder block at a time. Knows how blocks are called, not what is inside them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -48,8 +49,9 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
         calls.append(BlockCall(args, kwargs))
         return hidden
 
-    device = next(model.get_input_embeddings().parameters()).device
-    with _replaced_forwards(dict.fromkeys(blocks, identity)):
+    home = next(model.get_input_embeddings().parameters()).device
+    device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
+    with rest_on_device(model, blocks, device), _replaced_forwards(dict.fromkeys(blocks, identity)):
         model.base_model(tokens.to(device), use_cache=False)
     return first[0], calls
 
@@ -65,8 +67,26 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
-    with _replaced_forwards(dict.fromkeys(blocks, lambda hidden, *_args, **_kwargs: hidden)):
+    with _replaced_forwards(dict.fromkeys(blocks, _pass_on)):
         model(tokens, use_cache=False)
+
+
+def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits from what the last block puts out: the last norm and the head.
+
+    Args:
+        model: its embeddings, last norm and head are where `hidden` is.
+        blocks: its decoder blocks; none is run.
+        tokens: (batch, T), int64, on the same device.
+        hidden: output of the last block, (batch, T, d).
+
+    Returns:
+        (batch, T, vocabulary).
+    """
+    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, _pass_on)
+    forwards[blocks[-1]] = lambda *_args, **_kwargs: hidden
+    with _replaced_forwards(forwards):
+        return model(tokens, use_cache=False).logits
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -82,13 +102,10 @@ def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor,
         (batch, T, d), in the dtype of `hidden`.
     """
     gradients = []
-    last = blocks[-1]
     for window, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one at a time: logits are large
         leaf = states.detach().requires_grad_()
-        forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, lambda hidden, *_args, **_kwargs: hidden)
-        forwards[last] = lambda *_args, leaf=leaf, **_kwargs: leaf
-        with torch.enable_grad(), _replaced_forwards(forwards):
-            logits = model(window, use_cache=False).logits[0, :-1]
+        with torch.enable_grad():
+            logits = logits_of(model, blocks, window, leaf)[0, :-1]
             loss = nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum")
             gradients.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(gradients)
@@ -141,17 +158,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
-    """Moves everything but the blocks (embeddings, last norm, head) to a device and afterwards back to where it was."""
+    """Has everything but the blocks (embeddings, last norm, head) on a device, as long as the context lasts."""
     inside = set(blocks.modules())
-    rest = [module for module in model.modules() if module not in inside and not [*module.children()]]
-    home = next(model.get_input_embeddings().parameters()).device
-    for module in rest:
-        module.to(device)
-    try:
+    with _present([module for module in model.modules() if module not in inside], device):
         yield
-    finally:
-        for module in rest:
-            module.to(home)
 
 
 @torch.no_grad()
@@ -209,19 +219,53 @@ def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a module to the compute device and afterwards back to where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
+    """Has a module on the compute device, as long as the context lasts; weights that wait on disk are read for it."""
+    with _present([*module.modules()], device):
+        yield
+
+
+@contextmanager
+def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Puts what the modules themselves hold on a device and afterwards back.
+
+    Weights on disk are the meta tensors that accelerate's hooks know how to read. They are put in place of the meta
+    tensors for a while, with the hooks, which would read them anew for every batch, asleep. Objects are exchanged, not
+    moved, so that a tensor in two places (tied embeddings) stays one, and one copy of it is on the device.
+    """
+    hooks = [(module, hook) for module in modules if isinstance(hook := getattr(module, "_hf_hook", None), ModelHook)]
+    replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    here: dict[int, Tensor] = {}
+
+    def present(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        hook: Any = getattr(module, "_hf_hook", None)
+        value = hook.weights_map[name].to(device) if tensor.is_meta else tensor.detach().to(device)
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
     try:
+        for module in modules:
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.device != device:
+                        if id(tensor) not in here:
+                            here[id(tensor)] = present(module, name, tensor)
+                        replaced.append((held, name, tensor))  # type: ignore[arg-type]
+                        held[name] = here[id(tensor)]  # type: ignore[assignment]
+        for module, _ in hooks:
+            module._hf_hook = ModelHook()
         yield
     finally:
-        module.to(home)
+        for module, hook in hooks:
+            module._hf_hook = hook
+        for held, name, tensor in replaced:
+            held[name] = tensor
 
 
 def move(value: Any, device: torch.device) -> Any:
     """The same nested structure with its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, BlockCall):
+        return BlockCall(move(value.args, device), move(value.kwargs, device))
     if isinstance(value, dict):
         return {k: move(v, device) for k, v in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
@@ -262,10 +306,18 @@ def _attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    before: dict[nn.Module, Any] = {m: m.__dict__.get("forward") for m in forwards}  # accelerate puts its own there
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
+        for module, forward in before.items():
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden

@@ -24,7 +24,7 @@ from snp_llm.models.modeling_snp_qwen2 import SnpQwen2Config, SnpQwen2ForCausalL
 from snp_llm.models.modeling_snp_qwen3 import SnpQwen3Config, SnpQwen3ForCausalLM
 from snp_llm.models.modeling_snp_smollm3 import SnpSmolLM3Config, SnpSmolLM3ForCausalLM
 from snp_llm.models.modeling_snp_stablelm import SnpStableLmConfig, SnpStableLmForCausalLM
-from snp_llm.models.surgery import pad_site
+from snp_llm.models.on_disk import disk_index, wait_on_disk
 
 PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "snp_opt": (SnpOPTConfig, SnpOPTForCausalLM),
@@ -62,7 +62,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     """The pruned model: dense embeddings, norms and head around the pruned blocks, rebuilt from its own config.
 
     Building every module anew from the config, and loading strictly, proves that the config describes the weights.
-    Tensors are shared with the arguments, not copied.
+    Tensors are shared with the arguments, not copied; those on disk stay there.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -73,6 +73,11 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
+    index = {k: v for k, v in disk_index(dense).items() if not k.startswith(prefix)}
+    index.update({prefix + k: v for k, v in disk_index(pruned_blocks).items()})
+    if index:
+        wait_on_disk(model, index)
+        model.hf_device_map = {"": "disk"}  # for save_pretrained
     # Buffers that are not saved (rotary frequencies) are not in the state either, and still on meta.
     for name, buffer in dense.named_buffers():
         path, _, attribute = name.rpartition(".")
@@ -140,22 +145,6 @@ def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[
         for width in range(step, site.units, step)
         if plain_type(dense, family, site.heads_after(width)) is not None
     )
-
-
-def pad_blocks(
-    dense_blocks: nn.ModuleList, pruned_blocks: nn.ModuleList, family: Family, kept: Sequence[tuple[Site, Tensor]]
-) -> None:
-    """Puts pruned blocks back into their dense shapes, in place, with zeros where units are gone.
-
-    Args:
-        dense_blocks: as they were.
-        pruned_blocks: as they are.
-        family: theirs.
-        kept: every site of the dense blocks and its kept units.
-    """
-    for site, units in kept:
-        if len(units) < site.units:
-            pad_site(pruned_blocks[site.block], dense_blocks[site.block], family, site, units)
 
 
 def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, round_to: int) -> str:

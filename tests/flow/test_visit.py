@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from snp_llm.device import Clock
+from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites, linear
 from snp_llm.pipeline import resolve
 from snp_llm.visit import needs_visit, visit_dense
@@ -19,7 +20,9 @@ def visit(model, **overrides):
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family)
     clock = Clock(torch.device("cpu"))
-    return sites, visit_dense(model, family, blocks, sites, TOKENS, recipe, clock, lambda _line: None)
+    return sites, visit_dense(
+        model, family, blocks, sites, TOKENS, recipe, clock, Journal(), lambda _line: None
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
