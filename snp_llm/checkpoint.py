@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -195,8 +196,9 @@ def finished_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> I
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             _exchange(partial, folder)
-    except OSError as error:
-        raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SnpError(f"output {folder}: cannot be written ({reason}).") from error
 
 
 def _exchange(partial: Path, folder: Path) -> None:

@@ -92,7 +92,8 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         with checkpoint.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume) as partial:
             closing = prune_into(partial, recipe, command)
         if ranks.rank() == 0:
-            Console().print(*closing, sep="\n")
+            for line in closing:
+                print(line) if isinstance(line, str) else Console().print(line)
             if recipe.push_to_hub is not None:
                 run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
 

@@ -45,7 +45,8 @@ class Journal:
 
     Attributes:
         folder: of its files; None: everything is kept in memory, for as long as the process lives.
-        every: seconds after which hidden states are written again, if that took less than a twentieth of them.
+        every: seconds after which hidden states are written again, if that took less than a twentieth of them; 0: after
+            every block.
         kept: what is in memory, by block.
         saved: when hidden states were written last, and how long it took.
     """
@@ -155,7 +156,7 @@ class Journal:
             return
         start = time.monotonic()
         waited, cost = start - self.saved[0], self.saved[1]
-        if not ranks.from_rank(0, lambda: last or waited >= max(self.every, AFFORDABLE * cost)):
+        if not ranks.from_rank(0, lambda: last or not self.every or waited >= max(self.every, AFFORDABLE * cost)):
             return
         name = f"state-{done:05d}-{ranks.rank()}.safetensors"
         write(self.folder / name, {} if last else {key: tensor.detach() for key, tensor in state.items()})

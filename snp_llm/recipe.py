@@ -135,7 +135,7 @@ class Recipe:
     """Go on with an unfinished run of the same command, from where it was interrupted."""
     save_every: float = 60.0
     """Seconds after which an unfinished run writes down its hidden states, to be resumed from there; at most a
-    twentieth of the time is spent on it."""
+    twentieth of the time is spent on it. 0: after every block, whatever it costs."""
     dry_run: bool = False
     """Print the planned widths and sizes; write nothing."""
 

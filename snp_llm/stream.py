@@ -1,6 +1,7 @@
 """Calibration tokens on their way through the blocks. Knows how to run blocks, not what is computed from them."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,12 +41,14 @@ class Shelf:
         if self.device is not None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         count = torch.Size(shape).numel()
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-") as file:
-            try:
-                file.truncate(count * dtype.itemsize)
+        try:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))  # or a full disk kills us later
                 return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
-            except (OSError, RuntimeError) as error:
-                raise SnpError(f"--hidden-device disk: {self.folder} has no room ({error}).") from error
+        except OSError as error:
+            raise SnpError(f"--hidden-device disk: {self.folder} cannot be written ({error}).") from error
 
 
 @dataclass

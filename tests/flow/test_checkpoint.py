@@ -369,26 +369,26 @@ def test_missing_parents_are_made(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_killed_while_writing_leaves_no_output(number, tmp_path):
+def test_a_run_killed_while_writing_leaves_no_output_but_can_be_resumed(number, tmp_path):
     """A real process, really killed once its temporary folder holds weights."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "snp_llm.prune", "tiny-opt", "--output", str(out), "--num-samples", "2"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "snp_llm.prune", "tiny-opt", "--output", str(out), "--num-samples", "2"]
+    options = {"env": {**os.environ, "HF_HUB_OFFLINE": "1"}, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **options)
     deadline = time.time() + 120
-    while not list(tmp_path.glob(".out.partial-*/model.safetensors")):
+    while not (tmp_path / ".out.partial/model.safetensors").exists():
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert not out.exists()
-    if number != signal.SIGKILL:
-        assert list(tmp_path.iterdir()) == [] and "Traceback" not in stderr
-        assert "interrupted; nothing was written" in stderr
+    if number == signal.SIGKILL:
+        return
+    assert "Traceback" not in stderr and "interrupted; no output was written" in stderr and "--resume" in stderr
+    if number == signal.SIGTERM:
+        assert subprocess.run([*command, "--resume", "--no-eval"], **options).returncode == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_config_says_how_to_load_it(tokenizer, tmp_path):

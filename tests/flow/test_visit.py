@@ -20,9 +20,7 @@ def visit(model, **overrides):
     blocks = find_blocks(model, family)
     sites = find_sites(blocks, family)
     clock = Clock(torch.device("cpu"))
-    return sites, visit_dense(
-        model, family, blocks, sites, TOKENS, recipe, clock, Journal(), lambda _line: None
-    )
+    return sites, visit_dense(model, family, blocks, sites, TOKENS, recipe, clock, Journal(), lambda _line: None)
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)

@@ -1,0 +1,86 @@
+"""Several processes that prune one model together, over gloo: the same model as one process, and no hangs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from snp_llm import ranks
+from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.slow
+SETTINGS = ("--num-samples", 10, "--seq-len", 32, "--batch-size", 4, "--calibration", "bundled", "--no-eval")
+SETTINGS = (*SETTINGS, "--sparsity", 0.4, "--round-to", 4, "--device", "cpu")
+
+
+def kept(folder: Path) -> list[list[int]]:
+    return [site["kept"] for site in json.loads((folder / "prune_report.json").read_text())["sites"]]
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    assert kept(one) == kept(other)
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert float((a[name] - b[name]).abs().max()) <= 1e-5 * float(a[name].abs().max()), name
+
+
+PAPER = ("--allocation", "variance", "--metric", "error", "--target", "self", "--dtype", "float64")
+
+
+@pytest.mark.parametrize("choices", [(), PAPER])
+def test_two_and_four_ranks_prune_as_one_does(choices, prune, dense, tmp_path):  # noqa: F811
+    for count in (1, 2, 4):
+        result = prune(dense, *SETTINGS, *choices, "--output", tmp_path / f"{count}", ranks=count)
+        assert result["codes"] == [0] * count, result["stderr"]
+    assert_same_model(tmp_path / "1", tmp_path / "2")
+    assert_same_model(tmp_path / "1", tmp_path / "4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4"]
+
+
+def test_a_rank_that_dies_ends_the_run_on_all_and_others_can_go_on(prune, dense, tmp_path):  # noqa: F811
+    assert prune(dense, *SETTINGS, "--output", tmp_path / "whole")["codes"] == [0]
+    out = tmp_path / "out"
+    state = tmp_path / ".out.partial/journal/cut/state.json"
+    command = (dense, *SETTINGS, "--save-every", 0, "--output", out)
+    for doomed, blocks in ((1, 2), (0, 4)):
+        result = prune(*command, "--resume", ranks=3, doomed=doomed, die_at=("cut", blocks))
+        assert result["codes"][doomed] == -9 and all(code == 2 for code in result["codes"][:doomed])
+        assert all(code == 2 for code in result["codes"][doomed + 1 :]), result["stderr"]
+        assert "lost another rank" in result["stderr"] and "--resume" in result["stderr"]
+        assert not out.exists() and json.loads(state.read_text())["done"] == blocks
+    result = prune(*command, "--resume", ranks=2)
+    assert result["codes"] == [0, 0], result["stderr"]
+    assert "block 0 self_attn.o_proj: kept" not in result["stderr"]
+    assert_same_model(tmp_path / "whole", out)
+
+
+def test_an_error_on_one_rank_is_everybodys(prune, dense, tmp_path):  # noqa: F811
+    result = prune(dense, *SETTINGS, "--output", tmp_path / "out", "--num-samples", 1, ranks=2)
+    assert result["codes"] == [2, 2] and "a window or more for each of 2 ranks" in result["stderr"]
+    (tmp_path / "out").mkdir()
+    result = prune(dense, *SETTINGS, "--output", tmp_path / "out", ranks=2)
+    assert result["codes"] == [2, 2] and "out: exists" in result["stderr"]
+
+
+def test_with_the_launcher_that_users_have(dense, tmp_path):  # noqa: F811
+    """The README's command, reloading in a fresh process and perplexity included."""
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "snp_llm.prune", str(dense)]
+    command += [*map(str, SETTINGS), "--eval", "--eval-dataset", "bundled", "--output", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("reloaded in a fresh process: logits differ by 0.0e+00") == 1  # rank 0 alone says it
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_shares_are_whole_and_without_ranks_nothing_is_sent():
+    assert ranks.share(10) == range(10)
+    total = torch.ones(3)
+    ranks.add_up([total])
+    assert torch.equal(total, torch.ones(3)) and ranks.from_rank(0, lambda: 5) == 5 and ranks.from_all(5) == [5]
