@@ -86,7 +86,7 @@ def add_drift(drift: Drift, lacking: Tensor, inputs: Tensor) -> None:
     drift.first.add_(e.sum(0))
 
 
-def gram_matrix(moments: Moments, *, centred: bool) -> Tensor:
+def gram_matrix(moments: Moments, *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:
     """The Gram matrix `G = X^T X`, or with `centred` its Schur complement after a constant-1 channel.
 
     A constant channel that is always kept and ordered first absorbs the mean of everything pruned into the
@@ -94,16 +94,40 @@ def gram_matrix(moments: Moments, *, centred: bool) -> Tensor:
     size n + 1 is ever built.
 
     Returns:
-        (n, n), symmetric, float64. Channels whose remaining energy is below the rounding of the sums are exactly zero
-        in row and column: they are dead, or constant where `centred`.
+        (n, n), symmetric, of type `dtype`. Channels whose remaining energy is below the rounding of the sums are
+        exactly zero in row and column: they are dead, or constant where `centred`.
     """
+    moments = completed(moments)
+    gram = moments.second.to(dtype, copy=True)
+    if centred:
+        first = moments.first.to(dtype)
+        gram.addr_(first, first / max(moments.tokens, 1), alpha=-1)
+        alive = alive_channels(moments.second.diagonal(), moments.first, moments.tokens).to(dtype)
+        gram.mul_(alive[:, None]).mul_(alive)
+    return gram
+
+
+def alive_channels(energy: Tensor, first: Tensor, tokens: int) -> Tensor:
+    """Channels whose energy about their mean is more than the rounding of their sums, (n,), bool.
+
+    Args:
+        energy: `sum x^2`, (n,), in the type of the sums.
+        first: `sum x`, (n,), same type.
+        tokens: how many.
+    """
+    eps = torch.finfo(energy.dtype).eps
+    energy, first = energy.double(), first.double()
+    return energy - first * (first / max(tokens, 1)) > 8 * eps * energy
+
+
+def completed(moments: Moments) -> Moments:
+    """The moments where they can be factored, the upper triangle of the second filled in, in place."""
     if moments.second.device.type == "mps":  # no float64 there
         moments = Moments(moments.second.cpu(), moments.first.cpu(), moments.tokens)
-    lower = moments.second.double().tril()
-    gram = lower + lower.tril(-1).T
-    if centred:
-        energy = gram.diagonal().clone()
-        gram.sub_(torch.outer(moments.first.double(), moments.first.double() / max(moments.tokens, 1)))
-        alive = gram.diagonal() > 8 * torch.finfo(moments.second.dtype).eps * energy
-        gram.mul_(alive.to(gram.dtype)[:, None]).mul_(alive.to(gram.dtype)[None, :])
-    return gram
+    second = moments.second
+    for start in range(0, len(second), COLUMN_BLOCKS * NARROWEST_BLOCK):
+        stop = start + COLUMN_BLOCKS * NARROWEST_BLOCK
+        block = second[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
+        second[start:stop, stop:] = second[stop:, start:stop].mT
+    return moments
