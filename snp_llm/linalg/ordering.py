@@ -3,6 +3,7 @@
 To add an ordering: write one function from `OrderingProblem` to scores, add one line to `ORDERINGS`, one test.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +16,11 @@ from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 
 GREEDY_ROUNDS = 128  # removals happen in at most so many rounds: the block size r is units / GREEDY_ROUNDS
+ZCA_EXACT_UP_TO = 2048  # channels
+SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one atom up to rounding
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,58 @@ def zca(problem: OrderingProblem) -> Tensor:
     """Energy of a unit under unnormalised ZCA: `trace(([G^-1/2]_uu)^-2)`, for one channel `([G^-1/2]_ii)^-2`.
 
     The symmetric whitening `G^-1/2` rescaled to unit diagonal, as the rows of `L^-1` are, gives latents with these
-    energies. This definition is a reconstruction (arXiv 2405.17506 describes it in words).
+    energies. This definition is a reconstruction (arXiv 2405.17506 describes it in words). Channels of sites larger
+    than `ZCA_EXACT_UP_TO` are ranked by `zca_quadrature`, for the exact score would take longer than everything else.
     """
+    if problem.unit_size > 1 or len(problem.definite.gram) <= ZCA_EXACT_UP_TO:
+        return zca_exact(problem)
+    log.info("zca of %s channels by quadrature; --ordering zca-exact decomposes", f"{len(problem.definite.gram):,}")
+    return zca_quadrature(problem.definite)
+
+
+def zca_exact(problem: OrderingProblem) -> Tensor:
+    """The same by an eigendecomposition, at every size."""
     values, vectors = torch.linalg.eigh(problem.definite.gram)
     whitening = (vectors / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()) @ vectors.T
     blocks = torch.linalg.inv(diagonal_blocks(whitening, problem.unit_size))
     return (blocks @ blocks).diagonal(dim1=1, dim2=2).sum(1)
+
+
+def zca_quadrature(definite: DefiniteGram) -> Tensor:
+    """`([G^-1/2]_ii)^-2` of every channel to 1 to 6 % at real sites (12 % at made-up worse ones), for one inverse.
+
+    `[f(G)]_ii` is the integral of f over the spectrum of G in the measure that channel i sees of it, of which G and
+    its inverse hold five moments: `[G^p]_ii` for p = -2 to 2, the outer ones as squared norms of rows. Two of Gauss's
+    rules with two nodes, one on the moments -1 to 2 and one on -2 to 1, err to opposite sides; their geometric mean
+    is taken (Golub and Meurant, Matrices, Moments and Quadrature, 2010).
+
+    Returns:
+        (n,), float64.
+    """
+    inverse = definite.inverse()
+    lowest, low = torch.linalg.vector_norm(inverse, dim=1).double().square(), inverse.diagonal().double()
+    del inverse
+    high, highest = definite.gram.diagonal().double(), torch.linalg.vector_norm(definite.gram, dim=1).double().square()
+    one = torch.ones_like(low)
+    # With the measures x^-1 dmu and x^-2 dmu the moments start at 0, and the functions are x^1/2 and x^3/2.
+    return 1 / (_two_nodes(low, one, high, highest, 0.5) * _two_nodes(lowest, low, one, high, 1.5))
+
+
+def _two_nodes(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, power: float) -> Tensor:
+    """Integral of `x^power` by Gauss's rule with two nodes, from four moments of a measure on x > 0, each (n,)."""
+    mean = m1 / m0
+    spread = m2 / (m0 * mean**2) - 1  # variance and skewness relative to the mean
+    atom = ~(spread > SMALLEST_SPREAD)  # a channel on its own: all of its measure in one place
+    spread = torch.where(atom, torch.ones_like(spread), spread)
+    skew = (m3 / (m0 * mean**3) - 3 * spread - 1) / spread**1.5
+    half = torch.where(atom, torch.zeros_like(skew), skew / 2)
+    far = half.abs() + (half.square() + 1).sqrt()
+    upper = torch.where(half >= 0, far, 1 / far)
+    lower = -1 / upper
+    share = upper / (upper - lower)  # of the measure, at the lower node
+    nodes = [(mean * (1 + spread.sqrt() * z)).clamp_min(torch.finfo(mean.dtype).tiny) for z in (lower, upper)]
+    rule = m0 * (share * nodes[0] ** power + (1 - share) * nodes[1] ** power)
+    return torch.where(atom, m0 * mean**power, rule)
 
 
 def saw(problem: OrderingProblem) -> Tensor:
@@ -150,6 +201,7 @@ def random(problem: OrderingProblem) -> Tensor:
 
 ORDERINGS: dict[str, Callable[[OrderingProblem], Tensor]] = {
     "zca": zca,
+    "zca-exact": zca_exact,
     "saw": saw,
     "variance": variance,
     "residual": residual,
