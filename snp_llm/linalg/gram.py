@@ -1,5 +1,6 @@
 """First and second moments of a site's inputs. Knows tensors, not where they come from or what is done with them."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,10 @@ from torch import Tensor
 # blocks would save little more and make the products too slim to run at full speed.
 COLUMN_BLOCKS = 8
 NARROWEST_BLOCK = 64
+# Up to this share of inputs that are not zero a sparse product is quicker on a CPU, 1.3 to 2.5 times at 3 to 5 %; at
+# 10 % it is level or slower. Small sites are not worth the conversion.
+SPARSE_DENSITY = 1 / 16
+SPARSE_FROM = 512
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,55 @@ def empty_moments(n: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 def add_moments(moments: Moments, inputs: Tensor) -> Moments:
     """Adds a batch of inputs to the sums, in place, and returns the moments with the new count.
 
+    Inputs that are mostly zero, as after a ReLU, are multiplied as a sparse matrix where that is quicker.
+
     Args:
         moments: of n channels.
         inputs: (..., n), any floating dtype, on the moments' device.
     """
     x = inputs.reshape(-1, inputs.shape[-1]).to(moments.second.dtype)
-    n = x.shape[1]
-    width = max(NARROWEST_BLOCK, -(-n // COLUMN_BLOCKS))
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        moments.second[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+    add = add_sparse_product if _mostly_zero(x) else add_product
+    add(moments.second, x)
     moments.first.add_(x.sum(0))
     return Moments(moments.second, moments.first, moments.tokens + x.shape[0])
+
+
+def add_product(second: Tensor, x: Tensor) -> None:
+    """`second += x^T x` on and below the diagonal, in place; above it only within blocks.
+
+    Args:
+        second: (n, n), float32 or float64.
+        x: (tokens, n), same dtype.
+    """
+    for start, stop in column_blocks(len(second)):
+        second[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+
+
+def add_sparse_product(second: Tensor, x: Tensor) -> None:
+    """The same, with `x^T` as a sparse matrix of compressed rows; on a CPU, by MKL."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        rows = x.T.contiguous().to_sparse_csr()
+        ends, columns, values = rows.crow_indices(), rows.col_indices(), rows.values()
+        for start, stop in column_blocks(len(second)):
+            before = int(ends[start])
+            size = (len(second) - start, len(x))
+            part = torch.sparse_csr_tensor(
+                ends[start:] - before, columns[before:], values[before:], size, check_invariants=False
+            )
+            second[start:, start:stop] += part @ x[:, start:stop]
+
+
+def column_blocks(n: int) -> list[tuple[int, int]]:
+    """Ends of the column blocks in which one triangle of a symmetric matrix is computed."""
+    width = max(NARROWEST_BLOCK, -(-n // COLUMN_BLOCKS))
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+def _mostly_zero(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.shape[1] < SPARSE_FROM or not torch.backends.mkl.is_available():
+        return False
+    return int(torch.count_nonzero(x)) <= SPARSE_DENSITY * x.numel()
 
 
 @dataclass(frozen=True)

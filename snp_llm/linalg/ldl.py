@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import COLUMN_BLOCKS, NARROWEST_BLOCK
+from snp_llm.linalg.gram import column_blocks
 
 ESCALATIONS = 4  # times that dampening is raised tenfold before giving up
 PROBES = 4  # vectors that a factor is tested with
@@ -226,7 +226,7 @@ def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
     half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True, out=gram)
     U = times_lower(W, L)
     added = torch.zeros(n, dtype=torch.float64, device=W.device)
-    for start, stop in _column_blocks(n):
+    for start, stop in column_blocks(n):
         latent = torch.linalg.solve_triangular(
             L[:stop, :stop], half[start:stop, :stop].mT, upper=False, unitriangular=True
         )
@@ -241,14 +241,9 @@ def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
 def times_lower(W: Tensor, L: Tensor) -> Tensor:
     """`W L` of a lower triangular L, leaving out most of the products with its zeros."""
     U = torch.empty_like(W)
-    for start, stop in _column_blocks(len(L)):
+    for start, stop in column_blocks(len(L)):
         torch.mm(W[:, start:], L[start:, start:stop], out=U[:, start:stop])
     return U
-
-
-def _column_blocks(n: int) -> list[tuple[int, int]]:
-    width = max(NARROWEST_BLOCK, -(-n // COLUMN_BLOCKS))
-    return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
 def metric_root(gradient: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import COLUMN_BLOCKS, NARROWEST_BLOCK
+from snp_llm.linalg.gram import column_blocks
 
 
 def reconstruct(W: Tensor, L: Tensor, width: int) -> Tensor:
@@ -57,10 +57,8 @@ def output_energy(W: Tensor, gram: Tensor) -> float:
         W: (d_out, n), float64 or float32.
         gram: G of the inputs, (n, n), same type.
     """
-    n, energy = len(gram), 0.0
-    width = max(NARROWEST_BLOCK, -(-n // COLUMN_BLOCKS))
-    for start in range(0, n, width):
-        stop = min(start + width, n)
+    energy = 0.0
+    for start, stop in column_blocks(len(gram)):
         product = W[:, start:stop] @ gram[start:stop, start:stop]
         product.addmm_(W[:, stop:], gram[stop:, start:stop], alpha=2)
         energy += float(torch.linalg.vecdot(product, W[:, start:stop]).sum(dtype=torch.float64))
