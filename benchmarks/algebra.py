@@ -3,10 +3,10 @@
     python benchmarks/algebra.py --sizes 1024,2048,4096        # add 8192 for the FFN of a 1.3B OPT; its eigh takes long
 
 Inputs are made up: ReLU of correlated Gaussians whose spectrum decays, with a few channels of massive activations.
-Everything takes turns in one process, and the best of `--repeats` counts, in CPU seconds with one thread, since machines
-are shared. A ceiling is the
-matrix product of that size and type, measured in the same turn. FLOPs are those of the textbook algorithm (n^3/3 for
-LDL, 9 n^3 for the symmetric eigendecomposition), so that a share can exceed what the routine really did.
+Everything takes turns in one process, and the best of `--repeats` counts, in CPU seconds with one thread, since
+machines are shared. A ceiling is the matrix product of that size and type, measured in the same turn. FLOPs are those
+of the textbook algorithm (n^3/3 for LDL, 9 n^3 for the symmetric eigendecomposition), so that a share can exceed what
+the routine really did.
 """
 
 import argparse
