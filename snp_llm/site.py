@@ -9,19 +9,22 @@ from torch import Tensor, nn
 
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Drift, Moments, gram_matrix
-from snp_llm.linalg.held_out import Choice, TokenSums, choose_repair, cut_repair, drift_repair
+from snp_llm.linalg.gram import Drift, Moments, alive_channels, completed, gram_matrix
+from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
 from snp_llm.linalg.ldl import (
+    DefiniteGram,
     Subspace,
     build_subspace,
     energy_curve,
     error_curve,
+    error_without_last,
     held_out_curve,
     make_definite,
     metric_root,
+    solve_error,
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
-from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
+from snp_llm.linalg.reconstruction import absorb_mean, output_energy, reconstruct
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
@@ -32,6 +35,11 @@ METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradie
 
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
+
+# From so many channels on a site is ordered and factored in float32: half the memory, which is what such sites lack
+# first, and half the time. What float32 cannot factor or solve this well is done in float64 after all.
+SINGLE_PRECISION_FROM = 4096
+SOLVE_TOLERANCE = 1e-3
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +96,8 @@ class FactoredSite:
         unit_order: units, most important first, (units,), int64.
         subspace: LDL factors in that order.
         W, gram, mean: out-projection weight, Gram matrix (centred where the bias absorbs the mean), mean of the inputs,
-            float64, in the original channel order.
-        metric: F with a floor, (d_out, d_out), float64; None without gradients.
+            float64 or float32, in the original channel order.
+        root: R, with `R R^T = F` and a floor under it, (d_out, d_out), same type; None without gradients.
         tokens: over which the Gram matrix was summed.
         centred: whether the bias absorbs the mean.
     """
@@ -99,7 +107,7 @@ class FactoredSite:
     W: Tensor
     gram: Tensor
     mean: Tensor
-    metric: Tensor | None
+    root: Tensor | None
     tokens: int
     centred: bool
 
@@ -113,47 +121,77 @@ class FactoredSite:
         Args:
             held: windows that the site was not factored from, on which errors are counted; None: those that it was.
         """
-        if self.metric is None:
+        if self.root is None:
             return None
-        W, subspace = self.W[:, self.subspace.order], self.subspace
+        L, D, order = self.subspace.L, self.subspace.D, self.subspace.order
+        W = (self.root.mT @ self.W)[:, order]
         if held is None or held.tokens == 0:
-            return error_curve(metric_root(self.metric).T @ W, subspace.L, subspace.D) / (2 * self.tokens)
-        sums = sums_about(self.mean if self.centred else torch.zeros_like(self.mean), held, None)
-        gram = sums.gram[subspace.order][:, subspace.order]
-        return held_out_curve(W, subspace.L, gram, self.metric) / (2 * held.tokens)
+            return error_curve(W, L, D) / (2 * self.tokens)
+        held = completed(held)
+        gram = held.second[order[:, None], order].to(W)
+        if self.centred:
+            first, mean = held.first.to(W)[order], self.mean[order]
+            gram.addr_(first, mean, alpha=-1).addr_(mean, first - held.tokens * mean, alpha=-1)
+        return held_out_curve(W, L, gram) / (2 * held.tokens)
 
 
-def factor_site(block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe) -> FactoredSite:
-    """Orders a site's units and factors its Gram matrix in that order, on the moments' device."""
+def factor_site(
+    block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, width: int = 0
+) -> FactoredSite:
+    """Orders a site's units and factors its Gram matrix in that order, on the moments' device.
+
+    Args:
+        block: that it is in.
+        family: the block's.
+        site: to be factored.
+        statistics: of it.
+        recipe: all settings, resolved.
+        width: units that will be kept at least: their order among themselves is then not worth much computing.
+    """
     try:
-        out, moments = linear(block, site.out_projection), statistics.moments
+        out, moments = linear(block, site.out_projection), completed(statistics.moments)
         centred = recipe.absorb_bias and out.bias is not None
-        gram = gram_matrix(moments, centred=centred)
-        device = gram.device
-        wanted = DAMPENING if recipe.dampening is None else recipe.dampening
-        definite = make_definite(gram, wanted)
-        if definite.dampening != wanted:
-            log.warning("%s: dampening raised from %g to %g", site.name, wanted, definite.dampening)
-        W = weight_of(out).to(device).double()
-        in_weight = W.new_zeros(site.units)
+        definite = _definite(site, moments, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
+        gram = definite.gram
+        W = weight_of(out).to(gram)
+        in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
         for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
-            sums = weight_of(linear(block, path)).to(device).double().abs().sum(1)
-            units = units.to(device)
+            sums = weight_of(linear(block, path)).to(gram.device).abs().sum(1, dtype=torch.float64)
+            units = units.to(gram.device)
             in_weight.index_add_(0, units[units >= 0], sums[units >= 0])
-        metric = None
+        root = None
         if statistics.gradient is not None:
-            metric = statistics.gradient.to(device).double()
+            metric = statistics.gradient.to(gram, copy=True)
             metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
-        weighted = metric_root(metric).T @ W if metric is not None and recipe.metric == "loss" else W
-        problem = OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block)
-        unit_order = order_units(recipe.ordering, problem)
+            root = metric_root(metric)
+        weighted = root.mT @ W if root is not None and recipe.metric == "loss" else W
+        keep = 0 if site.groups else width  # dealing from groups takes some that are not among the best
+        unit_order = order_units(
+            recipe.ordering,
+            OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block, keep),
+        )
         if site.groups:
             unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
-        mean = moments.first.to(device).double() / moments.tokens
-        return FactoredSite(unit_order, subspace, W, gram, mean, metric, moments.tokens, centred)
+        gram.diagonal().copy_(definite.diagonal)  # undampened again, and without dead channels' pivots
+        mean = moments.first.to(gram) / moments.tokens
+        return FactoredSite(unit_order, subspace, W, gram, mean, root, moments.tokens, centred)
     except SnpError as error:
         raise SnpError(f"{site.name}: {error}") from error
+
+
+def _definite(site: Site, moments: Moments, wanted: float, centred: bool) -> DefiniteGram:
+    """The site's dampened Gram matrix, in float32 where it is large and that will do."""
+    if len(moments.second) >= SINGLE_PRECISION_FROM and moments.second.dtype == torch.float32:
+        definite = make_definite(gram_matrix(moments, centred=centred, dtype=torch.float32), wanted)
+        if definite.dampening == wanted and solve_error(definite.gram, definite.spare[0]) <= SOLVE_TOLERANCE:
+            return definite
+        log.info("%s: too badly conditioned for float32; computed in float64", site.name)
+        del definite
+    definite = make_definite(gram_matrix(moments, centred=centred), wanted)
+    if definite.dampening != wanted:
+        log.warning("%s: dampening raised from %g to %g", site.name, wanted, definite.dampening)
+    return definite
 
 
 def cut(
@@ -175,33 +213,43 @@ def cut(
             site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, time.perf_counter() - start
         )
     with clock.phase("linear algebra"):
-        factored = factor_site(block, family, site, statistics, recipe)
-        subspace, W, size = factored.subspace, factored.W, site.unit_size
-        channels = width * size
-        kept, ascending = subspace.order[:channels].sort()
+        factored = factor_site(block, family, site, statistics, recipe, width)
+        W, mean, subspace, gram = factored.W, factored.mean, factored.subspace, factored.gram
+        channels = width * site.unit_size
+        kept, gone = subspace.order[:channels].sort().values, subspace.order[channels:].sort().values
         dense_bias = linear(block, site.out_projection).bias
-        bias = None if dense_bias is None else dense_bias.detach().to(W.device).double()
-        curve = error_curve(W[:, subspace.order], subspace.L, subspace.D)
+        bias = None if dense_bias is None else dense_bias.detach().to(W)
+        energy = float(energy_curve(subspace.D, site.unit_size)[width])
+        total, lost = output_energy(W, gram), output_energy(W[:, gone], gram[gone[:, None], gone])
+        dampened = total + subspace.dampening * float((gram.diagonal() * W.square().sum(0)).sum())
+        predicted = error_without_last(W[:, subspace.order], subspace.L, subspace.D, channels)
+        chosen = chooses_repair(recipe, statistics)
+        at_once = None  # the repair that comes with the factorisation, where its dampening is the one to use
+        if not chosen:
+            ordered = reconstruct(W[:, subspace.order], subspace.L, channels)
+            at_once = ordered[:, subspace.order[:channels].argsort()]
+        used, root, centred = subspace.dampening, factored.root, factored.centred
+        unit_order = factored.unit_order
+        del factored, subspace, gram  # a large site's memory goes to its repair
         try:
-            repaired = repair_site(factored, statistics, kept, ascending, recipe)
+            repaired = repair_site(W, at_once, root, mean, statistics, kept, gone, used, recipe, centred=centred)
         except SnpError as error:
             raise SnpError(f"{site.name}: {error}") from error
-        W_new = repaired.W
-        if factored.centred and bias is not None:
-            bias = absorb_mean(bias, W, W_new, kept, factored.mean) + repaired.shift
+        if centred and bias is not None:
+            bias = absorb_mean(bias, W, repaired.W, kept, mean) + repaired.shift
         result = SiteResult(
             site=site,
-            kept=factored.unit_order[:width].sort().values.cpu(),
-            energy=float(energy_curve(subspace.D, size)[width]),
-            predicted_error=float(curve[channels] / curve[0]) if curve[0] > 0 else 0.0,
-            error=repaired.error,
+            kept=unit_order[:width].sort().values.cpu(),
+            energy=energy,
+            predicted_error=predicted / dampened if dampened > 0 else 0.0,
+            error=max(0.0, lost + repaired.change) / total if total > 0 else 0.0,
             predicted_loss=None,
             target_weight=repaired.alpha,
             dampening=repaired.dampening,
             seconds=0.0,
         )
     with clock.phase("surgery"):
-        prune_site(block, family, site, result.kept, W_new, bias)
+        prune_site(block, family, site, result.kept, repaired.W, bias)
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -210,22 +258,38 @@ class RepairedSite:
     """An out-projection after cut and repair.
 
     Attributes:
-        W: on the kept channels, ascending, (d_out, k), float64.
-        shift: what drift adds to the bias, (d_out,), float64.
-        error: relative squared output error of the cut with its own repair alone.
+        W: on the kept channels, ascending, (d_out, k), float64 or float32.
+        shift: what drift adds to the bias, (d_out,), same type.
+        change: squared output error of the cut with its own repair alone, less that of the cut without any.
         dampening: of that repair.
         alpha: share of the drift's repair that is in W.
     """
 
     W: Tensor
     shift: Tensor
-    error: float
+    change: float
     dampening: float
     alpha: float
 
 
+def chooses_repair(recipe: Recipe, statistics: Statistics) -> bool:
+    """Whether held-out windows choose the repair."""
+    open_share = statistics.drift is not None and recipe.target_weight is None
+    return statistics.held_moments is not None and (recipe.dampening is None or open_share)
+
+
 def repair_site(
-    factored: FactoredSite, statistics: Statistics, kept: Tensor, ascending: Tensor, recipe: Recipe
+    W: Tensor,
+    at_once: Tensor | None,
+    root: Tensor | None,
+    mean: Tensor,
+    statistics: Statistics,
+    kept: Tensor,
+    gone: Tensor,
+    used: float,
+    recipe: Recipe,
+    *,
+    centred: bool,
 ) -> RepairedSite:
     """Least squares on the kept channels: of the cut, and of the drift where there is any.
 
@@ -233,69 +297,95 @@ def repair_site(
     unless the recipe fixes them; the repair itself is then computed from all.
 
     Args:
-        factored: the site.
+        W: out-projection weight, (d_out, n), float64 or float32: so is everything here.
+        at_once: the repaired weight that came with the factorisation, (d_out, k), or None where repairs are chosen.
+        root: of the metric in which errors count, (d_out, d_out), or None for the plain norm.
+        mean: of the site's inputs, (n,).
         statistics: that it was factored from.
         kept: kept channels, ascending, (k,), int64.
-        ascending: what sorts the first k channels of the site's order.
+        gone: the others, ascending, (n - k,), int64.
+        used: dampening of the factorisation.
         recipe: dampening and share, if fixed.
+        centred: whether the bias absorbs the mean.
     """
-    W, gram, used = factored.W, factored.gram, factored.subspace.dampening
-    total, held = statistics.moments, statistics.held_moments
-    choice = Choice(used, used, recipe.target_weight or 0.0)
-    chosen = recipe.dampening is None or (statistics.drift is not None and recipe.target_weight is None)
-    if chosen and held is not None:
-        fit = Moments(total.second - held.second, total.first - held.first, total.tokens - held.tokens)
-        fit_mean = fit.first.to(W.device).double() / fit.tokens
-        metric = torch.eye(len(W), dtype=W.dtype, device=W.device) if factored.metric is None else factored.metric
-        drift, held_drift = statistics.drift, statistics.held_drift
-        fit_drift = None
-        if drift is not None and held_drift is not None:
-            fit_drift = Drift(drift.cross - held_drift.cross, drift.first - held_drift.first)
-        choice = choose_repair(
-            W,
-            own_sums(gram_matrix(fit, centred=factored.centred), fit, fit_drift, centred=factored.centred),
-            sums_about(fit_mean if factored.centred else torch.zeros_like(fit_mean), held, held_drift),
-            kept,
-            metric,
-            DAMPENINGS if recipe.dampening is None else [used],
-            bias=factored.centred,
-        )
+    total, held, drift = statistics.moments, statistics.held_moments, statistics.drift
+    choice = Choice(used, used, 0.0 if drift is None else recipe.target_weight or 0.0)
+    if at_once is None:
+        assert held is not None
+        fit_first, fit_tokens = (total.first - held.first).to(W), total.tokens - held.tokens
+        fit_mean = fit_first / fit_tokens if centred else None
+        fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift))
+        judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False)
+        if root is not None:
+            fit, judged = fit.seen_by(root), judged.seen_by(root)
+        dampenings = DAMPENINGS if recipe.dampening is None else [used]
+        choice = choose_repair(fit, judged, dampenings, bias=centred)
         if recipe.target_weight is not None:
             choice = replace(choice, alpha=recipe.target_weight)
-    sums = own_sums(gram, total, statistics.drift, centred=factored.centred)
-    if choice.dampening == used:
-        L, order = factored.subspace.L, factored.subspace.order
-        W_new = reconstruct(W[:, order], L, len(kept))[:, ascending]
-    else:
-        W_new = W[:, kept] + cut_repair(W, sums, kept, choice.dampening)
-    error = relative_error(W, W_new, kept, gram)
-    shift = torch.zeros_like(W[:, 0])
-    if choice.alpha > 0 and statistics.drift is not None:
-        added = drift_repair(sums, kept, choice.drift_dampening, bias=factored.centred)
-        W_new, shift = W_new + choice.alpha * added.weight, choice.alpha * added.shift
-    return RepairedSite(W_new, shift, error, choice.dampening, choice.alpha)
+        del fit, judged
+    sums = kept_sums(W, kept, gone, total, drift, mean if centred else None)
+    added, drifted = repair(sums, choice, bias=centred, known=None if at_once is None else at_once - W[:, kept])
+    change = output_energy(added, sums.gram) - 2 * float((added * sums.taken).sum(dtype=torch.float64))
+    W_new = (W[:, kept] + added) if at_once is None else at_once
+    if drifted is not None:
+        W_new = W_new + drifted.weight
+    shift = torch.zeros_like(W[:, 0]) if drifted is None else drifted.shift
+    return RepairedSite(W_new, shift, change, choice.dampening, choice.alpha)
 
 
-def own_sums(gram: Tensor, moments: Moments, drift: Drift | None, *, centred: bool) -> TokenSums:
-    """Sums in float64 where their Gram matrix is; with `centred`, of inputs less their own mean, as that is."""
-    device = gram.device
-    mean = moments.first.to(device).double() / moments.tokens
-    sums = TokenSums(gram, moments.first.to(device).double(), moments.tokens, *_drift_sums(drift, device))
-    if not centred:
-        return sums
-    cross = None if sums.cross is None or sums.lacking is None else sums.cross - torch.outer(sums.lacking, mean)
-    return replace(sums, first=torch.zeros_like(mean), cross=cross)
+def kept_sums(
+    W: Tensor,
+    kept: Tensor,
+    gone: Tensor,
+    moments: Moments,
+    drift: Drift | None,
+    mean: Tensor | None,
+    *,
+    less: tuple[Moments, Drift | None] | None = None,
+    own_mean: bool = True,
+) -> KeptSums:
+    """Sums that a repair on the kept channels needs, in the type of W; only blocks of the Gram matrix are made.
 
+    Args:
+        W: out-projection weight, (d_out, n).
+        kept: K, (k,), int64.
+        gone: P, (n - k,), int64.
+        moments: of the site's inputs.
+        drift: of its output, or None.
+        mean: that is taken off the inputs, (n,), or None.
+        less: sums of the tokens to leave out, of those.
+        own_mean: whether the mean is that of these tokens: channels that are constant about it are dead.
+    """
+    moments = completed(moments)
+    apart = None if less is None else completed(less[0])
+    tokens, first = moments.tokens, moments.first
+    if apart is not None:
+        tokens, first = tokens - apart.tokens, first - apart.first
+    first = first.to(W)
+    rest = first if mean is None else first - tokens * mean
+    alive = None
+    if mean is not None and own_mean:
+        energy = moments.second.diagonal() if apart is None else moments.second.diagonal() - apart.second.diagonal()
+        alive = alive_channels(energy, first.to(energy.dtype), tokens).to(W)
 
-def sums_about(mean: Tensor, moments: Moments, drift: Drift | None) -> TokenSums:
-    """Sums in float64 where `mean` is, of inputs less that mean of other tokens."""
-    first = moments.first.to(mean.device).double()
-    rest = first - moments.tokens * mean
-    gram = gram_matrix(moments, centred=False).to(mean.device) - torch.outer(first, mean) - torch.outer(mean, rest)
-    cross, lacking = _drift_sums(drift, mean.device)
-    cross = None if cross is None or lacking is None else cross - torch.outer(lacking, mean)
-    return TokenSums(gram, rest, moments.tokens, cross, lacking)
+    def block(rows: Tensor) -> Tensor:
+        second = moments.second[rows[:, None], kept]
+        if apart is not None:
+            second -= apart.second[rows[:, None], kept]
+        second = second.to(W)
+        if mean is not None:
+            second.addr_(first[rows], mean[kept], alpha=-1).addr_(mean[rows], rest[kept], alpha=-1)
+        return second if alive is None else second.mul_(alive[rows][:, None]).mul_(alive[kept])
 
-
-def _drift_sums(drift: Drift | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if drift is None else (drift.cross.to(device).double(), drift.first.to(device).double())
+    gram = block(kept)
+    taken = W[:, gone] @ block(gone)
+    cross = lacking = None
+    if drift is not None:
+        apart_drift = None if less is None else less[1]
+        cross, lacking = drift.cross[:, kept], drift.first
+        if apart_drift is not None:
+            cross, lacking = cross - apart_drift.cross[:, kept], lacking - apart_drift.first
+        cross, lacking = cross.to(W), lacking.to(W)
+        if mean is not None:
+            cross = cross.addr(lacking, mean[kept], alpha=-1)
+    return KeptSums(gram, taken, rest[kept], W[:, gone] @ rest[gone], tokens, cross, lacking)

@@ -5,31 +5,62 @@ Knows matrices, not layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg.ldl import solve_error, try_cholesky
+
+SOLVE_TOLERANCE = 1e-3  # relative error of a float32 solution up to which candidates are compared by it
 
 
 @dataclass(frozen=True)
-class TokenSums:
-    """Sums over a set of tokens of a site's inputs `x`, less the mean that a bias takes up, and of what it lacks, `e`.
+class KeptSums:
+    """Sums over a set of tokens, as far as a repair on the kept channels K needs them.
+
+    Of a site's inputs `x`, less the mean that a bias takes up, of what its output lacks, `e`, and of what the removed
+    channels P gave to that output, `y = W[:, P] x_P`.
 
     Attributes:
-        gram: `sum x x^T`, (n, n), float64.
-        first: `sum x`, (n,), float64; zero over the tokens that the mean is of.
+        gram: `sum x_K x_K^T`, (k, k), float64 or float32.
+        taken: `sum y x_K^T = W[:, P] G[P, K]`, (d_out, k), same dtype.
+        first: `sum x_K`, (k,); zero over the tokens that the mean is of.
+        lost: `sum y`, (d_out,).
         tokens: how many.
-        cross: `sum e x^T`, (d_out, n), float64, or None where nothing but the cut is repaired.
-        lacking: `sum e`, (d_out,), float64, or None likewise.
+        cross: `sum e x_K^T`, (d_out, k), or None where nothing but the cut is repaired.
+        lacking: `sum e`, (d_out,), or None likewise.
     """
 
     gram: Tensor
+    taken: Tensor
     first: Tensor
+    lost: Tensor
     tokens: int
     cross: Tensor | None = None
     lacking: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "KeptSums":
+        return replace(
+            self,
+            gram=self.gram.to(dtype),
+            taken=self.taken.to(dtype),
+            first=self.first.to(dtype),
+            lost=self.lost.to(dtype),
+            cross=None if self.cross is None else self.cross.to(dtype),
+            lacking=None if self.lacking is None else self.lacking.to(dtype),
+        )
+
+    def seen_by(self, root: Tensor) -> "KeptSums":
+        """With outputs `R^T v`, whose plain norm is that of v in the metric `R R^T`."""
+        return replace(
+            self,
+            taken=root.mT @ self.taken,
+            lost=root.mT @ self.lost,
+            cross=None if self.cross is None else root.mT @ self.cross,
+            lacking=None if self.lacking is None else root.mT @ self.lacking,
+        )
 
 
 @dataclass(frozen=True)
@@ -37,8 +68,8 @@ class Repair:
     """What is added to a site's weight on the kept channels.
 
     Attributes:
-        weight: (d_out, k), float64.
-        shift: what is added to the bias, (d_out,), float64; zero without drift.
+        weight: (d_out, k).
+        shift: what is added to the bias, (d_out,); zero without one.
     """
 
     weight: Tensor
@@ -60,121 +91,120 @@ class Choice:
     alpha: float
 
 
-def cut_repair(W: Tensor, sums: TokenSums, kept: Tensor, dampening: float) -> Tensor:
-    """`W' - W[:, K] = W[:, P] G[P, K] (G[K, K] + dampening * diag)^-1`: what the kept channels take over, (d_out, k).
+def repair(sums: KeptSums, choice: Choice, *, bias: bool, known: Tensor | None = None) -> tuple[Tensor, Repair | None]:
+    """What is added on the kept channels for the cut, and for the drift (None at a share of 0).
+
+    For the cut `W' - W[:, K] = W[:, P] G[P, K] (G[K, K] + dampening * diag)^-1`, (d_out, k). For the drift a share of
+    `R = C[:, K] (G[K, K] + dampening * diag)^-1`, which moves the output towards what the dense weight gives on these
+    inputs plus `e`, and of the mean of `e` for the bias where there is one.
+
+    Args:
+        sums: that it is computed from.
+        choice: dampenings and share.
+        bias: whether there is one that takes up means.
+        known: what is added for the cut, where it was computed already.
 
     Raises:
-        SnpError: the matrix is not positive definite at that dampening.
+        SnpError: the matrix is not positive definite at those dampenings.
     """
-    return _solve(_removed_product(W, sums.gram, kept), sums.gram, kept, dampening)
+    factor = None if known is not None else _factor(sums.gram, choice.dampening)
+    added = known if factor is None else _solve(factor, sums.taken)
+    assert added is not None
+    if choice.alpha == 0 or sums.cross is None or sums.lacking is None:
+        return added, None
+    if factor is None or choice.drift_dampening != choice.dampening:
+        del factor
+        factor = _factor(sums.gram, choice.drift_dampening)
+    shift = sums.lacking / sums.tokens if bias else torch.zeros_like(sums.lacking)
+    return added, Repair(_solve(factor, sums.cross).mul_(choice.alpha), choice.alpha * shift)
 
 
-def drift_repair(sums: TokenSums, kept: Tensor, dampening: float, *, bias: bool) -> Repair:
-    """`R = C[:, K] (G[K, K] + dampening * diag)^-1`, and the mean of `e` for the bias where there is one.
-
-    Added to the cut weight, it moves the output towards what the dense weight gives on these inputs plus `e`.
-
-    Raises:
-        SnpError: the matrix is not positive definite at that dampening.
-    """
-    assert sums.cross is not None and sums.lacking is not None
-    shift = sums.lacking / sums.tokens
-    return Repair(_solve(sums.cross[:, kept], sums.gram, kept, dampening), shift if bias else torch.zeros_like(shift))
-
-
-def choose_repair(
-    W: Tensor,
-    fit: TokenSums,
-    held: TokenSums,
-    kept: Tensor,
-    metric: Tensor,
-    dampenings: Sequence[float],
-    *,
-    bias: bool,
-) -> Choice:
+def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *, bias: bool) -> Choice:
     """The dampening of both repairs and the share of the second, one after the other.
 
     With the cut repaired, `M = W - W'`, the error of a share alpha of the drift's repair R is
     `sum ||e + M x - alpha (R x + shift)||^2`, a parabola whose minimum is known; that of the cut is `sum ||M x||^2`.
+    Both repairs at a dampening share one factorisation. It is computed in float32, unless that solves it badly: the
+    choice is between steps of a factor of three, and what is chosen is computed again from all tokens.
 
     Args:
-        W: out-projection weight, (d_out, n), float64.
         fit: tokens that repairs are computed from.
         held: tokens that they are judged on, about the mean of the others.
-        kept: K, (k,), int64.
-        metric: Q of the norm `v^T Q v` in which errors count, (d_out, d_out), float64.
         dampenings: to try; those at which the matrix is not positive definite are left out.
         bias: whether there is one that takes up means.
 
     Raises:
         SnpError: the matrix is positive definite at none of them.
     """
-    held_kept = held.gram[kept][:, kept]
-    removed = _removed_product(W, held.gram, kept)
-    errors: dict[float, float] = {}
-    repairs: dict[float, Tensor] = {}
+    fitted, judged = fit.to(torch.float32), held.to(torch.float32)
+    best: Choice | None = None
+    least, lack = 0.0, judged.taken
+    drifts: dict[float, Tensor] = {}
     for dampening in dampenings:
-        try:
-            repairs[dampening] = cut_repair(W, fit, kept, dampening)
-        except SnpError:
-            continue
-        errors[dampening] = _quadratic(repairs[dampening], held_kept, metric) - 2 * _inner(
-            repairs[dampening], removed, metric
-        )
-    if not errors:
+        factor, damped = _try_factor(fitted.gram, dampening)
+        if factor is None or solve_error(damped, factor) > SOLVE_TOLERANCE:
+            del damped
+            factor, _ = _try_factor(fit.gram.double(), dampening)
+            if factor is None:
+                continue
+        else:
+            del damped
+        added = _solve(factor, fitted.taken)
+        product = added @ judged.gram
+        error = _inner(added, product) - 2 * _inner(added, judged.taken)
+        if best is None or error < least:
+            # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
+            best, least, lack = Choice(dampening, dampening, 0.0), error, judged.taken - product
+            constant = judged.lost - added @ judged.first
+        if fitted.cross is not None:
+            drifts[dampening] = _solve(factor, fitted.cross)
+    if best is None:
         raise SnpError(
-            f"Gram matrix of {len(kept):,} channels is not positive definite (dampening up to {max(dampenings):g}). "
-            "Use more calibration tokens or a larger --dampening."
+            f"Gram matrix of {len(fit.gram):,} channels is not positive definite (dampening up to "
+            f"{max(dampenings):g}). Use more calibration tokens or a larger --dampening."
         )
-    best = min(errors, key=lambda d: errors[d])
-    if fit.cross is None or held.cross is None or held.lacking is None:
-        return Choice(best, best, 0.0)
-
-    added = repairs[best]
-    # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
-    lack = held.cross[:, kept] + removed - added @ held_kept
-    gone = _others(W, kept)
-    constant = held.lacking + W[:, gone] @ held.first[gone] - added @ held.first[kept]
-    gains: dict[float, tuple[float, float]] = {}
-    for dampening in errors:
-        repair = drift_repair(fit, kept, dampening, bias=bias)
-        weighted = metric @ repair.shift
-        gain = _inner(repair.weight, lack, metric) + float(weighted @ constant)
-        size = _quadratic(repair.weight, held_kept, metric)
-        size += float(weighted @ (2 * repair.weight @ held.first[kept] + held.tokens * repair.shift))
+    if fitted.lacking is None or judged.cross is None or judged.lacking is None:
+        return best
+    lack += judged.cross
+    constant = constant + judged.lacking
+    shift = fitted.lacking / fitted.tokens if bias else torch.zeros_like(fitted.lacking)
+    most = -torch.inf
+    for dampening, R in drifts.items():
+        gain = _inner(R, lack) + _inner(shift, constant)
+        size = _inner(R, R @ judged.gram)
+        size += _inner(shift, 2 * (R @ judged.first) + judged.tokens * shift)
         alpha = min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
-        gains[dampening] = (2 * alpha * gain - alpha**2 * size, alpha)
-    drift_best = max(gains, key=lambda d: gains[d][0])
-    return Choice(best, drift_best, gains[drift_best][1])
+        saved = 2 * alpha * gain - alpha**2 * size
+        if saved > most:
+            most, best = saved, replace(best, drift_dampening=dampening, alpha=alpha)
+    return best
 
 
-def _solve(right: Tensor, gram: Tensor, kept: Tensor, dampening: float) -> Tensor:
-    """`right (G[K, K] + dampening * diag)^-1`; dead channels get nothing."""
-    matrix = gram[kept][:, kept]
-    diagonal = matrix.diagonal().clone()
-    matrix.diagonal().add_(torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal)))
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        raise SnpError(f"Gram matrix of {len(kept):,} channels is not positive definite (dampening {dampening:g}).")
-    return torch.cholesky_solve(right.T, factor).T
+def _try_factor(gram: Tensor, dampening: float) -> tuple[Tensor | None, Tensor]:
+    """Lower Cholesky factor of `G + dampening * diag(G)`, None where that is not positive definite, and the matrix.
+
+    Dead channels get a pivot of 1: what is solved for them is what they were given, which is nothing.
+    """
+    damped = gram.clone()
+    diagonal = damped.diagonal()
+    diagonal.add_(torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal)))
+    factor, info = try_cholesky(damped.clone())
+    return (factor if int(info) == 0 else None), damped
 
 
-def _removed_product(W: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """`W[:, P] G[P, K]`, (d_out, k)."""
-    gone = _others(W, kept)
-    return W[:, gone] @ gram[gone][:, kept]
+def _factor(gram: Tensor, dampening: float) -> Tensor:
+    factor, _ = _try_factor(gram, dampening)
+    if factor is None:
+        raise SnpError(f"Gram matrix of {len(gram):,} channels is not positive definite (dampening {dampening:g}).")
+    return factor
 
 
-def _others(W: Tensor, kept: Tensor) -> Tensor:
-    """P: the channels that are not in K, (n,), bool."""
-    gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
-    gone[kept] = False
-    return gone
+def _solve(cholesky: Tensor, right: Tensor) -> Tensor:
+    """`right (C C^T)^-1`, (d_out, k), in the type of `right`."""
+    wide = right.to(cholesky.dtype)
+    half = torch.linalg.solve_triangular(cholesky.mT, wide, upper=True, left=False)
+    return torch.linalg.solve_triangular(cholesky, half, upper=False, left=False, out=half).to(right.dtype)
 
 
-def _inner(a: Tensor, b: Tensor, metric: Tensor) -> float:
-    return float(((metric @ a) * b).sum())
-
-
-def _quadratic(a: Tensor, gram: Tensor, metric: Tensor) -> float:
-    return _inner(a, a @ gram, metric)
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))

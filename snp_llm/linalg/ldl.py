@@ -1,13 +1,15 @@
 """Dampening, LDL factorisation and what is read off it. Knows Gram matrices, not the layers they came from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg.gram import column_blocks
 
 ESCALATIONS = 4  # times that dampening is raised tenfold before giving up
+PROBES = 4  # vectors that a factor is tested with
 SMALLEST_DAMPENING = 1e-8  # where escalation starts when dampening was zero
 
 
@@ -16,16 +18,23 @@ class DefiniteGram:
     """A Gram matrix made positive definite.
 
     Attributes:
-        gram: dampened, dead channels given a pivot of 1, (n, n), float64.
-        cholesky: its lower Cholesky factor, (n, n), float64.
+        gram: dampened, dead channels given a pivot of 1, (n, n), float64 or float32.
+        diagonal: before dampening, (n,).
         dead: channels with no energy at all, (n,), bool.
         dampening: the relative dampening that it took, at least the one asked for.
+        spare: its Cholesky factor, as long as nobody has taken it: a matrix of this size is worth not holding twice.
     """
 
     gram: Tensor
-    cholesky: Tensor
+    diagonal: Tensor
     dead: Tensor
     dampening: float
+    spare: list[Tensor] = field(default_factory=list)
+
+    def inverse(self) -> Tensor:
+        """`G^-1`, (n, n), the caller's own: made in place of the factor that was left over from the test of G."""
+        cholesky = self.spare.pop() if self.spare else cholesky_in_place(self.gram.clone())
+        return torch.cholesky_inverse(cholesky, out=cholesky)
 
 
 def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
@@ -37,7 +46,7 @@ def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
     others with a pivot of 1.
 
     Args:
-        gram: (n, n), symmetric, float64.
+        gram: (n, n), symmetric, float64 or float32; left as it is.
         dampening: relative, >= 0.
 
     Raises:
@@ -45,23 +54,60 @@ def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
     """
     if not torch.isfinite(gram).all():
         raise SnpError("Gram matrix holds NaN or Inf; expected finite activations. Try --dtype float32.")
-    dead = gram.diagonal() <= 0
-    diagonal = gram.diagonal().clone()
-    base = gram.clone()
-    base.diagonal()[dead] = 1.0
+    damped = gram.clone()
+    del gram  # where the caller keeps none, its memory is free for the factor
+    diagonal = damped.diagonal().clone()
+    dead = diagonal <= 0
     used, info = dampening, 0
     for _ in range(1 + ESCALATIONS):
-        damped = base.clone()
-        damped.diagonal().add_(used * diagonal)
-        cholesky, status = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().copy_(torch.where(dead, torch.ones_like(diagonal), diagonal + used * diagonal))
+        cholesky, status = try_cholesky(damped.clone())
         info = int(status)
         if info == 0:
-            return DefiniteGram(damped, cholesky, dead, used)
+            return DefiniteGram(damped, diagonal, dead, used, [cholesky])
+        del cholesky
         last, used = used, max(10 * used, SMALLEST_DAMPENING)
     raise SnpError(
-        f"Gram matrix of {len(gram):,} channels is not positive definite (pivot {info} is not positive; dampening was "
-        f"raised from {dampening:g} to {last:g}). Use more calibration tokens or a larger --dampening."
+        f"Gram matrix of {len(damped):,} channels is not positive definite (pivot {info} is not positive; dampening "
+        f"was raised from {dampening:g} to {last:g}). Use more calibration tokens or a larger --dampening."
     )
+
+
+def cholesky_in_place(gram: Tensor) -> Tensor:
+    """Lower Cholesky factor of a symmetric matrix, in the memory of that matrix.
+
+    Raises:
+        SnpError: it is not positive definite.
+    """
+    cholesky, info = try_cholesky(gram)
+    if int(info) != 0:
+        raise SnpError(f"Gram matrix is not positive definite (pivot {int(info)} is not positive). Raise --dampening.")
+    return cholesky
+
+
+def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, with 0 or the first pivot that is not positive, and no error."""
+    factor = gram.mT  # LAPACK's own column order, or it would work on a copy
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor, info
+
+
+def solve_error(gram: Tensor, cholesky: Tensor) -> float:
+    """Relative error with which a factor solves for vectors that are known, each channel in its own scale.
+
+    Rounding in the factor and in the right-hand side both count, so that this is nearer twice the error than half.
+
+    Args:
+        gram: (n, n), positive definite.
+        cholesky: its lower factor, (n, n).
+    """
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
+    scale = gram.diagonal().sqrt()[:, None]
+    half = torch.linalg.solve_triangular(cholesky, gram @ (known / scale), upper=False)
+    found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * scale
+    return float((found - known).norm() / known.norm())
 
 
 def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +122,12 @@ def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         SnpError: G is not positive definite.
     """
-    cholesky, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:
-        raise SnpError(f"Gram matrix is not positive definite (pivot {int(info)} is not positive). Raise --dampening.")
-    scale = cholesky.diagonal()
-    return cholesky / scale, scale.square()
+    return _unit_lower(cholesky_in_place(gram.clone()))
+
+
+def _unit_lower(cholesky: Tensor) -> tuple[Tensor, Tensor]:
+    scale = cholesky.diagonal().clone()
+    return cholesky.div_(scale), scale.square_()
 
 
 @dataclass(frozen=True)
@@ -107,7 +154,8 @@ def build_subspace(definite: DefiniteGram, order: Tensor) -> Subspace:
         definite: of n channels.
         order: a permutation of the channels, (n,), int64.
     """
-    L, D = ldl(definite.gram[order][:, order])
+    definite.spare.clear()
+    L, D = _unit_lower(cholesky_in_place(definite.gram[order[:, None], order]))
     return Subspace(order, L, D.masked_fill(definite.dead[order], 0.0), definite.dampening)
 
 
@@ -140,41 +188,72 @@ def error_curve(W: Tensor, L: Tensor, D: Tensor) -> Tensor:
     Returns:
         (n + 1,), float64, falling to 0 at k = n.
     """
-    removed = (D * (W @ L).square().sum(0)).flip(0).cumsum(0).flip(0)
+    removed = (D * times_lower(W, L).square().sum(0)).double().flip(0).cumsum(0).flip(0)
     return torch.cat([removed, removed.new_zeros(1)])
 
 
-def held_out_curve(W: Tensor, L: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+def error_without_last(W: Tensor, L: Tensor, D: Tensor, width: int) -> float:
+    """The error curve at one width, for a fraction of its cost: only the latents that are left out are looked at.
+
+    Args:
+        W: out-projection weight, columns ordered, (d_out, n), float64 or float32.
+        L: unit lower factor, (n, n), same type.
+        D: latent energies, (n,).
+        width: k, channels kept.
+    """
+    removed = times_lower(W[:, width:], L[width:, width:])
+    return float((D[width:] * removed.square().sum(0)).sum(dtype=torch.float64))
+
+
+def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
     """Squared output error on other tokens of keeping the first k channels, for every k.
 
     What the first k latents leave out of any token's output is `U[:, k:] z[k:]` with `z = L^-1 x`, whichever tokens L
     was factored from. Latents of other tokens are no longer orthogonal: with `H = L^-1 G L^-T` over those,
-    `e(k) = sum_{i,j>k} H_ij (U^T Q U)_ij`, the sums of one matrix's trailing blocks. On the tokens of L itself H is D
-    and this is the error curve.
+    `e(k) = sum_{i,j>k} H_ij (U^T U)_ij`, the sums of one matrix's trailing blocks. On the tokens of L itself H is D
+    and this is the error curve. Both matrices are symmetric: only one triangle is computed, a column block at a time.
 
     Args:
-        W: out-projection weight, columns ordered, (d_out, n), float64.
-        L: unit lower factor, (n, n), float64.
-        gram: of the other tokens, ordered, (n, n), float64.
-        metric: Q of the norm `v^T Q v` in which errors count, (d_out, d_out), float64.
+        W: out-projection weight, columns ordered, (d_out, n), float64 or float32. For errors in a norm `v^T Q v`,
+            `R^T W` with `Q = R R^T`.
+        L: unit lower factor, (n, n), same dtype.
+        gram: of the other tokens, ordered, (n, n), same dtype; used up.
 
     Returns:
         (n + 1,), float64, 0 at k = n.
     """
-    half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True)
-    latent = torch.linalg.solve_triangular(L, half.T, upper=False, unitriangular=True)
-    U = W @ L
-    shares = latent * (U.T @ (metric @ U))
-    # A trailing block is the one after it and a row and a column more.
-    added = 2 * shares.triu(1).sum(1) + shares.diagonal()
+    n = len(L)
+    half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True, out=gram)
+    U = times_lower(W, L)
+    added = torch.zeros(n, dtype=torch.float64, device=W.device)
+    for start, stop in column_blocks(n):
+        latent = torch.linalg.solve_triangular(
+            L[:stop, :stop], half[start:stop, :stop].mT, upper=False, unitriangular=True
+        )
+        shares = latent.mul_(U[:, :stop].mT @ U[:, start:stop])
+        # A trailing block is the one after it and a row and a column more.
+        added[:start] += 2 * shares[:start].sum(1, dtype=torch.float64)
+        within = shares[start:]
+        added[start:stop] += (2 * within.triu(1).sum(1, dtype=torch.float64)).add_(within.diagonal())
     return torch.cat([added.flip(0).cumsum(0).flip(0), added.new_zeros(1)])
 
 
+def times_lower(W: Tensor, L: Tensor) -> Tensor:
+    """`W L` of a lower triangular L, leaving out most of the products with its zeros."""
+    U = torch.empty_like(W)
+    for start, stop in column_blocks(len(L)):
+        torch.mm(W[:, start:], L[start:, start:stop], out=U[:, start:stop])
+    return U
+
+
 def metric_root(gradient: Tensor) -> Tensor:
-    """A square root R of `F = R R^T`, so that `||R^T v||^2 = v^T F v`.
+    """A square root R of `F = R R^T`, so that `||R^T v||^2 = v^T F v`; lower triangular where F is definite.
 
     Args:
-        gradient: F, symmetric, positive semidefinite up to rounding, (d, d), float64.
+        gradient: F, symmetric, positive semidefinite up to rounding, (d, d), float64 or float32.
     """
+    cholesky, info = try_cholesky(gradient.clone())
+    if int(info) == 0:
+        return cholesky
     values, vectors = torch.linalg.eigh(gradient)
     return vectors * values.clamp_min(0).sqrt()

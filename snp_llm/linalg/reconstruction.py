@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg.gram import column_blocks
 
 
 def reconstruct(W: Tensor, L: Tensor, width: int) -> Tensor:
@@ -47,6 +48,21 @@ def absorb_mean(bias: Tensor, W: Tensor, W_new: Tensor, kept: Tensor, mean: Tens
         b', (d_out,).
     """
     return bias + W @ mean - W_new @ mean[kept]
+
+
+def output_energy(W: Tensor, gram: Tensor) -> float:
+    """`||X W^T||_F^2 = trace(W G W^T)`, from one triangle of the symmetric G.
+
+    Args:
+        W: (d_out, n), float64 or float32.
+        gram: G of the inputs, (n, n), same type.
+    """
+    energy = 0.0
+    for start, stop in column_blocks(len(gram)):
+        product = W[:, start:stop] @ gram[start:stop, start:stop]
+        product.addmm_(W[:, stop:], gram[stop:, start:stop], alpha=2)
+        energy += float(torch.linalg.vecdot(product, W[:, start:stop]).sum(dtype=torch.float64))
+    return energy
 
 
 def relative_error(W: Tensor, W_new: Tensor, kept: Tensor, gram: Tensor) -> float:

@@ -163,3 +163,13 @@ def test_the_real_model_is_pruned_measured_and_served(tmp_path):
     assert (dense["heads"], fewer_heads["heads"], fewer_heads["saved_as"]) == ("9", "6", "llama")
     text = (tmp_path / "real_model.md").read_text()
     assert "DISAGREES" not in text and text.count("ok: onnxruntime") == 6
+
+
+def test_algebra_times_and_judges(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    import algebra
+
+    monkeypatch.setattr(algebra, "TOKENS", 128)
+    algebra.show(128, [*algebra.factorisations(128, 128), *algebra.gram_products(128)], 1)
+    rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == len({*rows}) == 24 and {"zca, exact", "zca, quadrature", "greedy, 70 % kept"} <= {*rows}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
+from snp_llm.linalg.gram import add_moments, add_product, add_sparse_product, empty_moments, gram_matrix
 from tests.linalg.problems import make_inputs
 
 
@@ -51,3 +51,20 @@ def test_a_constant_channel_is_dead_once_centred():
     assert gram[4, 4] == 0 and gram[7, 7] == 0
     assert not gram[4].any() and not gram[:, 7].any()
     assert (gram.diagonal() > 0).sum() == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="sparse products on a CPU need MKL")
+def test_the_sparse_product_is_the_product(dtype):
+    X = make_inputs(60, 700, mean=0.0).to(dtype)
+    X = X.where(X.quantile(0.95) < X, 0)
+    X[:, 100:300] = 0
+    dense, sparse = torch.zeros(700, 700, dtype=dtype), torch.zeros(700, 700, dtype=dtype)
+    for _ in range(2):  # adds to what is there
+        add_product(dense, X)
+        add_sparse_product(sparse, X)
+    exact = 2 * X.double().T @ X.double()
+    bound = 1e-6 * float(exact.abs().max())
+    assert (sparse.double() - exact).tril().abs().max() < bound and (dense.double() - exact).tril().abs().max() < bound
+    moments = moments_of(X)  # takes the one or the other
+    assert (gram_matrix(moments, centred=False) - exact / 2).abs().max() < bound

@@ -2,16 +2,29 @@ import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.held_out import TokenSums, choose_repair, cut_repair, drift_repair
+from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 KEPT = torch.tensor([0, 2, 5, 7, 8])
 
 
-def sums(X, lacking=None, mean=None):
-    X = X if mean is None else X - mean
-    cross, first = (None, None) if lacking is None else (lacking.T @ X, lacking.sum(0))
-    return TokenSums(X.T @ X, X.sum(0), len(X), cross, first)
+GONE = torch.tensor([1, 3, 4, 6, 9, 10, 11])
+
+
+def sums(X, lacking=None, mean=None, W=None, kept=KEPT, gone=GONE):
+    """What the tokens say of a repair on the kept channels, from the tokens themselves."""
+    X, W = X if mean is None else X - mean, make_weight() if W is None else W
+    stay, lost = X[:, kept], X[:, gone] @ W[:, gone].T
+    cross, first = (None, None) if lacking is None else (lacking.T @ stay, lacking.sum(0))
+    return KeptSums(stay.T @ stay, lost.T @ stay, stay.sum(0), lost.sum(0), len(X), cross, first)
+
+
+def cut_repair(sums, dampening):
+    return repair(sums, Choice(dampening, dampening, 0.0), bias=False)[0]
+
+
+def drift_repair(sums, dampening, *, bias):
+    return repair(sums, Choice(dampening, dampening, 1.0), bias=bias)[1]
 
 
 def ridge(X, target, penalty):
@@ -26,25 +39,25 @@ def test_what_is_taken_over_is_a_ridge_regression_on_what_went(dampening):
     gone = [i for i in range(12) if i not in KEPT]
     penalty = dampening * X[:, KEPT].square().sum(0)
     expected = ridge(X[:, KEPT], X[:, gone] @ W[:, gone].T, penalty)
-    torch.testing.assert_close(cut_repair(W, sums(X), KEPT, dampening), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cut_repair(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_without_dampening_cut_and_drift_together_are_least_squares_on_the_target():
     X, W, lacking = make_inputs(), make_weight(), make_inputs(n=7, seed=9)
-    found = W[:, KEPT] + cut_repair(W, sums(X), KEPT, 0.0)
-    found = found + drift_repair(sums(X, lacking), KEPT, 0.0, bias=False).weight
+    found = W[:, KEPT] + cut_repair(sums(X), 0.0)
+    found = found + drift_repair(sums(X, lacking), 0.0, bias=False).weight
     torch.testing.assert_close(found, least_squares(X, X @ W.T + lacking, KEPT), rtol=1e-9, atol=1e-9)
 
 
 def test_the_drifts_mean_goes_into_the_bias():
     X, lacking = make_inputs(), make_inputs(n=7, seed=9, mean=3.0)
     centred = sums(X, lacking, mean=X.mean(0))
-    repair = drift_repair(centred, KEPT, 0.0, bias=True)
+    repair = drift_repair(centred, 0.0, bias=True)
     with_ones = torch.cat([(X - X.mean(0))[:, KEPT], torch.ones(len(X), 1, dtype=torch.float64)], 1)
     expected = torch.linalg.lstsq(with_ones, lacking).solution.T
     torch.testing.assert_close(repair.weight, expected[:, :-1], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(repair.shift, expected[:, -1], rtol=1e-9, atol=1e-9)
-    assert not drift_repair(centred, KEPT, 0.0, bias=False).shift.any()
+    assert not drift_repair(centred, 0.0, bias=False).shift.any()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -58,19 +71,19 @@ def test_the_choice_is_what_a_search_over_held_out_tokens_finds(bias, weighted):
     missing = 6 * others @ drift.T + make_inputs(40, 7, seed=12)
     mean = X.mean(0) if bias else torch.zeros(12, dtype=torch.float64)
     fit, held = sums(X, lacking, mean), sums(others, missing, mean)
-    choice = choose_repair(W, fit, held, KEPT, root @ root.T, dampenings, bias=bias)
+    choice = choose_repair(fit.seen_by(root), held.seen_by(root), dampenings, bias=bias)
 
     def output(weight):  # of what is wrong with the held-out tokens' outputs, in the metric
         return (others - mean)[:, KEPT] @ weight.T
 
     wanted = (others - mean) @ W.T
-    cuts = {d: W[:, KEPT] + cut_repair(W, fit, KEPT, d) for d in dampenings}
+    cuts = {d: W[:, KEPT] + cut_repair(fit, d) for d in dampenings}
     best = min(dampenings, key=lambda d: float(((wanted - output(cuts[d])) @ root).square().sum()))
     assert choice.dampening == best
     left = missing + wanted - output(cuts[best])
     tried = {}
     for dampening in dampenings:
-        repair = drift_repair(fit, KEPT, dampening, bias=bias)
+        repair = drift_repair(fit, dampening, bias=bias)
         added = output(repair.weight) + repair.shift
         for alpha in torch.linspace(0, 1, 201).tolist():
             tried[dampening, alpha] = float(((left - alpha * added) @ root).square().sum())
@@ -80,25 +93,37 @@ def test_the_choice_is_what_a_search_over_held_out_tokens_finds(bias, weighted):
 
 
 def test_a_repair_that_only_harms_is_left_out_and_one_that_falls_short_is_taken_whole():
-    X, W = make_inputs(), make_weight()
+    X = make_inputs()
     drift = X @ make_weight(seed=2).T
-    eye = torch.eye(7, dtype=torch.float64)
-    everything = torch.arange(12)
-    against = choose_repair(W, sums(X, drift), sums(X, -drift), everything, eye, [0.01], bias=False)
-    more = choose_repair(W, sums(X, drift), sums(X, 3 * drift), everything, eye, [0.01], bias=False)
+    everything = {"kept": torch.arange(12), "gone": torch.arange(0)}
+    fit = sums(X, drift, **everything)
+    against = choose_repair(fit, sums(X, -drift, **everything), [0.01], bias=False)
+    more = choose_repair(fit, sums(X, 3 * drift, **everything), [0.01], bias=False)
     assert (against.alpha, more.alpha) == (0.0, 1.0)
 
 
 def test_dampenings_at_which_nothing_can_be_solved_are_left_out():
-    X, W = torch.ones(3, 12, dtype=torch.float64), make_weight()  # all channels are one
-    choice = choose_repair(W, sums(X), sums(X), KEPT, torch.eye(7, dtype=torch.float64), [0.0, 0.1], bias=False)
+    X = torch.ones(3, 12, dtype=torch.float64)  # all channels are one
+    choice = choose_repair(sums(X), sums(X), [0.0, 0.1], bias=False)
     assert choice.dampening == 0.1 and choice.alpha == 0
     with pytest.raises(SnpError, match="5 channels is not positive definite .dampening up to 0"):
-        choose_repair(W, sums(X), sums(X), KEPT, torch.eye(7, dtype=torch.float64), [0.0], bias=False)
+        choose_repair(sums(X), sums(X), [0.0], bias=False)
 
 
 def test_dead_channels_get_nothing():
-    X, W = make_inputs(), make_weight()
+    X = make_inputs()
     X[:, 5] = 0
-    added = cut_repair(W, sums(X), KEPT, 0.1)
+    added = cut_repair(sums(X), 0.1)
     assert torch.isfinite(added).all() and not added[:, 2].any()
+
+
+def test_repairs_of_one_dampening_share_a_factor_and_others_do_not():
+    X, lacking = make_inputs(), make_inputs(n=7, seed=9)
+    both = sums(X, lacking)
+    for drift_dampening in (0.1, 1.0):
+        cut, drift = repair(both, Choice(0.1, drift_dampening, 0.5), bias=False)
+        torch.testing.assert_close(cut, cut_repair(both, 0.1))
+        torch.testing.assert_close(drift.weight, 0.5 * drift_repair(both, drift_dampening, bias=False).weight)
+        known, again = repair(both, Choice(0.1, drift_dampening, 0.5), bias=False, known=cut)
+        assert known is cut
+        torch.testing.assert_close(again.weight, drift.weight)

@@ -1,5 +1,6 @@
 """Every ordering against an independent computation of its definition, for channels and for heads."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from snp_llm.errors import SnpError
 from snp_llm.linalg.ldl import make_definite
-from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units
+from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from tests.linalg.problems import make_inputs, make_weight
 
@@ -54,6 +55,42 @@ def test_zca_is_the_energy_under_the_whitening_rescaled_to_unit_blocks(size):
         torch.testing.assert_close(rescaled[:, rows], torch.eye(size, dtype=torch.float64))
         expected.append(torch.trace(rescaled @ G @ rescaled.T))
     torch.testing.assert_close(ORDERINGS["zca"](problem), torch.stack(expected), rtol=1e-7, atol=1e-9)
+
+
+def test_quadrature_ranks_channels_as_the_exact_zca_does():
+    n, k = 400, 280
+    X = make_inputs(1000, n, mean=0.0).relu()
+    X[:, 7] = 0
+    definite = make_definite(X.T @ X, 0.01)
+    problem = OrderingProblem(definite, make_weight(7, n), torch.ones(n, dtype=torch.float64), 1, seed=0)
+    exact, quick = zca_exact(problem), zca_quadrature(definite)
+    assert (quick / exact).log().abs().median() < 0.1
+    assert torch.isfinite(quick).all()
+    assert len({*exact.argsort()[-k:].tolist()} & {*quick.argsort()[-k:].tolist()}) >= 0.98 * k
+
+
+def test_quadrature_is_exact_where_every_channel_sees_two_eigenvalues():
+    pairs = torch.block_diag(*(torch.tensor([[a, 1.0], [1.0, b]]).double() for a, b in ((2, 3), (9, 0.5), (4, 4))))
+    alone = torch.block_diag(pairs, 7 * torch.eye(1, dtype=torch.float64))
+    problem = OrderingProblem(make_definite(alone, 0.0), make_weight(7, 7), torch.ones(7), 1, seed=0)
+    torch.testing.assert_close(zca_quadrature(problem.definite), zca_exact(problem), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_units_that_are_kept_for_certain_are_the_same_as_without_saying_so(size):
+    problem, _ = make_problem(size, units=150, dampening=0.01)
+    order = order_units("greedy", problem)
+    sparing = order_units("greedy", replace(problem, keep=100))
+    assert sorted(sparing.tolist()) == list(range(150))
+    assert {*sparing[:100].tolist()} == {*order[:100].tolist()}
+    assert torch.equal(sparing[100:], order[100:])
+
+
+def test_float32_removes_what_float64_does():
+    problem, _ = make_problem(1, units=300, dampening=0.1)
+    single = replace(problem, definite=make_definite(problem.definite.gram.float(), 0.0), W=problem.W.float())
+    kept = order_units("greedy", problem)[:200]
+    assert len({*kept.tolist()} & {*order_units("greedy", single)[:200].tolist()}) >= 198
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -72,9 +72,9 @@ def test_the_error_on_other_tokens_at_every_width():
     F = root @ root.T
     L, D = ldl(X.T @ X)
     torch.testing.assert_close(metric_root(F) @ metric_root(F).T, F)
-    curve = held_out_curve(W, L, others.T @ others, F)
+    curve = held_out_curve(metric_root(F).T @ W, L, others.T @ others)
     for k in range(1, 13):
         missing = others @ W.T - others[:, :k] @ reconstruct(W, L, k).T
         torch.testing.assert_close(curve[k], ((missing @ F) * missing).sum(), rtol=1e-9, atol=1e-9)
-    own = held_out_curve(W, L, X.T @ X, F)
+    own = held_out_curve(metric_root(F).T @ W, L, X.T @ X)
     torch.testing.assert_close(own, error_curve(metric_root(F).T @ W, L, D), rtol=1e-9, atol=1e-9)
