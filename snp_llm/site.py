@@ -33,7 +33,51 @@ METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradie
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
+CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one factorisation says of a site: its spectrum, and what every width would cost, at some of the widths.
+
+    Attributes:
+        channels: numbers of channels kept, ascending, from 1 to all, the cut among them, (p,).
+        cut: channels kept.
+        variance: of the last latent kept at each of them, in squared activations, dampening included; about the mean
+            where the bias absorbs that, about zero elsewhere, (p,).
+        spectrum: the same of all latents, the largest first, read at the same places, (p,).
+        error: relative squared output error after repair, on the tokens that the site was factored from, (p,).
+    """
+
+    channels: list[int]
+    cut: int
+    variance: list[float]
+    spectrum: list[float]
+    error: list[float]
+
+
+def sample_curve(D: Tensor, errors: Tensor, tokens: int, cut: int) -> Curve:
+    """A site's curve at no more than `CURVE_POINTS` widths, evenly spaced, and at the cut.
+
+    Args:
+        D: latent energies summed over the tokens, in the site's order, (n,), float64.
+        errors: squared output error of keeping the first k channels, (n + 1,), float64.
+        tokens: that D was summed over.
+        cut: channels kept, 1 <= cut <= n.
+    """
+    points = torch.linspace(1, len(D), min(CURVE_POINTS, len(D)), dtype=torch.float64).round().long()
+    channels = torch.cat([points, torch.tensor([cut])]).unique()
+    at = (channels - 1).to(D.device)
+    whole = float(errors[0])
+    return Curve(
+        channels=channels.tolist(),
+        cut=cut,
+        variance=(D[at] / tokens).tolist(),
+        spectrum=(D.sort(descending=True).values[at] / tokens).tolist(),
+        error=(errors[at + 1] / whole if whole > 0 else torch.zeros_like(errors[at])).tolist(),
+    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +94,7 @@ class SiteResult:
         target_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
+        curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired.
     """
 
     site: Site
@@ -61,9 +106,10 @@ class SiteResult:
     target_weight: float
     dampening: float
     seconds: float
+    curve: Curve | None = None
 
     def then(self, later: "SiteResult") -> "SiteResult":
-        """The result of both, one cut after the other: errors are those of the later."""
+        """The result of both, one cut after the other: errors and curve are those of the later."""
         losses = (self.predicted_loss, later.predicted_loss)
         return replace(
             later,
@@ -199,6 +245,7 @@ def cut(
             target_weight=repaired.alpha,
             dampening=repaired.dampening,
             seconds=0.0,
+            curve=sample_curve(subspace.D, curve, factored.tokens, channels),
         )
     with clock.phase("surgery"):
         prune_site(block, family, site, result.kept, W_new, bias)
