@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -144,7 +144,7 @@ def spectrum_figure(
         if ranked:
             axes.plot(*zip(*ranked, strict=True), "-", linewidth=1.2, color=COLOURS["ink"], label="sorted", zorder=2)
         _log_axis(axes.yaxis, *_room(v for v in (*variance, *spectrum) if v > 0))
-        _mark_cut(axes, cut, channels[-1])
+        _mark_cut(figure, axes, cut, channels[-1])
         axes.legend(loc="best", handletextpad=0.5, borderaxespad=0.3, markerscale=2)
         return figure
 
@@ -170,7 +170,7 @@ def error_figure(
                 [cut], [measured], "D", markersize=5.5, color=COLOURS["cut"], label="measured", linestyle="", zorder=3
             )
         _log_axis(axes.yaxis, *_room([e for _, e in points] + ([measured] if measured else [])))
-        _mark_cut(axes, cut, channels[-1])
+        _mark_cut(figure, axes, cut, channels[-1])
         axes.legend(loc="lower left", handletextpad=0.5, borderaxespad=0.3)
         return figure
 
@@ -279,8 +279,11 @@ def quality_figure(panels: Sequence[Panel], *, size: tuple[float, float] = SIZE)
             if panel.title:
                 axes.set_title(panel.title, loc="left", fontsize="medium", wrap=True)
         if len(handles) > 1:
-            place = "outside lower center" if len(panels) == 1 else "outside right upper"
-            figure.legend(handles.values(), handles.keys(), loc=place, ncols=1)
+            figure.legend(
+                list(handles.values()),
+                list(handles),
+                loc="outside lower center" if len(panels) == 1 and size == SIZE else "outside right center",
+            )
         return figure
 
 
@@ -366,9 +369,9 @@ def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _mark_cut(axes: "Axes", cut: int, whole: int) -> None:
+def _mark_cut(figure: "Figure", axes: "Axes", cut: int, whole: int) -> None:
     """A line at the cut, named above the axes where no curve can be in the way."""
-    axes.get_figure(root=True).subplots_adjust(top=TOP_WITH_CUT)
+    figure.subplots_adjust(top=TOP_WITH_CUT)
     axes.set_xlim(0, whole * 1.015)
     axes.xaxis.set_major_formatter(_counts())
     axes.axvline(cut, color=COLOURS["cut"], linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
@@ -407,7 +410,7 @@ def _plain() -> "FuncFormatter":
     return _formatter(lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"))
 
 
-def _log_axis(axis: "Axis", low: float, high: float) -> None:
+def _log_axis(axis: "XAxis | YAxis", low: float, high: float) -> None:
     """Logarithmic between two values, with at most seven ticks: at powers of ten, where there are too few at 2 and 5.
 
     Ticks say 10⁻³ in plain text: an SVG's own superscripts would be placed for one font only.

@@ -351,7 +351,8 @@ def _comparisons(runs: Sequence[Run]) -> list[Picture]:
             points = [(start, dense), *((value(r), r["pruned"]["perplexity"]) for r in own)]
             removed = ["dense", *(percent(r["sparsity"]["achieved"]) for r in own)] if key == "speed" else []
             if own:
-                lines.append(Line(name or "pruned", *zip(*points, strict=True), names=removed))
+                x, y = zip(*points, strict=True)
+                lines.append(Line(name or "pruned", x, y, names=removed))
         if not lines:
             continue
         figure = figures.quality_figure([Panel("", x_label, "perplexity", lines, dense)])
