@@ -320,6 +320,11 @@ def svg(figure: "Figure", label: str, key: str) -> str:
                 element.set(name, value.replace("url(#", f"url(#{key}-"))
             elif "#" in value:
                 element.set(name, re.sub(r"#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag == f"{{{SVG}}}style":  # its `*` would mean the whole page
+                parent.remove(child)
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
     root.set("role", "img")
     root.set("aria-label", label)
     for size in ("width", "height"):  # the page's style says how large, the viewBox of which shape

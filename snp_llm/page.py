@@ -6,7 +6,7 @@ it reaches the page through the template's escaping only.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ KINDS = {"attention": "Attention", "ffn": "FFN"}
 NEEDED = ("recipe", "sparsity", "dense", "pruned", "sites", "calibration", "seconds")
 # Of a recipe, what two runs may differ in and still be points of one line.
 NOT_A_METHOD = {"output", "sparsity", "overwrite", "model", "push_to_hub", "private", "eval", "device", "latency_table"}
+LARGE = 1e4  # from here on without decimals
 FARTHEST_FROM_TARGET = 0.005
 
 
@@ -48,6 +49,23 @@ class Picture:
     title: str
     note: str
     svg: Markup
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text below a line of column names."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Foreign JSON in a form that can be shown: lines of name and value, and tables."""
+
+    lines: list[tuple[str, str]]
+    tables: list[Table]
 
 
 @dataclass(frozen=True)
@@ -149,8 +167,8 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "phases": _phases(report),
             "settings": {name: _setting(value) for name, value in report["recipe"].items() if value is not None},
             "unset": [name for name, value in report["recipe"].items() if value is None],
-            "bench": _flat(run.bench),
-            "tasks": _flat(report.get("tasks")),
+            "bench": measurements(run.bench),
+            "tasks": measurements(report.get("tasks")),
             "compared": compare([run, *others]) if others else None,
             "limits": limits(run),
         }
@@ -525,22 +543,51 @@ def _speed_up(report: Mapping[str, Any]) -> float | None:
     return pruned / dense if dense and pruned else None
 
 
-def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Nested JSON as lines of name and value; lists of numbers in one line."""
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        return [line for key, inner in value.items() for line in _flat(inner, f"{path}, {key}" if path else str(key))]
-    if isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
-        return [line for place, inner in enumerate(value) for line in _flat(inner, f"{path} {place + 1}")]
-    return [(path, _setting(value))]
+def measurements(value: Any) -> Measurements | None:
+    """Whatever another command measured, without knowing its keys; None where there is nothing.
+
+    Args:
+        value: JSON. Lists of objects become tables, all else lines.
+    """
+    if not value:
+        return None
+    lines: list[tuple[str, str]] = []
+    tables: list[Table] = []
+
+    def walk(inner: Any, path: tuple[str, ...]) -> None:
+        if isinstance(inner, dict):
+            for key, below in inner.items():
+                walk(below, (*path, str(key)))
+        elif isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
+            flat = [dict(_flatten(row)) for row in inner]
+            columns = list(dict.fromkeys(column for row in flat for column in row))
+            rows = [[_setting(row[column]) if column in row else "" for column in columns] for row in flat]
+            tables.append(Table(_title(path), [column.replace("_", " ") for column in columns], rows))
+        else:
+            lines.append((_title(path), _setting(inner)))
+
+    walk(value, ())
+    return Measurements(lines, tables)
+
+
+def _title(path: Sequence[str]) -> str:
+    return ", ".join(path).replace("_", " ")
+
+
+def _flatten(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        name = f"{path}, {key}" if path else str(key)
+        if isinstance(inner, dict):
+            yield from _flatten(inner, name)
+        else:
+            yield name, inner
 
 
 def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:,.6g}"
+        return f"{value:.4g}" if abs(value) < LARGE else f"{value:,.0f}"
     if isinstance(value, list):
         return ", ".join(map(_setting, value))
     return "-" if value is None else str(value)
