@@ -38,12 +38,13 @@ COLOURS = {
 MARKERS = {"attention": "o", "ffn": "s"}
 NAMES = {"attention": "attention", "ffn": "FFN"}
 SIZE = (4.5, 2.9)  # inches: 324 points, so that a phone shows text at its own size
-MARGINS = {"left": 0.175, "right": 0.985, "bottom": 0.19, "top": 0.97}
+MARGINS = {"left": 0.19, "right": 0.985, "bottom": 0.19, "top": 0.97}
 TOP_WITH_CUT = 0.905  # where the cut is named above the axes
 # Told apart by colour, and by hue-blind readers by marker and dash.
 CYCLE = ("attention", "ffn", "green", "violet", "cut", "olive", "teal", "brown", "soft", "pink")
 CYCLE_MARKERS = "osD^vP<>Xp"
 MANY_DECADES = 1.8  # of a logarithmic axis that powers of ten alone are enough for
+SMALL_LOSS = 0.1  # nats, below which they are counted in thousandths
 SMALLEST_PLAIN = 1e-4  # that is written with its zeros
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SVG = "http://www.w3.org/2000/svg"
@@ -199,16 +200,25 @@ def prediction_figure(predicted: Sequence[SitePoint], measured: Sequence[SitePoi
 
 
 def loss_figure(points: Sequence[SitePoint]) -> "Figure":
-    """Predicted rise of the mean loss at every site, bars of attention and FFN side by side."""
+    """Predicted rise of the mean loss at every site, bars of attention and FFN side by side.
+
+    Args:
+        points: values in nats a token, at least one.
+    """
     with _style():
-        figure, axes = _axes("block", "predicted rise of the loss")
+        scale = 1000.0 if max(abs(p.value) for p in points) < SMALL_LOSS else 1.0  # ticks with few digits
+        figure, axes = _axes("block", "rise of the loss, " + ("10⁻³ nats" if scale > 1 else "nats"))
         kinds = [kind for kind in MARKERS if any(p.kind == kind for p in points)]
         width = 0.8 / max(1, len(kinds))
         for place, kind in enumerate(kinds):
             own = [p for p in points if p.kind == kind]
             shift = (place - (len(kinds) - 1) / 2) * width
             axes.bar(
-                [p.block + shift for p in own], [p.value for p in own], width, color=COLOURS[kind], label=NAMES[kind]
+                [p.block + shift for p in own],
+                [scale * p.value for p in own],
+                width,
+                color=COLOURS[kind],
+                label=NAMES[kind],
             )
         axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
         axes.yaxis.set_major_formatter(_plain())

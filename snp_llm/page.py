@@ -149,6 +149,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
     """
     report = run.report
     try:
+        compared = compare([run, *others]) if others else None  # first: it may refuse
         context = {
             "run": run,
             "report": report,
@@ -169,7 +170,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "unset": [name for name, value in report["recipe"].items() if value is None],
             "bench": measurements(run.bench),
             "tasks": measurements(report.get("tasks")),
-            "compared": compare([run, *others]) if others else None,
+            "compared": compared,
             "limits": limits(run),
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
