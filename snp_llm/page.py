@@ -248,9 +248,9 @@ def _said(report: Mapping[str, Any]) -> list[str]:
     if report.get("predicted_perplexity_ratio") is not None:
         found.append(f"A ratio of {report['predicted_perplexity_ratio']:.3f} was predicted for calibration text.")
     if report.get("largest_logit_difference") is not None:
-        found.append(
-            f"Reloaded in a fresh process, logits differ by {report['largest_logit_difference']:.1e} of the largest."
-        )
+        difference = report["largest_logit_difference"]
+        same = "are the same to the bit" if difference == 0 else f"differ by {difference:.1e} of the largest"
+        found.append(f"Reloaded in a fresh process, its logits {same}.")
     return found
 
 

@@ -186,7 +186,7 @@ def test_several_runs_are_compared(runs, capsys):
     for run in runs:
         reader = Reader((run / PAGE).read_text())
         assert "Perplexity against sparsity" in reader.text and "Perplexity against speed" in reader.text
-        assert all(other.name in reader.text for other in runs) and f"{run.name} (this page)" in reader.text
+        assert all(other.name in reader.text for other in runs) and "own run is in bold" in reader.text
     assert before == {f: f.stat().st_mtime_ns for f in before}
     assert not [file for run in runs for file in run.iterdir() if file.name.startswith(".")]
 
