@@ -39,7 +39,8 @@ MARKERS = {"attention": "o", "ffn": "s"}
 NAMES = {"attention": "attention", "ffn": "FFN"}
 SIZE = (4.5, 2.9)  # inches: 324 points, so that a phone shows text at its own size
 MARGINS = {"left": 0.19, "right": 0.985, "bottom": 0.19, "top": 0.97}
-TOP_WITH_CUT = 0.905  # where the cut is named above the axes
+TOP_WITH_LABEL = 0.905  # where something is named above the axes
+MOST_TICKS = 7
 # Told apart by colour, and by hue-blind readers by marker and dash.
 CYCLE = ("attention", "ffn", "green", "violet", "cut", "olive", "teal", "brown", "soft", "pink")
 CYCLE_MARKERS = "osD^vP<>Xp"
@@ -118,8 +119,8 @@ def widths_figure(kind: str, kept: Sequence[int], before: Sequence[int], unit: s
         axes.bar(blocks, kept, color=COLOURS[kind], width=0.8)
         axes.set_xlim(-0.7, len(kept) - 0.3)
         axes.set_ylim(0, 1.04 * max(before))
-        axes.yaxis.set_major_formatter(_counts())
-        _whole_numbers(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            _whole_numbers(axis)
         return figure
 
 
@@ -222,8 +223,8 @@ def loss_figure(points: Sequence[SitePoint]) -> "Figure":
             )
         axes.axhline(0, color=COLOURS["soft"], linewidth=0.8)
         axes.yaxis.set_major_formatter(_plain())
-        _whole_numbers(axes)
-        axes.legend(loc="best", handletextpad=0.5, borderaxespad=0.3)
+        _whole_numbers(axes.xaxis)
+        _legend_above(figure, axes)
         return figure
 
 
@@ -247,8 +248,8 @@ def site_figure(points: Sequence[SitePoint], y_label: str, *, log: bool) -> "Fig
             _log_axis(axes.yaxis, *_room(p.value for p in points if p.value > 0))
         else:
             axes.set_ylim(0, max(1.0, 1.05 * max(p.value for p in points)))
-        _whole_numbers(axes)
-        axes.legend(loc="best", handletextpad=0.5, borderaxespad=0.3)
+        _whole_numbers(axes.xaxis)
+        _legend_above(figure, axes)
         return figure
 
 
@@ -363,6 +364,7 @@ def _style() -> AbstractContextManager[None]:
             "legend.fontsize": 9.5,
             "lines.solid_capstyle": "round",
             "text.color": COLOURS["ink"],
+            "text.parse_math": False,  # a dollar sign in a name is one
             "xtick.color": COLOURS["soft"],
             "ytick.color": COLOURS["soft"],
             "xtick.labelcolor": COLOURS["ink"],
@@ -386,9 +388,9 @@ def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
 
 def _mark_cut(figure: "Figure", axes: "Axes", cut: int, whole: int) -> None:
     """A line at the cut, named above the axes where no curve can be in the way."""
-    figure.subplots_adjust(top=TOP_WITH_CUT)
+    figure.subplots_adjust(top=TOP_WITH_LABEL)
     axes.set_xlim(0, whole * 1.015)
-    axes.xaxis.set_major_formatter(_counts())
+    _whole_numbers(axes.xaxis)
     axes.axvline(cut, color=COLOURS["cut"], linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
     share = cut / whole
     align = "center" if 0.2 < share < 0.8 else "left" if share <= 0.2 else "right"
@@ -405,10 +407,17 @@ def _mark_cut(figure: "Figure", axes: "Axes", cut: int, whole: int) -> None:
     )
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def _whole_numbers(axis: "XAxis | YAxis") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, min_n_ticks=1))
+    axis.set_major_formatter(_counts())
+
+
+def _legend_above(figure: "Figure", axes: "Axes") -> None:
+    """Out of the way of whatever is drawn."""
+    figure.subplots_adjust(top=TOP_WITH_LABEL)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handletextpad=0.5, borderaxespad=0.1)
 
 
 def _formatter(write: Callable[[float], str]) -> "FuncFormatter":

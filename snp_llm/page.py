@@ -6,6 +6,7 @@ it reaches the page through the template's escaping only.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ KINDS = {"attention": "Attention", "ffn": "FFN"}
 NEEDED = ("recipe", "sparsity", "dense", "pruned", "sites", "calibration", "seconds")
 # Of a recipe, what two runs may differ in and still be points of one line.
 NOT_A_METHOD = {"output", "sparsity", "overwrite", "model", "push_to_hub", "private", "eval", "device", "latency_table"}
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff\\ufffe\\uffff]")
 LARGE = 1e4  # from here on without decimals
 FARTHEST_FROM_TARGET = 0.005
 
@@ -130,11 +132,22 @@ def read_run(folder: Path) -> Run:
 def _read_json(path: Path) -> Any:
     """None where there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _clean(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise SnpError(f"{path}: expected JSON, cannot be read ({error}).") from error
+
+
+def _clean(value: Any) -> Any:
+    """JSON without what neither UTF-8 nor XML can hold: halves of characters, and control characters."""
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, list):
+        return [_clean(inner) for inner in value]
+    if isinstance(value, dict):
+        return {_clean(key): _clean(inner) for key, inner in value.items()}
+    return value
 
 
 def make_page(run: Run, others: Sequence[Run] = ()) -> str:
@@ -173,11 +186,15 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "compared": compared,
             "limits": limits(run),
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return _environment().get_template("report.html").render(context)
+    except (jinja2.TemplateError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SnpError(
-            f"{run.name}/{REPORT}: expected a report of `snp-llm prune`, cannot be understood "
-            f"({type(error).__name__}: {error}). Prune again."
+            f"{run.name}/{REPORT}: expected a report of `snp-llm prune`, cannot be understood ({reason}). Prune again."
         ) from error
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("snp_llm"),
         autoescape=True,
@@ -186,7 +203,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": count, "percent": percent, "brief": brief, "brief_count": brief_count}
-    return environment.get_template("report.html").render(context)
+    return environment
 
 
 def model_name(report: Mapping[str, Any]) -> str:
@@ -497,12 +514,13 @@ def _curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _repairs(report: Mapping[str, Any]) -> list[Picture]:
-    sites, found = report["sites"], []
+    places, found = _blocks(report["sites"]), []
+    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or s.get("target_weight")]
     for key, title, note, log in (
-        ("dampening", "Dampening", "Of the repair, relative to each channel's energy.", True),
+        ("dampening", "Dampening", "Of the repair, relative to each channel's energy, where there was one.", True),
         ("target_weight", "Share of the drift repaired", "Of what earlier cuts had spoilt at this site.", False),
     ):
-        points = _site_points(sites, key)
+        points = _site_points(done, places, key)
         if points and any(p.value > 0 for p in points):
             values = [p.value for p in points]
             said = f"{title.lower()} at every site, from {min(values):.3g} to {max(values):.3g}"
@@ -529,9 +547,8 @@ def _blocks(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return found
 
 
-def _site_points(sites: Sequence[Mapping[str, Any]], key: str) -> list[SitePoint]:
+def _site_points(sites: Sequence[Mapping[str, Any]], places: Mapping[str, int], key: str) -> list[SitePoint]:
     """A value of every site that has it."""
-    places = _blocks(sites)
     return [SitePoint(places[s["site"]], s["kind"], s[key]) for s in sites if s.get(key) is not None]
 
 

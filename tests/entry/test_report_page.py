@@ -134,7 +134,7 @@ def test_untrusted_text_stays_text(runs, tmp_path):
         report["tasks"] = {evil: [{evil: evil}]}
         for site in report["sites"]:
             site["site"] += evil
-            site["unit"] = evil
+            site["unit"] = evil + "$\\frac{$ \ud800 \x01"
 
     folder = copy_of(runs[0], tmp_path, poison)
     (folder / "bench.json").write_text(json.dumps({evil: [evil], "rows": [{evil: 1.5}]}))
@@ -163,10 +163,14 @@ def test_what_was_not_measured_is_said(runs, tmp_path):
         for model in ("dense", "pruned"):
             report[model]["perplexity"] = report[model]["speed"] = None
         report["sparsity"]["target"] = 0.9
+        report["trials"] = [{"sparsity": 0.45, "perplexity_rise": 0.0123}]
+        report["recipe"] |= {"layout": "padded", "steps": 3, "target_params": "0.7x"}
 
     text = Reader(page.write_page(copy_of(runs[0], tmp_path, forget)).read_text()).text
     assert "Perplexity was not measured." in text and "Speed was not measured." in text
     assert "90 % were asked for" in text and "speed not measured" in text
+    for words in ("+1.23 %", "saves nothing", "Of 3 rounds", "--target-params 0.7x asked for"):
+        assert words in text, words
 
 
 def test_measurements_of_other_commands_are_shown(runs, tmp_path):
@@ -211,6 +215,7 @@ def test_bad_folders_are_one_line(runs, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / REPORT).write_text("{")
     lacking = copy_of(runs[0], tmp_path, lambda report: report.pop("sites"), name="lacking")
+    odd = copy_of(runs[0], tmp_path, lambda report: report.update(versions=["1"]), name="odd")
     strange = copy_of(runs[0], tmp_path, lambda report: report.update(sites=[1]), name="strange")
     for arguments, message in (
         ([], "expected at least one folder"),
@@ -219,6 +224,7 @@ def test_bad_folders_are_one_line(runs, tmp_path, capsys):
         ([tmp_path / "broken"], "expected JSON"),
         ([lacking], "'sites' is missing"),
         ([strange], "cannot be understood"),
+        ([odd], "cannot be understood"),
     ):
         assert main_of("report", *map(str, arguments)) == 2
         error = capsys.readouterr().err
