@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 from peers import NAMES, PEERS, Method, make_methods
@@ -36,6 +35,7 @@ from snp_llm import checkpoint, perplexity
 from snp_llm.data import Windows, calibration_windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
+from snp_llm.figures import Line, Panel, quality_figure
 
 FARTHEST_FROM_TARGET = 0.01
 OURS = "ours"
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.basicConfig(format="%(message)s")
+    if args.redraw:
+        redraw(args)
+        return 0
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
         return run(args, args.work)
@@ -83,6 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=None, help="kept, and used again; default: a temporary folder")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="peers")
+    parser.add_argument("--redraw", action="store_true", help="only the plot, of what an earlier run wrote to --output")
     args = parser.parse_args(arguments)
     args.command = printable(sys.argv[1:] if arguments is None else arguments)
     args.evaluation = dict(item.split("=", 1) for item in args.evaluation or ["wikitext2=wikitext2"])
@@ -148,7 +152,8 @@ def run(args: argparse.Namespace, work: Path) -> int:
     if len(rows) > 1:
         report = markdown(args, rows, texts, calibration[args.seeds[0]], methods)
         (args.output / f"{args.name}.md").write_text(report)
-        plot(rows, texts, methods, Path(args.model).name, args.output / f"{args.name}.png")
+        captions = {label: windows.description for label, windows in texts.items()}
+        plot(rows, captions, methods, Path(args.model).name, args.output / f"{args.name}.png")
         print(report)
     return 1 if failures else 0
 
@@ -341,32 +346,42 @@ def ratio_line(table: Cells, sparsities: Sequence[float], methods: dict[str, Met
     return "| " + " | ".join(["ours / best peer", *entries]) + " |"
 
 
-def plot(rows: Sequence[Row], texts: dict[str, Windows], methods: dict[str, Method], model: str, path: Path) -> None:
+def redraw(args: argparse.Namespace) -> None:
+    """The plot of an earlier run, from its table of cells and the captions in its report."""
+    with open(args.output / f"{args.name}.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    labels = [column.removeprefix("perplexity ") for column in cells[0] if column.startswith("perplexity ")]
+    rows = [
+        Row(
+            cell["method"],
+            float(cell["sparsity"]),
+            int(cell["seed"]),
+            float(cell["achieved"]),
+            float(cell["seconds"]),
+            {label: float(cell[f"perplexity {label}"]) for label in labels},
+        )
+        for cell in cells
+    ]
+    sections = (args.output / f"{args.name}.md").read_text().split("\n## ")
+    said = {section.splitlines()[0]: section.splitlines()[2].split(";")[0] for section in sections[1:]}
+    _, tokenizer = checkpoint.load(args.model, args.dtype)
+    captions = {label: said[label] for label in labels}
+    plot(rows, captions, all_methods(args, tokenizer), Path(args.model).name, args.output / f"{args.name}.png")
+
+
+def plot(rows: Sequence[Row], captions: dict[str, str], methods: dict[str, Method], model: str, path: Path) -> None:
     """Excess perplexity over dense, logarithmic above 1, one line a method, one panel a text."""
-    figure, panels = plt.subplots(1, len(texts), figsize=(7 * len(texts), 5.5), layout="constrained", squeeze=False)
-    for axes, (label, windows) in zip(panels[0], texts.items(), strict=True):
+    panels = []
+    for label, caption in captions.items():
+        lines = []
         for name, curve in excesses(rows, label).items():
             sparsities = sorted(curve)
-            place = list(methods).index(name)
-            axes.plot(
-                [100 * s for s in sparsities],
-                [statistics.mean(curve[s]) for s in sparsities],
-                color="black" if name == OURS else f"C{place}",
-                linestyle="-" if place % 2 or name == OURS else "--",
-                linewidth=3.5 if name == OURS else 1.3,
-                marker="o",
-                label=methods[name].title,
-            )
-        axes.set_yscale("symlog", linthresh=1.0)  # some cuts of 10 % cost nothing, or less
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xlabel("parameters removed, % of the block-linear ones")
-        axes.set_ylabel("perplexity above dense")
-        dense = rows[0].perplexity[label]
-        axes.set_title(f"{model}, {label}: {windows.description}, dense {dense:.2f}", fontsize=9, wrap=True)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+            means = [statistics.mean(curve[s]) for s in sparsities]
+            lines.append(Line(methods[name].title, [100 * s for s in sparsities], means, emphasised=name == OURS))
+        title = f"{model}, {label}: {caption}, dense {rows[0].perplexity[label]:.2f}"
+        x_label = "parameters removed, % of the block-linear ones"
+        panels.append(Panel(title, x_label, "perplexity above dense", lines, baseline=0, symlog=True))
+    quality_figure(panels, size=(7, 5)).savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import matplotlib.pyplot as plt
 import transformers
 import tyro
 
 from snp_llm import Recipe, checkpoint, perplexity, prune
 from snp_llm.data import evaluation_windows
 from snp_llm.device import compute_device
+from snp_llm.figures import Line, Panel, quality_figure
 from snp_llm.pipeline import resolve
 
 ORDERINGS = "zca,saw,variance,residual,obs,greedy,random"
@@ -171,22 +171,15 @@ def markdown(rows: list[dict[str, Any]], names: list[str], caption: str) -> str:
 def plot(rows: list[dict[str, Any]], names: list[str], caption: str, path: Path) -> None:
     """Excess perplexity over dense, logarithmic above 1, one line a combination."""
     dense = rows[0]["dense"]
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    styles = itertools.cycle(["-", "--"])
-    colours: dict[str, Any] = {}
+    lines = []
     for key, curve in cells(rows, names).items():
-        colour = colours.setdefault(key[0], f"C{len(colours)}")
         sparsities = sorted(curve)
         excess = [statistics.mean(curve[s]) - dense for s in sparsities]
-        axes.plot([100 * s for s in sparsities], excess, next(styles), color=colour, marker="o", label=", ".join(key))
-    axes.set_yscale("symlog", linthresh=1.0)  # some cuts of 10 % cost nothing, or less
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_xlabel("block-linear parameters removed, %")
-    axes.set_ylabel("perplexity above dense")
-    axes.set_title(caption, fontsize=9, wrap=True)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, title=", ".join(names))
-    figure.savefig(path, dpi=120)
+        lines.append(Line(", ".join(key), [100 * s for s in sparsities], excess))
+    panel = Panel(
+        caption, "block-linear parameters removed, %", "perplexity above dense", lines, baseline=0, symlog=True
+    )
+    quality_figure([panel], size=(9, 6)).savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

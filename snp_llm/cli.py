@@ -17,18 +17,27 @@ import huggingface_hub
 import torch
 import transformers
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm import checkpoint, hub, measure, pipeline, ranks, report
+from snp_llm import checkpoint, hub, measure, page, pipeline, ranks, report
 from snp_llm.data import Windows, evaluation_windows
-from snp_llm.device import Clock, compute_device
+from snp_llm.device import Clock, compute_device, describe_device
 from snp_llm.errors import SnpError
 from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
-from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe
+from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
 from snp_llm.version import __version__
 from snp_llm.visit import OnStep, needs_visit
 
@@ -40,6 +49,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
 
   snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
   snp-llm eval MODEL                    perplexity of any supported model
+  snp-llm report FOLDER [FOLDER ...]    report.html of such smaller models, side by side
   snp-llm push FOLDER user/name         upload such a smaller model to the Hugging Face Hub
 
 Each has --help. MODEL is a hub id, a local folder, or the bundled tiny-opt."""
@@ -47,7 +57,7 @@ Each has --help. MODEL is a hub id, a local folder, or the bundled tiny-opt."""
 
 def main() -> int:
     """The console script `snp-llm`."""
-    commands = {"prune": prune_main, "eval": evaluate_main, "push": push_main}
+    commands = {"prune": prune_main, "eval": evaluate_main, "report": report_main, "push": push_main}
     command, *rest = sys.argv[1:] or ["--help"]
     if command in commands:
         return commands[command](rest)
@@ -65,6 +75,11 @@ def prune_main(arguments: Sequence[str]) -> int:
 def evaluate_main(arguments: Sequence[str]) -> int:
     """`snp-llm eval`."""
     return _guarded(lambda: run_evaluate(_parse(EvaluationRecipe, "snp-llm eval", arguments)))
+
+
+def report_main(arguments: Sequence[str]) -> int:
+    """`snp-llm report`."""
+    return _guarded(lambda: run_report(_parse(ReportRecipe, "snp-llm report", arguments)))
 
 
 def push_main(arguments: Sequence[str]) -> int:
@@ -94,6 +109,9 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         if ranks.rank() == 0:
             for line in closing:
                 print(line) if isinstance(line, str) else Console().print(line)
+            write_page(folder)  # of the folder's own files, when nothing can happen to the model any more
+            if (folder / report.PAGE).exists():
+                print(f"in pictures: {folder / report.PAGE}")
             if recipe.push_to_hub is not None:
                 run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
 
@@ -117,8 +135,8 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str]) -> list[An
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
     journal = Journal(partial / checkpoint.JOURNAL, recipe.save_every)
-    rounds = recipe.steps if recipe.perplexity_increase is None else 1
-    with progress(rounds * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers) as on_step:
+    steps = recipe.steps * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers
+    with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
 
@@ -142,6 +160,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str]) -> list[An
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
     facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+    facts["device"] = describe_device(device)
     if windows is not None:
         facts["evaluation"] = windows.description
     summary = report.build_report(pruned, before, after, facts)
@@ -181,6 +200,24 @@ def announce_layout(dense: PreTrainedModel, recipe: Recipe) -> None:
     sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
     if ranks.rank() == 0:
         print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
+
+
+def run_report(recipe: ReportRecipe) -> None:
+    """The page of every folder, each beside the others."""
+    folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
+    for folder in folders:
+        print(page.write_page(folder, [other for other in folders if other != folder]))
+
+
+def write_page(folder: Path) -> None:
+    """The page of a model that is saved already: it is worth having, and not worth losing that model for."""
+    try:
+        page.write_page(folder)
+    except KeyboardInterrupt:
+        raise SnpError(f"interrupted; {folder} is complete but for {report.PAGE}: snp-llm report {folder}") from None
+    except Exception as error:  # matplotlib, jinja2, fonts, a full disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning(f"{folder} is complete but for {report.PAGE} ({reason}); later: snp-llm report {folder}")
 
 
 def run_push(recipe: PushRecipe) -> None:
@@ -231,8 +268,12 @@ def run_evaluate(recipe: EvaluationRecipe) -> None:
 
 
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[OnStep]:
-    """A bar with the last step's line on a terminal, a line a step elsewhere."""
+def progress(steps: int | None) -> Iterator[OnStep]:
+    """A bar with the time left, above the last step's line, on a terminal; a line a step elsewhere.
+
+    Args:
+        steps: how many there will be; None where that is not known.
+    """
     console = Console(stderr=True)
     if ranks.rank():
         yield lambda _line: None
@@ -240,10 +281,23 @@ def progress(steps: int) -> Iterator[OnStep]:
     if not console.is_terminal:
         yield log.info
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("calibrating", total=steps)
-        yield lambda line: bar.update(task, advance=1, description=line)
+    bar = Progress(
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), "left"
+    )
+    task = bar.add_task("", total=steps)
+    last = Text("calibrating", no_wrap=True, overflow="ellipsis")  # a line of its own: it leaves a bar no room
+
+    def step(line: str) -> None:
+        last.plain = line
+        bar.advance(task)
+
+    handlers = log.handlers
+    with Live(Group(bar, last), console=console, transient=True):
+        log.handlers = [logging.StreamHandler()]  # to what is stderr inside, so that warnings stand above the bar
+        try:
+            yield step
+        finally:
+            log.handlers = handlers
 
 
 def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:

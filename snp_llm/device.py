@@ -28,6 +28,14 @@ def compute_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def describe_device(device: torch.device) -> str:
+    """What a speed was measured on, in a few words."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device, so that a clock read next to it tells the truth."""
     if device.type != "cpu":

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from snp_llm.linalg.units import unit_channels
 from snp_llm.models.families import Family, Site, linear, weight_of
 from snp_llm.models.on_disk import leave_on_disk
 from snp_llm.models.surgery import prune_site
-from snp_llm.site import SiteResult
+from snp_llm.site import Curve, SiteResult
 
 # Last touches to a pruned block, given the block as it was at first and what happened at its sites.
 Finish = Callable[[nn.Module, nn.Module, Sequence[SiteResult]], None]
@@ -235,11 +235,12 @@ def _flush(path: Path) -> None:
 
 def _facts(result: SiteResult) -> dict[str, Any]:
     facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
-    return {**facts, "kept": result.kept.tolist()}
+    return {**facts, "kept": result.kept.tolist(), "curve": result.curve and asdict(result.curve)}
 
 
 def _result(site: Site, facts: dict[str, Any]) -> SiteResult:
-    return SiteResult(site=site, **{**facts, "kept": torch.tensor(facts["kept"], dtype=torch.int64)})
+    kept, curve = torch.tensor(facts["kept"], dtype=torch.int64), facts["curve"]
+    return SiteResult(site=site, **{**facts, "kept": kept, "curve": curve and Curve(**curve)})
 
 
 def _identify(folder: Path, identity: dict[str, Any]) -> None:

@@ -280,6 +280,18 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True)
+class ReportRecipe:
+    """Make report.html of finished output folders, or make it anew, from the JSON files in them."""
+
+    folders: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER")]]
+    """What `snp-llm prune` wrote. With several of the same dense model, every page shows all of them side by side."""
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise SnpError("snp-llm report: expected at least one folder that `snp-llm prune` wrote.")
+
+
+@dataclass(frozen=True)
 class PushRecipe:
     """Upload a finished output folder to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
 

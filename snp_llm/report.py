@@ -15,9 +15,11 @@ from rich.table import Table
 from snp_llm.measure import ModelSize
 from snp_llm.models.layouts import needs_code
 from snp_llm.pipeline import PrunedModel
+from snp_llm.site import SiteResult
 from snp_llm.version import __version__
 
 REPORT = "prune_report.json"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "target_weight": result.target_weight,
             "dampening": result.dampening,
             "seconds": round(result.seconds, 4),
+            "heads": heads(result),
+            "curve": curve(result),
             "kept": result.kept.tolist(),
         }
         for result in pruned.sites
@@ -85,6 +89,23 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
         "sites": sites,
         **facts,
+    }
+
+
+def heads(result: SiteResult) -> dict[str, dict[str, int]] | None:
+    """Query and key-value heads before and after the cut; None at an FFN."""
+    if result.site.heads is None:
+        return None
+    return {"before": asdict(result.site.heads), "after": asdict(result.site.heads_after(len(result.kept)))}
+
+
+def curve(result: SiteResult) -> dict[str, Any] | None:
+    """A site's curve with four digits of each value: it is drawn, not computed with."""
+    if result.curve is None:
+        return None
+    return {
+        name: [float(f"{x:.4g}") if isinstance(x, float) else x for x in values] if isinstance(values, list) else values
+        for name, values in asdict(result.curve).items()
     }
 
 
@@ -200,7 +221,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
         f"Calibrated on {report['calibration']['text']}. Made with `{report['command']}`."
         if "command" in report
         else f"Calibrated on {report['calibration']['text']}.",
-        f"Every setting, kept unit and error is in `{REPORT}`.",
+        f"Every setting, kept unit and error is in `{REPORT}`; `{PAGE}` shows them in pictures.",
         "",
     ]
     return "\n".join(["---", front.to_yaml(), "---", "", *lines])

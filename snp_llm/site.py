@@ -17,7 +17,6 @@ from snp_llm.linalg.ldl import (
     build_subspace,
     energy_curve,
     error_curve,
-    error_without_last,
     held_out_curve,
     make_definite,
     metric_root,
@@ -40,8 +39,51 @@ DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windo
 # first, and half the time. What float32 cannot factor or solve this well is done in float64 after all.
 SINGLE_PRECISION_FROM = 4096
 SOLVE_TOLERANCE = 1e-3
+CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one factorisation says of a site: its spectrum, and what every width would cost, at some of the widths.
+
+    Attributes:
+        channels: numbers of channels kept, ascending, from 1 to all, the cut among them, (p,).
+        cut: channels kept.
+        variance: of the last latent kept at each of them, in squared activations, dampening included; about the mean
+            where the bias absorbs that, about zero elsewhere, (p,).
+        spectrum: the same of all latents, the largest first, read at the same places, (p,).
+        error: relative squared output error after repair, on the tokens that the site was factored from, (p,).
+    """
+
+    channels: list[int]
+    cut: int
+    variance: list[float]
+    spectrum: list[float]
+    error: list[float]
+
+
+def sample_curve(D: Tensor, errors: Tensor, tokens: int, cut: int) -> Curve:
+    """A site's curve at no more than `CURVE_POINTS` widths, evenly spaced, and at the cut.
+
+    Args:
+        D: latent energies summed over the tokens, in the site's order, (n,), float64.
+        errors: squared output error of keeping the first k channels, (n + 1,), float64.
+        tokens: that D was summed over.
+        cut: channels kept, 1 <= cut <= n.
+    """
+    points = torch.linspace(1, len(D), min(CURVE_POINTS, len(D)), dtype=torch.float64).round().long()
+    channels = torch.cat([points, torch.tensor([cut])]).unique()
+    at = (channels - 1).to(D.device)
+    whole = float(errors[0])
+    return Curve(
+        channels=channels.tolist(),
+        cut=cut,
+        variance=(D[at] / tokens).tolist(),
+        spectrum=(D.sort(descending=True).values[at] / tokens).tolist(),
+        error=(errors[at + 1] / whole if whole > 0 else torch.zeros_like(errors[at])).tolist(),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +100,7 @@ class SiteResult:
         target_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
+        curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired.
     """
 
     site: Site
@@ -69,9 +112,10 @@ class SiteResult:
     target_weight: float
     dampening: float
     seconds: float
+    curve: Curve | None = None
 
     def then(self, later: "SiteResult") -> "SiteResult":
-        """The result of both, one cut after the other: errors are those of the later."""
+        """The result of both, one cut after the other: errors and curve are those of the later."""
         losses = (self.predicted_loss, later.predicted_loss)
         return replace(
             later,
@@ -222,7 +266,8 @@ def cut(
         energy = float(energy_curve(subspace.D, site.unit_size)[width])
         total, lost = output_energy(W, gram), output_energy(W[:, gone], gram[gone[:, None], gone])
         dampened = total + subspace.dampening * float((gram.diagonal() * W.square().sum(0)).sum())
-        predicted = error_without_last(W[:, subspace.order], subspace.L, subspace.D, channels)
+        errors = error_curve(W[:, subspace.order], subspace.L, subspace.D)
+        predicted, curve = float(errors[channels]), sample_curve(subspace.D, errors, factored.tokens, channels)
         chosen = chooses_repair(recipe, statistics)
         at_once = None  # the repair that comes with the factorisation, where its dampening is the one to use
         if not chosen:
@@ -230,7 +275,7 @@ def cut(
             at_once = ordered[:, subspace.order[:channels].argsort()]
         used, root, centred = subspace.dampening, factored.root, factored.centred
         unit_order = factored.unit_order
-        del factored, subspace, gram  # a large site's memory goes to its repair
+        del factored, subspace, gram, errors  # a large site's memory goes to its repair
         try:
             repaired = repair_site(W, at_once, root, mean, statistics, kept, gone, used, recipe, centred=centred)
         except SnpError as error:
@@ -247,6 +292,7 @@ def cut(
             target_weight=repaired.alpha,
             dampening=repaired.dampening,
             seconds=0.0,
+            curve=curve,
         )
     with clock.phase("surgery"):
         prune_site(block, family, site, result.kept, repaired.W, bias)

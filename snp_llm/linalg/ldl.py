@@ -192,19 +192,6 @@ def error_curve(W: Tensor, L: Tensor, D: Tensor) -> Tensor:
     return torch.cat([removed, removed.new_zeros(1)])
 
 
-def error_without_last(W: Tensor, L: Tensor, D: Tensor, width: int) -> float:
-    """The error curve at one width, for a fraction of its cost: only the latents that are left out are looked at.
-
-    Args:
-        W: out-projection weight, columns ordered, (d_out, n), float64 or float32.
-        L: unit lower factor, (n, n), same type.
-        D: latent energies, (n,).
-        width: k, channels kept.
-    """
-    removed = times_lower(W[:, width:], L[width:, width:])
-    return float((D[width:] * removed.square().sum(0)).sum(dtype=torch.float64))
-
-
 def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
     """Squared output error on other tokens of keeping the first k channels, for every k.
 

@@ -42,6 +42,7 @@ def test_the_demo_end_to_end(tmp_path):
     ):
         assert words in run.stdout
     assert "block 4 fc2: kept" in run.stderr
+    assert f"in pictures: {out / 'report.html'}" in run.stdout and (out / "report.html").stat().st_size > 100_000
     report = json.loads((out / "prune_report.json").read_text())
     dense, pruned = report["dense"], report["pruned"]
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.01)

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 
-from snp_llm import checkpoint, hub, prune, report
+from snp_llm import checkpoint, hub, page, prune, report
 from snp_llm.cli import prune_main, push_main
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size
@@ -148,6 +148,7 @@ def finished(tokenizer, tmp_path_factory):
     summary = report.build_report(pruned, *figures, facts)
     report.write_report(summary, folder)
     report.write_card(summary, pruned, "ada/small", folder)
+    page.write_page(folder)
     return folder
 
 
@@ -275,8 +276,18 @@ def test_an_interrupted_upload_says_how_to_retry(server, monkeypatch, folder, ca
 
 def test_only_parts_of_a_model_are_uploaded(server, folder, caplog):
     parts = contents(folder)
+    assert report.PAGE in parts
     (folder / ".git").mkdir()
-    strangers = [".env", ".git/config.json", "pytorch_model.bin", "optimizer.pt", "state.pkl", "README.md~", "x.tmp"]
+    strangers = [
+        ".env",
+        ".git/config.json",
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "state.pkl",
+        "README.md~",
+        "x.tmp",
+        "x.html",
+    ]
     for name in strangers:
         (folder / name).write_text("private")
     with caplog.at_level(logging.WARNING, logger="snp_llm"):
