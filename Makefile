@@ -1,4 +1,5 @@
-# Two commands, each doing all of its own set-up: `make demo` and `make test`. `make lint` is what CI runs besides.
+# Two commands, each doing all of its own set-up: `make demo` and `make test`. `make lint` is what CI runs besides;
+# `make docs` builds the documentation, and `make test-oldest` runs the suite on the oldest versions that are supported.
 PYTHON ?= python3
 VENV := .venv
 # Installed only where no torch is found. On a machine without a GPU the CPU build comes first: its version, 2.13.0+cpu,
@@ -6,8 +7,9 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin
+CONSTRAINTS :=
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint docs clean
 
 demo: $(VENV)/.installed
 	$(RUN)/snp-llm prune tiny-opt --sparsity 0.3 --output tiny-opt-snp-30 --overwrite
@@ -16,19 +18,27 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest -n 2
 
+# TORCH=torch==2.6.0 besides, on a machine where no torch is found, tests that version too.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+docs: $(VENV)/.installed
+	$(RUN)/python -m pip install -q -e '.[docs]'
+	$(RUN)/mkdocs build --strict
+
 # A torch of the machine's own Python is seen through --system-site-packages and left as it is.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import torch' 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -c 'import torch' 2>/dev/null || \
 	  if command -v nvidia-smi >/dev/null 2>&1; then $(RUN)/python -m pip install -q $(TORCH); \
 	  else $(RUN)/python -m pip install -q --retries 0 --extra-index-url $(CPU_WHEELS) $(TORCH); fi
-	$(RUN)/python -m pip install -q -e '.[test]'
+	$(RUN)/python -m pip install -q $(addprefix --constraint ,$(CONSTRAINTS)) -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

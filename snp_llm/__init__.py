@@ -7,6 +7,7 @@ from snp_llm.errors import SnpError
 from snp_llm.measure import perplexity
 from snp_llm.pipeline import PrunedModel, prune
 from snp_llm.recipe import Recipe
+from snp_llm.recipe_file import load_recipe, save_recipe
 from snp_llm.version import __version__
 
-__all__ = ["PrunedModel", "Recipe", "SnpError", "__version__", "perplexity", "prune"]
+__all__ = ["PrunedModel", "Recipe", "SnpError", "__version__", "load_recipe", "perplexity", "prune", "save_recipe"]

@@ -1,5 +1,6 @@
 """The command line: parse, run, print. Every expected failure becomes one line on stderr and exit code 2."""
 
+import argparse
 import contextlib
 import io
 import logging
@@ -9,9 +10,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import huggingface_hub
 import torch
@@ -38,12 +39,23 @@ from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
 from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
+from snp_llm.recipe_file import RECIPE, build_recipe, read_settings, save_recipe
 from snp_llm.version import __version__
 from snp_llm.visit import OnStep, needs_visit
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PruneArguments:
+    """Prune a model by a recipe: settings given here, in a file, or both."""
+
+    recipe: tyro.conf.OmitArgPrefixes[Recipe]
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Recipe file, YAML, to start from; options given here override what it says."""
+
 
 USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
 
@@ -69,7 +81,7 @@ def main() -> int:
 
 def prune_main(arguments: Sequence[str]) -> int:
     """`snp-llm prune`."""
-    return _guarded(lambda: run_prune(_parse(Recipe, "snp-llm prune", arguments), ["snp-llm", "prune", *arguments]))
+    return _guarded(lambda: run_prune(_parse_prune(arguments), ["snp-llm", "prune", *arguments]))
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:
@@ -167,6 +179,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str]) -> list[An
     report.write_report(summary, partial)
     base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
     report.write_card(summary, pruned, base_model, partial)
+    save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
     achieved = summary["sparsity"]["achieved"]
     return [
         f"{recipe.model} -> {recipe.output_folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for",
@@ -300,11 +313,30 @@ def progress(steps: int | None) -> Iterator[OnStep]:
             log.handlers = handlers
 
 
-def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
+def _parse_prune(arguments: Sequence[str]) -> Recipe:
+    """The recipe of `--config FILE`, where there is one, with what else is said on the command line."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", action="append", default=[])
+    try:
+        files = finder.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError:  # no file after it, which is said below as for any other option
+        files = []
+    if len(files) > 1:
+        raise SnpError(f"--config: expected one recipe file, got {len(files)}: {', '.join(files)}.")
+    default = None
+    if files:
+        settings = {"model": tyro.MISSING, **read_settings(files[0])}
+        default = PruneArguments(build_recipe(files[0], settings), files[0])
+    return _parse(PruneArguments, "snp-llm prune", arguments, default).recipe
+
+
+def _parse(kind: type[T], program: str, arguments: Sequence[str], default: T | None = None) -> T:
     """A recipe from command-line arguments; tyro's boxed errors become one line."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
+            if default is not None:
+                return tyro.cli(kind, prog=program, args=list(arguments), default=default)
             return tyro.cli(kind, prog=program, args=list(arguments))
     except SystemExit as stop:
         if stop.code in (0, None):

@@ -20,7 +20,10 @@ log = logging.getLogger("snp_llm")
 
 INDEX = "model.safetensors.index.json"
 # What a model folder is made of. Pickles, hidden files and whatever else has come to lie in it are not.
-PARTS = ("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md", PAGE, "LICENSE", "NOTICE")
+PARTS = (
+    *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
+    *(PAGE, "recipe.yaml", "LICENSE", "NOTICE"),
+)
 ADVICE = {
     401: "Log in again with `hf auth login`, or set HF_TOKEN to a valid token",
     403: "Use a token that may write there",

@@ -1,32 +1,358 @@
-"""What the README shows is what happens."""
+"""What the README and the docs show is what happens: every block of code in them is run, parsed or read.
 
-import os
+A block's kind follows from its language and its first words; a block of no kind fails. Blocks run where they can
+without hub and GPU, in a temporary folder, with these in place of what they name:
+
+- a folder `*-snp-*` that is read: `tiny-opt` pruned once, with evaluation and the check in a fresh process, which the
+  other runs do without;
+- any other model: `small-opt`, a random OPT of three blocks;
+- datasets of the hub: `bundled`; local texts: files with the bundled text; budgets: ones that a small model can meet;
+- 8 windows of 32 tokens.
+
+What needs write access to the hub or several processes is parsed by the programs' own parsers and goes no further.
+"""
+
+import argparse
+import json
 import re
+import runpy
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from markdown_it import MarkdownIt
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+from snp_llm import Recipe, cli
+from snp_llm.data import BUNDLED
+from snp_llm.linalg.allocation import SiteBudget
+from snp_llm.linalg.ordering import OrderingProblem
+from snp_llm.models.families import Family
+from snp_llm.recipe_file import read_settings
+from snp_llm.version import __version__
+from tests.conftest import save_model, small_opt
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/RESULTS.md"]
+
+OFFLINE = {  # values of options that would need the hub, a GPU or a large model
+    "--calibration": "bundled",
+    "--calibration-split": "train",
+    "--eval-dataset": "bundled",
+    "--dataset": "bundled",
+    "--target-params": "0.9x",
+    "--target-size": "0.9x",
+    "--target-flops": "0.9x",
+    "--target-latency": "0.9x",
+    "--max-perplexity-increase": "50%",
+}
+QUICK = ["--num-samples", "8", "--seq-len", "32", "--round-to", "4", "--no-eval"]
+# Programs that are not this project's: nothing of their commands is checked but that they are these.
+FOREIGN = {"vllm", "llama-quantize", "convert_hf_to_gguf.py", "build", "twine"}
+OPTIONAL = {"gguf", "onnx", "onnxscript", "onnxruntime", "matplotlib", "psutil"}  # of the extra `bench`
+# What pieces of code for the inside of the package may take as given.
+GIVEN = {
+    "Family": Family,
+    "OrderingProblem": OrderingProblem,
+    "SiteBudget": SiteBudget,
+    "Sequence": Sequence,
+    "Tensor": torch.Tensor,
+}
+# Options that the docs announce for a command which comes with the many-GPU work.
+AWAITED = {"--resume"}
+FOREIGN_OPTIONS = {"--help", "--no-deps"}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def find_blocks(page: Path) -> Iterator[Block]:
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type in ("fence", "code_block"):
+            assert token.map is not None
+            yield Block(page, token.map[0] + 1, token.info.strip(), token.content)
+
+
+BLOCKS = [block for page in PAGES for block in find_blocks(page)]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The commands of a block, as words; of one with prompts, what stands behind them."""
+    text = block.text.replace("\\\n", " ")
+    lines = text.splitlines()
+    if text.startswith("$ "):
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    parts = [part for line in lines for part in line.split(" && ")]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
+
+
+class ParsedError(Exception):
+    """Raised where a program has understood its arguments, in place of what it would do next."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Where blocks run: models, texts and recipes under the names that the docs give them."""
+    folder = tmp_path_factory.mktemp("docs")
+    everything = "\n".join(block.text for block in BLOCKS)
+    save_model(small_opt(), tokenizer, folder / "small-opt")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    text = (BUNDLED / "calibration.txt").read_text()[:20_000]
+    for name in {"notes.txt", *re.findall(r"[\w-]+\.(?:txt|jsonl)", everything)}:
+        rows = json.dumps({"text": text, "body": text}) + "\n"
+        (folder / name).write_text(text if name.endswith(".txt") else rows)
+    for block in BLOCKS:
+        if block.language == "yaml" and (named := re.match(r"# ([\w-]+\.yaml)\n", block.text)):
+            (folder / named[1]).write_text(block.text)
+    options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
+    for name in set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", everything)):
+        shutil.copytree(folder / "pruned", folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli.checkpoint, "verify", lambda *_: 0.0)  # done once, above
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done() -> set[tuple[str, ...]]:
+    """Commands that ran already, as substituted: many blocks show the same."""
+    return set()
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_does_what_it_says(block, here, done, monkeypatch):
+    if block.language == "python":
+        run_python(block)
+    elif block.language == "yaml":
+        assert read_settings(re.match(r"# (.*)\n", block.text)[1])
+    elif block.language == "":
+        for words in commands(block):
+            run_or_parse(words, done, monkeypatch)
+    else:
+        assert block.language == "text", (
+            f"{block}: {block.language!r} is no kind of block"
+        )  # formulas, and nothing else
+
+
+def run_python(block: Block) -> None:
+    code = block.text.replace('"facebook/opt-1.3b"', '"small-opt"').replace('"wikitext2"', '"bundled"')
+    code = code.replace("sparsity=0.3,", "sparsity=0.3, num_samples=8, seq_len=32,")
+    compiled = compile(code, str(block), "exec")
+    if "torch.onnx" in code and find_spec("onnxscript") is None:
+        return
+    exec(compiled, dict(GIVEN))
+
+
+def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command, by the program that it calls."""
+    if words[0] == "accelerate":
+        launcher = pytest.importorskip("accelerate.commands.launch").launch_command_parser()
+        launched = launcher.parse_args(words[2:])
+        assert words[1] == "launch" and launched.module
+        return parse_own(["python", "-m", launched.training_script, *launched.training_script_args], monkeypatch)
+    if words[:2] == ["python", "-m"]:
+        if words[2] in FOREIGN:
+            return None
+        words = words[2:]
+    elif words[0] == "python":
+        words = words[1:]
+    program = words[0]
+    if program in ("snp-llm", "snp_llm.prune", "snp_llm.evaluate"):
+        words = own(words)
+        if words[1] not in ("prune", "eval") or {"--push-to-hub", "--help"} & set(words):
+            return parse_own(words, monkeypatch)
+        offline = substitute(words)
+        if tuple(offline) not in done:
+            done.add(tuple(offline))
+            assert call_own(offline, monkeypatch) == 0, offline
+    elif program.startswith("benchmarks/"):
+        parse_script(words, monkeypatch)
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets)
+    elif program == "pip":
+        for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra
+    else:
+        assert program in FOREIGN, f"{shlex.join(words)}: say in this test how it is checked"
+    return None
+
+
+def own(words: list[str]) -> list[str]:
+    """A command of this package in its first spelling."""
+    modules = {"snp_llm.prune": ["snp-llm", "prune"], "snp_llm.evaluate": ["snp-llm", "eval"]}
+    return [*modules.get(words[0], words[:1]), *words[1:]]
+
+
+def substitute(words: list[str]) -> list[str]:
+    """The command with what a machine without hub and GPU has."""
+    program, command, *rest = words
+    recipe = rest[rest.index("--config") + 1] if "--config" in rest else None
+    if rest[0].startswith("-"):
+        assert recipe is not None, "the model comes first"
+        model = [] if recipe.endswith("/recipe.yaml") else ["small-opt"]
+    else:
+        model = [rest.pop(0)]
+        if not Path(model[0]).exists():
+            model = ["small-opt"]
+    for at, (option, value) in enumerate(pairwise(rest), start=1):
+        if option in OFFLINE and value != "random" and not Path(value).exists():
+            rest[at] = OFFLINE[option]
+    if command == "eval":
+        given = [] if "--dataset" in rest else ["--dataset", "bundled"]
+        return [program, command, *model, *rest, *given, "--seq-len", "32", "--max-windows", "4"]
+    given = [] if "--calibration" in rest else ["--calibration", "bundled"]
+    return [program, command, *model, *rest, *given, *QUICK, "--overwrite"]
+
+
+def call_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", words)
+    return cli.main()
+
+
+def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line understands it; what it would do then is left out."""
+    words = own(words[2:] if words[0] == "python" else words)
+    with monkeypatch.context() as patch:
+        for name in [name for name in dir(cli) if name.startswith("run_")]:
+            patch.setattr(cli, name, stop)
+        with pytest.raises(ParsedError):
+            call_own(words, patch)
+
+
+def parse_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark script understands it."""
+    understood = argparse.ArgumentParser.parse_args
+    script = ROOT / words[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda *given, **named: stop(understood(*given, **named)))
+        patch.setattr(sys, "argv", words)
+        patch.syspath_prepend(str(script.parent))
+        try:
+            with pytest.raises(ParsedError):
+                runpy.run_path(str(script), run_name="__main__")
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            pytest.skip(f"{words[0]} needs {error.name}")
+
+
+def stop(*_given: object, **_named: object) -> None:
+    raise ParsedError
+
+
+def test_there_are_blocks_of_every_kind():
+    assert {block.language for block in BLOCKS} == {"", "python", "yaml", "text"}
+    assert len(BLOCKS) > 40
+
+
+def test_options_that_are_named_exist(capsys, monkeypatch):
+    known = AWAITED | FOREIGN_OPTIONS
+    for command in re.findall(r"^  snp-llm (\w+)", cli.USAGE, re.M):
+        with pytest.raises(SystemExit):
+            call_own(["snp-llm", command, "--help"], monkeypatch)
+        known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    for page in PAGES:
+        for option in set(re.findall(r"`(--[a-z-]+)", page.read_text())):
+            assert option in known, f"{page.name}: {option}"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in links(page):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.is_relative_to(ROOT) and found.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings(found), f"{page.name}: {target}"
+
+
+def links(page: Path) -> Iterator[str]:
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        for child in token.children or []:
+            target = str(child.attrs.get("href") or child.attrs.get("src") or "")
+            if target and not target.startswith("http"):
+                yield target
+
+
+def headings(page: Path) -> set[str]:
+    tokens = MarkdownIt().parse(page.read_text())
+    titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_key_of_a_report_is_explained(folder):
+    report = json.loads((folder / "pruned/prune_report.json").read_text())
+    page = (ROOT / "docs/report.md").read_text()
+    described = set(re.findall(r"`([\w.\[\] ]+)`", page))
+    recipes = (ROOT / "docs/recipes.md").read_text()
+    for key in keys(report):
+        explained = f"`{key.removeprefix('recipe.')}`" in recipes if key.startswith("recipe.") else key in described
+        assert explained, key
+    first_column = {name for row in re.findall(r"^\|([^|]*)\|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}
+    assert first_column - {*keys(report), "trials[].sparsity", "trials[].perplexity_rise"} == set()
+
+
+def keys(value: object, path: str = "") -> Iterator[str]:
+    """Paths of all keys; lists of objects by their first."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield path + name
+            yield from keys(inner, f"{path}{name}.")
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield from keys(value[0], path[:-1] + "[].")
+
+
+def test_every_setting_is_in_the_docs():
+    page = (ROOT / "docs/recipes.md").read_text()
+    for field in fields(Recipe):
+        assert f"`{field.name}`" in page, field.name
+
+
+def test_the_citation_names_the_paper_and_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation) and str(citation["version"]) == __version__
+    paper = citation["preferred-citation"]
+    assert "2405.17506" in paper["url"] and [a["family-names"] for a in paper["authors"]] == [
+        "Offergeld",
+        "Gerven",
+        "Ahmad",
+    ]
 
 
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path):
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import Recipe" in code]
-    example = example.replace("sparsity=0.3", "sparsity=0.3, num_samples=4")
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_the_site_builds_without_a_warning(tmp_path):
+    if find_spec("mkdocs") is None or find_spec("material") is None:
+        pytest.skip("mkdocs-material is not installed: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "smaller/model.safetensors").exists()
-
-
-def test_options_in_the_table_exist():
-    run = subprocess.run([sys.executable, "-m", "snp_llm.prune", "--help"], capture_output=True, text=True)
-    for option in set(re.findall(r"`(--[a-z-]+)", README)) - {"--help", "--dataset"}:
-        assert option in run.stdout, option
-
-
-def test_files_that_are_linked_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (Path(__file__).parent.parent.parent / target).exists(), target
+    assert (tmp_path / "site/docs/how_it_works/index.html").exists()
+    assert (tmp_path / "site/benchmarks/results/peers-opt-7m.png").exists()

@@ -1,0 +1,140 @@
+"""Recipes as YAML files: read with every mistake named, written beside the weights. Knows no models."""
+
+import reprlib
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from snp_llm.errors import SnpError
+from snp_llm.recipe import Recipe
+from snp_llm.version import __version__
+
+RECIPE = "recipe.yaml"
+# Settings of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
+PER_RUN = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")
+HINTS = get_type_hints(Recipe)
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """The recipe in a file.
+
+    Args:
+        path: YAML, one `name: value` a line; names are those of `Recipe`, what is left out has its default. Paths in it
+            are relative to the working directory, as on the command line.
+
+    Raises:
+        SnpError: as `read_settings`; no model; values that are out of range or contradict each other.
+    """
+    settings = read_settings(path)
+    if "model" not in settings:
+        raise SnpError(f"recipe {path}: expected a model, got none. Add `model: NAME`.")
+    return build_recipe(path, settings)
+
+
+def build_recipe(path: Path | str, settings: dict[str, Any]) -> Recipe:
+    """A recipe of settings from a file, which errors then name."""
+    try:
+        return Recipe(**settings)
+    except SnpError as error:
+        raise SnpError(f"recipe {path}: {error}") from error
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """What a recipe file sets, each value of its setting's type.
+
+    Raises:
+        SnpError: no file, not YAML, not a mapping; an unknown or repeated name, a value of another type; permission to
+            run a repository's code, which only the person at the command line can give.
+    """
+    where = f"recipe {path}"
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SnpError(f"{where}: cannot be read ({error.strerror or error}).") from error
+    try:
+        node = yaml.compose(data, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and integers
+        raise SnpError(f"{where}: is not YAML: {' '.join(str(error).split())[:300]}.") from error
+    if values is None:
+        raise SnpError(f"{where}: is empty; expected settings, one `name: value` a line.")
+    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
+        raise SnpError(f"{where}: expected settings, one `name: value` a line, got {reprlib.repr(values)}.")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise SnpError(f"{where}, line {line}: {name}: expected once, stands in line {lines[name]} already.")
+        lines[name] = line
+    return {
+        name: _checked(f"{where}, line {lines[name]}" if name in lines else where, name, value)
+        for name, value in values.items()
+    }
+
+
+def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) -> None:
+    """Writes all settings but those of `PER_RUN`, under a comment that says where they come from.
+
+    Args:
+        recipe: as `prune` resolved it, for a file that makes the same model again.
+        command: that was run.
+    """
+    remarks = [
+        f"Written by snp-llm {__version__}" + (f" for: {command}" if command else "."),
+        "The same model again: snp-llm prune --config THIS_FILE --output FOLDER",
+        f"Not kept, to be said anew: {', '.join(PER_RUN)}.",
+    ]
+    # A line break in an argument would otherwise end the comment.
+    comment = "".join(f"# {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)}\n" for line in remarks)
+    settings = {name: value for name, value in asdict(recipe).items() if name not in PER_RUN}
+    Path(path).write_text(comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _checked(where: str, name: Any, value: Any) -> Any:
+    """The value, if it is one that the setting may have."""
+    if name not in HINTS:
+        names = [field.name for field in fields(Recipe)]
+        near = get_close_matches(str(name).replace("-", "_"), names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else " `snp-llm prune --help` lists them, with dashes."
+        raise SnpError(f"{where}: {reprlib.repr(name)}: expected a setting's name, got an unknown one.{hint}")
+    if name == "trust_remote_code" and value is True:
+        raise SnpError(
+            f"{where}: trust_remote_code: expected false, got true. Whether code of a repository may run is said on "
+            "the command line: --trust-remote-code."
+        )
+    hint = HINTS[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(_fits(value, kind) for kind in kinds):
+        return value
+    expected = " or ".join(_described(kind) for kind in kinds)
+    raise SnpError(f"{where}: {name}: expected {expected}, got {reprlib.repr(value)}.{_remedy(value, kinds)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _described(kind: Any) -> str:
+    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else KINDS[kind]
+
+
+def _remedy(value: Any, kinds: tuple[Any, ...]) -> str:
+    """What to do about a value of a wrong type, where that can be told."""
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if near := get_close_matches(str(value), choices, n=1):
+        return f" Did you mean {near[0]!r}?"
+    if str in kinds and not isinstance(value, list | dict):
+        return " Put it in quotes."
+    if float in kinds and isinstance(value, str):
+        try:  # 1e-2 is text to YAML 1.1, and 1.0e-2 a number
+            return f" Write {yaml.safe_dump(float(value)).split()[0]}, without quotes."
+        except ValueError:
+            pass
+    return ""
