@@ -2,13 +2,14 @@
 
 import contextlib
 import io
+import json
 import logging
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,18 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from snp_llm import checkpoint, hub, measure, pipeline, report
+from snp_llm import checkpoint, hub, inspection, measure, pipeline, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
+from snp_llm.estimate import estimate, refuse_what_cannot_fit
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout
+from snp_llm.options import BenchRecipe, InspectRecipe, Talk
 from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe
+from snp_llm.skeleton import load_skeleton
 from snp_llm.version import __version__
 from snp_llm.visit import OnStep, needs_visit
 
@@ -35,16 +40,27 @@ T = TypeVar("T")
 
 USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
 
+  snp-llm inspect MODEL                 its parts, what pruning could give, what it would take
   snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
-  snp-llm eval MODEL                    perplexity of any supported model
-  snp-llm push FOLDER user/name         upload such a smaller model to the Hugging Face Hub
+  snp-llm eval MODEL [MODEL ...]        perplexity and zero-shot tasks, models side by side
+  snp-llm bench DENSE PRUNED            speed, memory and size of both, measured in turns
+  snp-llm report FOLDER [FOLDER ...]    the report page of smaller models, made again
+  snp-llm push FOLDER user/name         upload a smaller model to the Hugging Face Hub
 
-Each has --help. MODEL is a hub id, a local folder, or the bundled tiny-opt."""
+Each has --help, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or the bundled
+tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or failed, said in
+one line; 130 interrupted."""
 
 
 def main() -> int:
     """The console script `snp-llm`."""
-    commands = {"prune": prune_main, "eval": evaluate_main, "push": push_main}
+    commands = {
+        "inspect": inspect_main,
+        "prune": prune_main,
+        "eval": evaluate_main,
+        "bench": bench_main,
+        "push": push_main,
+    }
     command, *rest = sys.argv[1:] or ["--help"]
     if command in commands:
         return commands[command](rest)
@@ -56,20 +72,44 @@ def main() -> int:
 
 def prune_main(arguments: Sequence[str]) -> int:
     """`snp-llm prune`."""
-    return _guarded(lambda: run_prune(_parse(Recipe, "snp-llm prune", arguments), ["snp-llm", "prune", *arguments]))
+    command = ["snp-llm", "prune", *arguments]
+    return _guarded(Recipe, "snp-llm prune", arguments, lambda recipe, talk: run_prune(recipe, command, talk))
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:
     """`snp-llm eval`."""
-    return _guarded(lambda: run_evaluate(_parse(EvaluationRecipe, "snp-llm eval", arguments)))
+    return _guarded(EvaluationRecipe, "snp-llm eval", arguments, run_evaluate)
+
+
+def inspect_main(arguments: Sequence[str]) -> int:
+    """`snp-llm inspect`."""
+    return _guarded(InspectRecipe, "snp-llm inspect", arguments, run_inspect)
+
+
+def bench_main(arguments: Sequence[str]) -> int:
+    """`snp-llm bench`."""
+    command = ["snp-llm", "bench", *arguments]
+    return _guarded(BenchRecipe, "snp-llm bench", arguments, lambda recipe, talk: run_bench(recipe, command, talk))
 
 
 def push_main(arguments: Sequence[str]) -> int:
     """`snp-llm push`."""
-    return _guarded(lambda: run_push(_parse(PushRecipe, "snp-llm push", arguments)))
+    return _guarded(PushRecipe, "snp-llm push", arguments, lambda recipe, _talk: run_push(recipe))
 
 
-def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
+def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
+    """Print what a config says."""
+    model = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    # By name, since `prune` may know fewer places for hidden states than can be reckoned with.
+    same = ("sparsity", "head_unit", "num_samples", "seq_len", "batch_size", "hidden_device", "device", "dtype")
+    facts = inspection.inspect(model, Recipe(recipe.model, **{name: getattr(recipe, name) for name in same}))
+    if talk.json:
+        print_json(facts)
+    else:
+        inspection.print_inspection(facts)
+
+
+def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
     """Load, prune, save, verify, measure, print the closing table."""
     folder = Path(recipe.output_folder)
     if not recipe.dry_run:
@@ -85,12 +125,26 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
     assert recipe.seq_len is not None and recipe.eval_dataset is not None and recipe.round_to is not None
     family = find_family(dense.config)
     sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
-    print(describe_layout(dense, sites, recipe.layout, recipe.round_to), flush=True)
+    say = log.info if talk.json else print
+    say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
+    needed = estimate(dense, recipe)
     if recipe.dry_run:
+        takes = inspection.estimate_facts(needed, device)
+        if not talk.json:
+            print("This would take, evaluation not counted:")
+            inspection.print_estimate(takes, device.type)
+        refuse_what_cannot_fit(needed, device, recipe.hidden_device, folder)
         with progress(dense.config.num_hidden_layers) as on_step:
             plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
-        print_plan(dense, plan, recipe)
+        if talk.json:
+            print_json({"estimate": takes, **plan_facts(dense, plan, recipe)})
+        else:
+            print_plan(dense, plan, recipe)
         return
+    try:
+        refuse_what_cannot_fit(needed, device, recipe.hidden_device, folder)
+    except SnpError as doubt:  # an estimate; only a rehearsal is refused for it
+        log.warning("this may not fit: %s", doubt)
 
     windows: Windows | None = None
     if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
@@ -124,15 +178,25 @@ def run_prune(recipe: Recipe, command: Sequence[str]) -> None:
         report.write_report(summary, partial)
         base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
         report.write_card(summary, pruned, base_model, partial)
-    achieved = summary["sparsity"]["achieved"]
-    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
-    Console().print(report.closing_table(before, after, pruned))
-    if windows is not None:
-        print(f"perplexity on {windows.description}")
-    print(f"calibrated on {pruned.calibration.description}")
-    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
+    if talk.json:
+        sites_without = [{k: v for k, v in site.items() if k != "kept"} for site in summary["sites"]]
+        print_json({"output": str(folder), **summary, "sites": sites_without})
+    else:
+        print_closing(recipe, folder, summary, report.closing_table(before, after, pruned))
     if recipe.push_to_hub is not None:
         run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
+
+
+def print_closing(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table) -> None:
+    """The end of a prune for people."""
+    achieved = summary["sparsity"]["achieved"]
+    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe)} asked for")
+    Console().print(table)
+    if "evaluation" in summary:
+        print(f"perplexity on {summary['evaluation']}")
+    print(f"calibrated on {summary['calibration']['text']}")
+    difference = summary["largest_logit_difference"]
+    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
 
 
 def run_push(recipe: PushRecipe) -> None:
@@ -156,6 +220,25 @@ def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]],
     )
 
 
+def plan_facts(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> dict[str, Any]:
+    """The same ready for JSON."""
+    size = measure.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
+    return {
+        "block_linear_before": size.block_linear,
+        "block_linear_after": size.block_linear - removed,
+        "sparsity": removed / size.block_linear,
+        "asked": asked(recipe),
+        "sites": sites,
+    }
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """A result for other programs."""
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
 def asked(recipe: Recipe) -> str:
     """What the user wanted."""
     for goal in GOALS:
@@ -166,7 +249,11 @@ def asked(recipe: Recipe) -> str:
     return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"
 
 
-def run_evaluate(recipe: EvaluationRecipe) -> None:
+def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
+    """Measure two models and print them side by side."""
+
+
+def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     """Perplexity of one model, with everything needed to repeat the number."""
     device = compute_device(recipe.device)
     model, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
@@ -186,7 +273,7 @@ def run_evaluate(recipe: EvaluationRecipe) -> None:
 def progress(steps: int) -> Iterator[OnStep]:
     """A bar with the last step's line on a terminal, a line a step elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not log.isEnabledFor(logging.INFO):  # --quiet has no bar either
         yield log.info
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -207,11 +294,20 @@ def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
         body = [
             line for line in captured.getvalue().splitlines() if not line.startswith("╭")
         ]  # that is the box's title
-        text = re.sub(r"[─╰╯│]+", " ", " ".join(body))
+        text = re.sub(r"[─╰╯│]+|-{3,}", " ", " ".join(body))
         raise SnpError(" ".join(text.split())) from None
 
 
-def _guarded(run: Callable[[], None]) -> int:
+def _with_talk(kind: Any) -> Any:
+    """A dataclass of a command's recipe and its `Talk`, whose fields are all options of one command."""
+    flat = tyro.conf.OmitArgPrefixes
+    return make_dataclass(
+        kind.__name__, [("recipe", flat[kind]), ("talk", flat[Talk])], namespace={"__doc__": kind.__doc__}
+    )
+
+
+def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callable[[T, Talk], None]) -> int:
+    """Parses a command's recipe and its `Talk`, runs it, and turns what may fail into one line and an exit code."""
     log.handlers = [logging.StreamHandler()]  # to what is stderr now
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
@@ -220,7 +316,9 @@ def _guarded(run: Callable[[], None]) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders are removed
     try:
-        run()
+        command = _parse(_with_talk(kind), program, arguments)
+        log.setLevel(command.talk.level)
+        run(command.recipe, command.talk)
     except SnpError as error:
         return _fail(str(error))
     except torch.OutOfMemoryError as error:
