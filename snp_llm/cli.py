@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from snp_llm import checkpoint, hub, inspection, measure, pipeline, report
+from snp_llm import bench, checkpoint, evaluation, hub, inspection, measure, pipeline, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
@@ -31,6 +31,7 @@ from snp_llm.models.layouts import describe_layout
 from snp_llm.options import BenchRecipe, InspectRecipe, Talk
 from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe
 from snp_llm.skeleton import load_skeleton
+from snp_llm.terminal import print_table
 from snp_llm.version import __version__
 from snp_llm.visit import OnStep, needs_visit
 
@@ -251,22 +252,53 @@ def asked(recipe: Recipe) -> str:
 
 def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
     """Measure two models and print them side by side."""
+    if recipe.save:
+        check_own_folder("--save", recipe.pruned)
+    typed = shlex.join(command)
+    with progress(len(bench.cells(recipe)) + recipe.memory) as on_step:
+        result = bench.bench(recipe, typed, on_step)
+    if recipe.save:
+        bench.save(result, Path(recipe.pruned))
+    if talk.json:
+        print_json(result)
+        return
+    print(bench.headline(result))
+    print_table(bench.bench_table(result))
+    for line in result["remarks"]:
+        print(line)
+
+
+def check_own_folder(flag: str, folder: str) -> None:
+    """Raises SnpError if a result has no place in a folder, before it is computed."""
+    missing = [name for name in (report.REPORT, "README.md") if not (Path(folder) / name).is_file()]
+    if missing:
+        raise SnpError(
+            f"{flag}: expected an output folder of `snp-llm prune`; {folder} has no {' and no '.join(missing)}."
+        )
 
 
 def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
-    """Perplexity of one model, with everything needed to repeat the number."""
-    device = compute_device(recipe.device)
-    model, tokenizer = checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-    windows = evaluation_windows(
-        tokenizer,
-        recipe.dataset or ("bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"),
-        split=recipe.split,
-        column=recipe.text_column,
-        seq_len=pipeline.window_length(recipe.seq_len, int(model.config.max_position_embeddings)),
-        max_windows=recipe.max_windows,
-    )
-    value = measure.perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
-    print(f"{windows.description}, {windows.tokens.numel():,} tokens: perplexity {value:.4f}")
+    """Perplexity and tasks, with everything needed to repeat the numbers."""
+    own = [name for name in recipe.models if (Path(name) / report.REPORT).is_file()]
+    if recipe.save and not own:
+        check_own_folder("--save", recipe.models[0])
+    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None))) as on_step:
+        results = evaluation.evaluate(recipe, on_step if len(recipe.models) > 1 else log.debug)
+    if recipe.save:
+        for result in results:
+            if result.model in own:
+                evaluation.save(result, recipe, Path(result.model))
+    if talk.json:
+        print_json(evaluation.as_json(results))
+    elif len(results) == 1 and recipe.tasks is None:
+        print(f"{results[0].text}: perplexity {results[0].perplexity:.4f}")
+    else:
+        print_table(evaluation.evaluation_table(results))
+        if recipe.perplexity:
+            for text in dict.fromkeys(result.text for result in results):
+                print(f"perplexity on {text}")
+    if not evaluation.comparable(results):
+        log.warning("the models' tokenizers differ: their perplexities are of different tokens and do not compare")
 
 
 @contextlib.contextmanager

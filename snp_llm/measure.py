@@ -76,10 +76,62 @@ def perplexity(
             # Window by window in float32: a whole batch of logits in float32 would be the largest tensor of the run.
             for window, target in zip(logits, batch[:, 1:], strict=True):
                 total += functional.cross_entropy(window.float(), target, reduction="sum").item()
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return _exp_mean(total, windows.shape[0] * (windows.shape[1] - 1))
+
+
+def _exp_mean(total: float, count: int) -> float:
+    mean = total / count
     if not math.isfinite(mean):
         raise SnpError(f"perplexity: expected a finite log-likelihood, got {mean}. Try --dtype float32.")
     return math.exp(min(mean, 700.0))
+
+
+@torch.no_grad()
+def strided_perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    seq_len: int,
+    stride: int,
+    max_windows: int | None = None,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> tuple[float, int]:
+    """`exp` of the mean negative log-likelihood of all tokens but the first, each given a long stretch before it.
+
+    Windows of `seq_len` tokens begin at every multiple of `stride`, up to the first that reaches the end of the text,
+    where it is cut. In every window those tokens count that no earlier window held, which are its last `stride`, so
+    that each has at least `seq_len - stride` tokens before it as soon as the text has so many. A token without any
+    before it, the first of a window when `stride` is `seq_len`, does not count.
+
+    Args:
+        model: on `device` for as long as it takes.
+        tokens: one text, (tokens,), int64, at least two.
+        seq_len: tokens a window.
+        stride: at most that.
+        max_windows: only the first ones.
+        batch_size: windows at a time; has no influence on the result beyond rounding.
+
+    Returns:
+        Perplexity and the number of tokens counted.
+
+    Raises:
+        SnpError: the likelihood is not finite.
+    """
+    length, total, counted = len(tokens), 0.0, 0
+    starts = range(0, max(1, length - seq_len + stride), stride)[:max_windows]
+    full = [start for start in starts if start + seq_len <= length]
+    batches = [full[at : at + batch_size] for at in range(0, len(full), batch_size)]
+    batches += [[start] for start in starts if start + seq_len > length]  # shorter than all others
+    with on_device(model.eval(), torch.device(device)):
+        for batch in batches:
+            windows = torch.stack([tokens[start : start + seq_len] for start in batch]).to(device)
+            logits = model(windows, use_cache=False).logits
+            for start, window, row in zip(batch, windows, logits, strict=True):
+                new = max(1, seq_len - stride) if start else 1  # the first position that counts
+                total += functional.cross_entropy(row[new - 1 : -1].float(), window[new:], reduction="sum").item()
+                counted += len(window) - new
+    return _exp_mean(total, counted), counted
 
 
 @torch.no_grad()
