@@ -95,7 +95,7 @@ def bench_main(arguments: Sequence[str]) -> int:
 
 def push_main(arguments: Sequence[str]) -> int:
     """`snp-llm push`."""
-    return _guarded(PushRecipe, "snp-llm push", arguments, lambda recipe, _talk: run_push(recipe))
+    return _guarded(PushRecipe, "snp-llm push", arguments, run_push)
 
 
 def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
@@ -179,13 +179,16 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
         report.write_report(summary, partial)
         base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
         report.write_card(summary, pruned, base_model, partial)
-    if talk.json:
-        sites_without = [{k: v for k, v in site.items() if k != "kept"} for site in summary["sites"]]
-        print_json({"output": str(folder), **summary, "sites": sites_without})
-    else:
+    if not talk.json:
         print_closing(recipe, folder, summary, report.closing_table(before, after, pruned))
+        if recipe.push_to_hub is not None:
+            run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
+        return
+    sites_without = [{k: v for k, v in site.items() if k != "kept"} for site in summary["sites"]]
+    result = {"output": str(folder), **summary, "sites": sites_without}
     if recipe.push_to_hub is not None:
-        run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private))
+        result["url"] = hub.push(folder, recipe.push_to_hub, private=recipe.private)
+    print_json(result)
 
 
 def print_closing(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table) -> None:
@@ -200,11 +203,15 @@ def print_closing(recipe: Recipe, folder: Path, summary: dict[str, Any], table: 
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
 
 
-def run_push(recipe: PushRecipe) -> None:
+def run_push(recipe: PushRecipe, talk: Talk) -> None:
     """Upload a finished folder."""
     if sys.stderr.isatty():
         huggingface_hub.utils.enable_progress_bars()  # an upload takes long
-    print(f"{recipe.folder} -> {hub.push(Path(recipe.folder), recipe.repo_id, private=recipe.private)}")
+    url = hub.push(Path(recipe.folder), recipe.repo_id, private=recipe.private)
+    if talk.json:
+        print_json({"folder": recipe.folder, "url": url})
+    else:
+        print(f"{recipe.folder} -> {url}")
 
 
 def print_plan(dense: transformers.PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
@@ -255,7 +262,7 @@ def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
     if recipe.save:
         check_own_folder("--save", recipe.pruned)
     typed = shlex.join(command)
-    with progress(len(bench.cells(recipe)) + recipe.memory) as on_step:
+    with progress(len(bench.cells(recipe)) + recipe.memory, "loading") as on_step:
         result = bench.bench(recipe, typed, on_step)
     if recipe.save:
         bench.save(result, Path(recipe.pruned))
@@ -282,8 +289,8 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     own = [name for name in recipe.models if (Path(name) / report.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
-    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None))) as on_step:
-        results = evaluation.evaluate(recipe, on_step if len(recipe.models) > 1 else log.debug)
+    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None)), "evaluating") as on_step:
+        results = evaluation.evaluate(recipe, on_step)
     if recipe.save:
         for result in results:
             if result.model in own:
@@ -302,7 +309,7 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
 
 
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[OnStep]:
+def progress(steps: int, what: str = "calibrating") -> Iterator[OnStep]:
     """A bar with the last step's line on a terminal, a line a step elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal or not log.isEnabledFor(logging.INFO):  # --quiet has no bar either
@@ -310,7 +317,7 @@ def progress(steps: int) -> Iterator[OnStep]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("calibrating", total=steps)
+        task = bar.add_task(what, total=steps)
         yield lambda line: bar.update(task, advance=1, description=line)
 
 

@@ -10,7 +10,7 @@ from snp_llm import bench, prune, report
 from snp_llm.bench import Cell
 from snp_llm.cli import bench_main, prune_main
 from snp_llm.measure import model_size
-from tests.conftest import small_model, small_opt, small_recipe
+from tests.conftest import save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 from tests.flow.test_estimate import Products
 
@@ -18,8 +18,6 @@ from tests.flow.test_estimate import Products
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer):
     """A small OPT and what was made of it."""
-    from tests.conftest import save_model
-
     root = tmp_path_factory.mktemp("bench")
     dense = str(save_model(small_opt(), tokenizer, root / "dense"))
     options = ["--no-eval", "--quiet", "--allocation", "uniform", "--metric", "error", "--ffn-sparsity", "0.5"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -46,12 +47,26 @@ def test_sliding_by_whole_windows_is_the_usual_protocol():
     assert counted == 2 * 15 and value == pytest.approx(perplexity(model, windows[:2]), rel=1e-9)
 
 
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """An OPT and a Llama with one tokenizer, and what was made of the OPT."""
+    root = tmp_path_factory.mktemp("models")
+    save_model(small_opt(), tokenizer, root / "one")
+    save_model(small_model("llama", torch.float32), tokenizer, root / "two")
+    options = ["--no-eval", "--quiet", "--allocation", "uniform", "--metric", "error"]
+    assert prune_main([str(root / "one"), "--output", str(root / "out"), *options, *QUICK]) == 0
+    return root
+
+
 @pytest.fixture
-def models(tokenizer, tmp_path):
-    """An OPT and a Llama with one tokenizer."""
-    save_model(small_opt(), tokenizer, tmp_path / "one")
-    save_model(small_model("llama", torch.float32), tokenizer, tmp_path / "two")
-    return str(tmp_path / "one"), str(tmp_path / "two")
+def models(folders):
+    return str(folders / "one"), str(folders / "two")
+
+
+@pytest.fixture
+def out(folders, tmp_path):
+    """A copy of the pruned folder, to write into."""
+    return str(shutil.copytree(folders / "out", tmp_path / "out"))
 
 
 def test_several_models_in_one_table(models, capsys):
@@ -76,22 +91,22 @@ def test_the_protocol_of_sliding_windows_is_printed(models, capsys):
 
 
 def test_perplexities_of_different_tokens_are_not_compared(models, tokenizer, tmp_path, capsys):
+    shutil.copytree(models[1], tmp_path / "two")
     other = tokenizer.__class__.from_pretrained(models[1])
     other.add_tokens(["the", "and"])
-    other.save_pretrained(models[1])
-    assert evaluate_main([*models, *DATASET]) == 0
+    other.save_pretrained(tmp_path / "two")
+    assert evaluate_main([models[0], str(tmp_path / "two"), *DATASET]) == 0
     printed = capsys.readouterr()
     assert "other tokens" in printed.out and "do not compare" in printed.err
 
 
-def test_results_are_recorded_in_the_report(models, tmp_path, capsys):
-    out = str(tmp_path / "out")
-    assert prune_main([models[0], "--output", out, "--no-eval", "--quiet", *QUICK]) == 0
+def test_results_are_recorded_in_the_report(models, out, tmp_path, capsys):
     for options in ([], ["--stride", "8"], ["--stride", "8"]):
         assert evaluate_main([models[0], out, *DATASET, *options, "--save"]) == 0
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     assert len(report["perplexities"]) == 2 and "begin every 8" in report["perplexities"][1]["text"]
     assert report["pruned"]["perplexity"] is None and len(report["sites"]) == 6
+    capsys.readouterr()
     refuse(capsys, [models[0], *DATASET, "--save"], "--save: expected an output folder", evaluate_main)
 
 
@@ -158,12 +173,9 @@ def harness(tmp_path):
     return folder, documents
 
 
-def test_a_local_task(harness, models, tokenizer, tmp_path, capsys):
+def test_a_local_task(harness, models, out, tokenizer, tmp_path, capsys):
     """Accuracy is that of a choice by log-likelihood, computed here by hand."""
     folder, documents = harness
-    out = str(tmp_path / "out")
-    assert prune_main([models[0], "--output", out, "--no-eval", "--quiet", *QUICK]) == 0
-    capsys.readouterr()
     options = ["--tasks", "capitals", "--include-path", str(folder), "--save", "--json", *DATASET]
     assert evaluate_main([models[0], out, *options]) == 0
     dense, pruned = json.loads(capsys.readouterr().out)["models"]

@@ -121,10 +121,10 @@ def test_json_is_all_that_is_on_stdout(opt_folder, tmp_path, capsys):
 
 
 def test_quiet_leaves_the_result(opt_folder, tmp_path, capsys):
-    common = [str(opt_folder), "--no-eval", "--overwrite", "--output", str(tmp_path / "out"), *QUICK]
-    assert prune_main([*common, "--quiet"]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == "" and "block-linear parameters" in printed.out
+    for level in (["--quiet"], ["--log-level", "warning"]):
+        assert prune_main([str(opt_folder), "--dry-run", "--output", str(tmp_path / "out"), *level, *QUICK]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == "" and "block-linear parameters" in printed.out
 
 
 def test_a_rehearsal_says_what_it_takes_and_refuses_what_cannot_fit(opt_folder, tmp_path, capsys):
