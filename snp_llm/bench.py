@@ -18,7 +18,7 @@ import torch
 import transformers
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm import checkpoint
 from snp_llm.device import compute_device, synchronize
@@ -27,8 +27,8 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.options import BenchRecipe
-from snp_llm.recipe import Dtype
 from snp_llm.report import update_card, write_text
+from snp_llm.skeleton import load_config
 from snp_llm.terminal import table_of
 from snp_llm.version import __version__
 
@@ -125,11 +125,14 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     device = compute_device(recipe.device)
     wanted = cells(recipe)
     names = (recipe.dense, recipe.pruned)
+    configs = [load_config(name, trust_remote_code=recipe.trust_remote_code) for name in names]
+    for name, config in zip(names, configs, strict=True):
+        check_positions(name, config, wanted)
     # Before anything is loaded here, so that there is memory for them.
     memory = [peak_memory(name, wanted, device, recipe) if recipe.memory else None for name in names]
     if recipe.memory:
         on_step("peak memory measured")
-    models = [load(name, recipe.dtype, wanted, trust_remote_code=recipe.trust_remote_code) for name in names]
+    models = [checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)[0] for name in names]
     disks = [disk_bytes(name, model) for name, model in zip(names, models, strict=True)]
     sizes = [model_size(model, 1) for model in models]
     modules: list[nn.Module] = [*models]
@@ -167,17 +170,15 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     }
 
 
-def load(name: str, dtype: Dtype, wanted: Sequence[Cell], *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model that has positions for every prompt and what is decoded after it."""
-    model, _ = checkpoint.load(name, dtype, trust_remote_code=trust_remote_code)
-    positions = int(getattr(model.config, "max_position_embeddings", sys.maxsize))
+def check_positions(name: str, config: PretrainedConfig, wanted: Sequence[Cell]) -> None:
+    """Raises SnpError if a model has no positions for a prompt and what is decoded after it."""
+    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
     longest = max(cell.length + cell.new_tokens for cell in wanted)
     if longest > positions:
         raise SnpError(
             f"--prompt-lengths: expected at most the {positions:,} positions of {name} with --new-tokens counted in, "
             f"got {longest:,}."
         )
-    return model
 
 
 def disk_bytes(name: str, model: PreTrainedModel) -> int:

@@ -62,7 +62,7 @@ def test_one_table_one_json_one_card(folders, tmp_path, capsys):
     assert card.count("## Speed") == 1 and "peak host memory" not in card
 
 
-@pytest.mark.parametrize("model_type", ["opt", "llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["opt", "llama", "qwen3", "gpt2"])
 def test_flops_of_a_cell_are_what_torch_counts(model_type):
     """But for attention scores, of which eager attention computes those behind the diagonal too."""
     model = small_model(model_type, torch.float32)

@@ -22,6 +22,10 @@ class Products(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self:  # in inference mode compound operations arrive whole
+            result = function.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = function(*args, **(kwargs or {}))
         packet = function._overloadpacket
         # Sums are taken in place, which torch's own counter overlooks.
