@@ -143,6 +143,21 @@ def evaluation_windows(
     return _windows(_cut(_tokenize(tokenizer, text), seq_len, name)[:max_windows], label)
 
 
+def evaluation_text(tokenizer: PreTrainedTokenizerBase, name: str, *, split: str | None, column: str) -> Windows:
+    """A whole split as one window, (1, tokens): documents joined, tokenised once, not cut.
+
+    Raises:
+        SnpError: no such dataset, split or column, or less than two tokens of text.
+    """
+    documents, source, label = _open(name, split, column, "evaluation_split")
+    text = source.joiner.join(islice(documents, source.evaluation_documents))
+    tokens = _tokenize(tokenizer, text)[None]
+    if tokens.shape[1] < 2:
+        raise SnpError(f"dataset {name}: expected at least two tokens of text, got {tokens.shape[1]}.")
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Windows(tokens, f"{label}, {tokens.shape[1]:,} tokens", digest)
+
+
 def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iterator[str], Source, str]:
     """Documents of a dataset, streamed, where they come from, and the name and split as people are told."""
     if name == "bundled":

@@ -12,6 +12,7 @@ from snp_llm.linalg.units import HeadUnit
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+HiddenDevice = Literal["cuda", "mps", "cpu", "disk"]
 Layout = Literal["uniform", "compact", "padded"]
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
@@ -114,7 +115,7 @@ class Recipe:
     """Draws the calibration windows and the random ordering."""
     device: Device = "auto"
     """Where blocks are run. auto: cuda, else mps, else cpu."""
-    hidden_device: Literal["cuda", "mps", "cpu", "disk"] = "cpu"
+    hidden_device: HiddenDevice = "cpu"
     """Where the hidden states of all calibration tokens wait between blocks. disk: in memory maps beside the output."""
     dtype: Dtype = "auto"
     """Type of the weights, while running and saved. auto: as in the checkpoint."""
@@ -248,10 +249,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """Perplexity of a model, by the protocol that pruning papers use."""
+    """Perplexity by the protocol that pruning papers use, and zero-shot tasks, of one model or several side by side."""
 
-    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
-    """Hub id, local folder, or the bundled `tiny-opt`."""
+    models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]]
+    """Hub ids, local folders, or the bundled `tiny-opt`; ratios are to the first."""
     dataset: Text | None = None
     """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, or `bundled`.
     Default: wikitext2; bundled for the bundled model."""
@@ -260,9 +261,24 @@ class EvaluationRecipe:
     text_column: str = "text"
     """Column that holds the text, for datasets that are not known by name."""
     seq_len: int | None = None
-    """Tokens a window. Default: the model's maximum, at most 2048."""
+    """Tokens a window. Default: the models' maximum, at most 2048."""
+    stride: int | None = None
+    """Windows begin so many tokens apart and overlap; in each only the tokens count that no earlier one held. Default:
+    windows that do not overlap."""
     max_windows: int | None = None
     """Measure on the first windows only."""
+    perplexity: bool = True
+    """Measure it; --no-perplexity with --tasks for tasks alone."""
+    tasks: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
+    """Tasks of lm-evaluation-harness, by their names there, run as well. Needs `pip install 'snp-llm[eval]'`."""
+    include_path: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of further task files (.yaml) for --tasks."""
+    limit: int | None = None
+    """Run every task on its first examples only."""
+    num_fewshot: int | None = None
+    """Examples shown before each question. Default: what the task says, mostly none."""
+    save: bool = False
+    """Record the results in prune_report.json of every MODEL that is an output folder of `snp-llm prune`."""
     batch_size: int = 8
     """Windows run through the model at a time."""
     device: Device = "auto"
@@ -273,10 +289,32 @@ class EvaluationRecipe:
     """Allow Python code in MODEL's repository to run."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("max_windows", 1), ("batch_size", 1)):
+        if not self.models:
+            raise SnpError("snp-llm eval: expected at least one MODEL, got none.")
+        limits = (
+            ("seq_len", 2),
+            ("max_windows", 1),
+            ("batch_size", 1),
+            ("stride", 1),
+            ("limit", 1),
+            ("num_fewshot", 0),
+        )
+        for name, least in limits:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SnpError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")
+        if self.tasks is None:
+            for name in ("include_path", "limit", "num_fewshot"):
+                if getattr(self, name) is not None:
+                    raise SnpError(f"--{name.replace('_', '-')}: expected together with --tasks.")
+            if not self.perplexity:
+                raise SnpError("--no-perplexity: expected together with --tasks, else there is nothing to measure.")
+        elif not self.task_names:
+            raise SnpError("--tasks: expected names with commas between them, got none.")
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
 @dataclass(frozen=True)

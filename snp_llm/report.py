@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,27 @@ def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | No
     config = pruned.model.config
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:
+    """Puts a section into the model card of an output folder, in place of the one with that heading that was there.
+
+    Args:
+        folder: with a README.md that `write_card` wrote.
+        heading: of the section, one line.
+        lines: its Markdown.
+    """
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8")
+    begin, end = f"<!-- {heading} -->", f"<!-- end of {heading} -->"
+    section = "\n".join([begin, f"## {heading}", "", *lines, end])
+    before, found, rest = text.partition(begin)
+    text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
+    write_text(card, text)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file at once, so that it is never half written."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)

@@ -1,0 +1,308 @@
+"""What each command does, from its recipe to what is printed. Parses no arguments."""
+
+import logging
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm import bench, checkpoint, evaluation, hub, inspection, measure, page, pipeline, ranks, report
+from snp_llm.data import Windows, evaluation_windows
+from snp_llm.device import Clock, compute_device, describe_device
+from snp_llm.errors import SnpError
+from snp_llm.estimate import estimate, refuse_what_cannot_fit
+from snp_llm.journal import Journal
+from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm.models.layouts import describe_layout
+from snp_llm.options import BenchRecipe, InspectRecipe, Talk
+from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
+from snp_llm.recipe_file import RECIPE, save_recipe
+from snp_llm.skeleton import load_skeleton
+from snp_llm.terminal import print_json, print_table, progress
+from snp_llm.visit import needs_visit
+
+log = logging.getLogger("snp_llm")
+LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
+
+
+def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
+    """Print what a config says."""
+    model = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    same = ("sparsity", "head_unit", "num_samples", "seq_len", "batch_size", "hidden_device", "device", "dtype")
+    facts = inspection.inspect(model, Recipe(recipe.model, **{name: getattr(recipe, name) for name in same}))
+    if talk.json:
+        print_json(facts)
+    else:
+        inspection.print_inspection(facts)
+
+
+def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
+    """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints."""
+    folder = Path(recipe.output_folder)
+    if not recipe.dry_run:
+        checkpoint.check_output(folder, overwrite=recipe.overwrite)
+        if recipe.push_to_hub is not None:
+            hub.check_access(recipe.push_to_hub)
+    bundled = recipe.model == checkpoint.TINY_OPT
+    recipe = replace(recipe, calibration=recipe.calibration or ("bundled" if bundled else "wikitext2"))
+    recipe = replace(recipe, eval_dataset=recipe.eval_dataset or ("bundled" if bundled else "wikitext2"))
+    if recipe.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            rehearse(recipe, Path(scratch), talk)
+        return
+    with ranks.joined(recipe.device):
+        if ranks.rank():
+            log.setLevel(logging.ERROR)  # rank 0 says it for all
+        with checkpoint.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume) as partial:
+            summary, table = prune_into(partial, recipe, command, talk)
+        if ranks.rank() == 0:
+            finish(recipe, folder, summary, table, talk)
+
+
+def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> tuple[dict[str, Any], Table]:
+    """Everything between a parsed recipe and a folder that only has to get its name.
+
+    Returns:
+        The report and the closing table; both are empty but on rank 0.
+    """
+    device = compute_device(recipe.device)
+    clock = Clock(device)
+    with clock.phase("loading"):
+        dense, tokenizer = load_on_disk(recipe, partial)
+    recipe = pipeline.resolve(recipe, dense)
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    announce(dense, recipe, partial.parent, talk)
+    windows: Windows | None = None
+    if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
+        windows = evaluation_windows(
+            tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
+        )
+    journal = Journal(partial / checkpoint.JOURNAL, recipe.save_every)
+    steps = recipe.steps * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers
+    with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
+        pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
+    compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
+
+    def save_and_verify() -> float:
+        checkpoint.save(pruned.model, tokenizer, partial)
+        return checkpoint.verify(pruned.model, partial, compared)
+
+    with clock.phase("saving"):
+        difference = ranks.from_rank(0, save_and_verify)
+    pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
+    models = (dense, pruned.model)
+    perplexities: list[float | None] = [None, None]
+    if windows is not None:
+        perplexities = [
+            measure.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+        ]
+    if ranks.rank():
+        return {}, Table()
+    speeds = measure.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
+    sizes = [measure.model_size(m, recipe.seq_len) for m in models]
+    disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
+    before, after = (report.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
+    facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+    facts["device"] = describe_device(device)
+    if windows is not None:
+        facts["evaluation"] = windows.description
+    summary = report.build_report(pruned, before, after, facts)
+    report.write_report(summary, partial)
+    base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
+    report.write_card(summary, pruned, base_model, partial)
+    save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
+    return summary, report.closing_table(before, after, pruned)
+
+
+def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table, talk: Talk) -> None:
+    """What is left once the model is safe: the page, the closing words, the upload."""
+    write_page(folder)
+    if talk.json:
+        sites_without = [{k: v for k, v in site.items() if k not in ("kept", "curve")} for site in summary["sites"]]
+        result = {"output": str(folder), **summary, "sites": sites_without}
+        if recipe.push_to_hub is not None:
+            result["url"] = hub.push(folder, recipe.push_to_hub, private=recipe.private)
+        print_json(result)
+        return
+    print(f"{recipe.model} -> {folder}: sparsity {summary['sparsity']['achieved']:.4f}, {asked(recipe)} asked for")
+    Console().print(table)
+    if "evaluation" in summary:
+        print(f"perplexity on {summary['evaluation']}")
+    print(f"calibrated on {summary['calibration']['text']}")
+    difference = summary["largest_logit_difference"]
+    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
+    if (folder / report.PAGE).exists():
+        print(f"in pictures: {folder / report.PAGE}")
+    if recipe.push_to_hub is not None:
+        run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
+
+
+def rehearse(recipe: Recipe, scratch: Path, talk: Talk) -> None:
+    """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
+    dense, tokenizer = load_on_disk(recipe, scratch)
+    recipe = pipeline.resolve(recipe, dense)
+    takes = announce(dense, recipe, Path(recipe.output_folder).absolute().parent, talk)
+    with progress(dense.config.num_hidden_layers) as on_step:
+        plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
+    if talk.json:
+        print_json({"estimate": takes, **plan_facts(dense, plan, recipe)})
+    else:
+        print_plan(dense, plan, recipe)
+
+
+def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
+    own = folder / checkpoint.DENSE / str(ranks.rank())
+    return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
+
+
+def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) -> dict[str, Any]:
+    """Says what will be written, what loads it and what it takes, and refuses what cannot fit.
+
+    Returns:
+        What it takes; empty but on rank 0.
+    """
+    if ranks.rank():
+        return {}
+    assert recipe.round_to is not None
+    family, device = find_family(dense.config), compute_device(recipe.device)
+    say = log.info if talk.json else partial(print, flush=True)
+    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
+    needed = estimate(dense, recipe)
+    takes = inspection.estimate_facts(needed, device)
+    say(inspection.estimate_line(takes, device.type))
+    if recipe.dry_run and not talk.json:
+        inspection.print_estimate(takes, device.type)
+    refuse_what_cannot_fit(needed, device, recipe.hidden_device, place)
+    return takes
+
+
+def write_page(folder: Path) -> None:
+    """The page of a model that is saved already: it is worth having, and not worth losing that model for."""
+    try:
+        page.write_page(folder)
+    except KeyboardInterrupt:
+        raise SnpError(f"interrupted; {folder} is complete but for {report.PAGE}: snp-llm report {folder}") from None
+    except Exception as error:  # matplotlib, jinja2, fonts, a full disk
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning(f"{folder} is complete but for {report.PAGE} ({reason}); later: snp-llm report {folder}")
+
+
+def run_push(recipe: PushRecipe, talk: Talk) -> None:
+    """Upload a finished folder."""
+    if sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()  # an upload takes long
+    url = hub.push(Path(recipe.folder), recipe.repo_id, private=recipe.private)
+    if talk.json:
+        print_json({"folder": recipe.folder, "url": url})
+    else:
+        print(f"{recipe.folder} -> {url}")
+
+
+def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
+    """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
+    size = measure.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    attention, ffn = plan[::2], plan[1::2]
+    print("block  heads         FFN channels")
+    for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
+        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
+    print(
+        f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
+        f"{removed / size.block_linear:.3f} ({asked(recipe)} asked for); nothing was written"
+    )
+
+
+def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> dict[str, Any]:
+    """The same ready for JSON."""
+    size = measure.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
+    return {
+        "block_linear_before": size.block_linear,
+        "block_linear_after": size.block_linear - removed,
+        "sparsity": removed / size.block_linear,
+        "asked": asked(recipe),
+        "sites": sites,
+    }
+
+
+def asked(recipe: Recipe) -> str:
+    """What the user wanted."""
+    for goal in GOALS:
+        if (value := getattr(recipe, goal)) is not None:
+            return f"--{goal.replace('_', '-')} {value}"
+    if recipe.ffn_sparsity is None and recipe.head_sparsity is None:
+        return f"{recipe.sparsity:g}"
+    return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"
+
+
+def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
+    """Measure two models and print them side by side."""
+    if recipe.save:
+        check_own_folder("--save", recipe.pruned)
+    typed = shlex.join(command)
+    with progress(len(bench.cells(recipe)) + recipe.memory, "loading") as on_step:
+        result = bench.bench(recipe, typed, on_step)
+    if recipe.save:
+        bench.save(result, Path(recipe.pruned))
+    if talk.json:
+        print_json(result)
+        return
+    print(bench.headline(result))
+    print_table(bench.bench_table(result))
+    for line in result["remarks"]:
+        print(line)
+
+
+def check_own_folder(flag: str, folder: str) -> None:
+    """Raises SnpError if a result has no place in a folder, before it is computed."""
+    missing = [name for name in (report.REPORT, "README.md") if not (Path(folder) / name).is_file()]
+    if missing:
+        raise SnpError(
+            f"{flag}: expected an output folder of `snp-llm prune`; {folder} has no {' and no '.join(missing)}."
+        )
+
+
+def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
+    """Perplexity and tasks, with everything needed to repeat the numbers."""
+    own = [name for name in recipe.models if (Path(name) / report.REPORT).is_file()]
+    if recipe.save and not own:
+        check_own_folder("--save", recipe.models[0])
+    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None)), "evaluating") as on_step:
+        results = evaluation.evaluate(recipe, on_step)
+    if recipe.save:
+        for result in results:
+            if result.model in own:
+                evaluation.save(result, recipe, Path(result.model))
+    if talk.json:
+        print_json(evaluation.as_json(results))
+    elif len(results) == 1 and recipe.tasks is None:
+        print(f"{results[0].text}: perplexity {results[0].perplexity:.4f}")
+    else:
+        print_table(evaluation.evaluation_table(results))
+        if recipe.perplexity:
+            for text in dict.fromkeys(result.text for result in results):
+                print(f"perplexity on {text}")
+    if not evaluation.comparable(results):
+        log.warning("the models' tokenizers differ: their perplexities are of different tokens and do not compare")
+
+
+def run_report(recipe: ReportRecipe, talk: Talk) -> None:
+    """The page of every folder, each beside the others."""
+    folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
+    pages = [page.write_page(folder, [other for other in folders if other != folder]) for folder in folders]
+    if talk.json:
+        print_json({"pages": [str(written) for written in pages]})
+    else:
+        print(*pages, sep="\n")

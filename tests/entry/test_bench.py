@@ -1,0 +1,140 @@
+"""`snp-llm bench`: what it counts is checked against oracles; times are only there, never how long."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from snp_llm import bench, prune, report
+from snp_llm.bench import Cell
+from snp_llm.cli import bench_main, prune_main
+from snp_llm.measure import model_size
+from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.entry.test_cli import QUICK, refuse
+from tests.flow.test_estimate import Products
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    """A small OPT and what was made of it."""
+    root = tmp_path_factory.mktemp("bench")
+    dense = str(save_model(small_opt(), tokenizer, root / "dense"))
+    options = ["--no-eval", "--quiet", "--allocation", "uniform", "--metric", "error", "--ffn-sparsity", "0.5"]
+    assert prune_main([dense, "--output", str(root / "pruned"), *options, *QUICK]) == 0
+    return dense, str(root / "pruned")
+
+
+SHORT = ["--batch-sizes", "1", "2", "--prompt-lengths", "16", "--new-tokens", "2", "--repeats", "2"]
+
+
+def test_one_table_one_json_one_card(folders, tmp_path, capsys):
+    dense, pruned = folders
+    assert bench_main([dense, pruned, *SHORT, "--save"]) == 0
+    printed = capsys.readouterr()
+    for words in (
+        "prefill, 1 x 16",
+        "decode, 2 after 16",
+        "size on disk",
+        "peak host memory",
+        "FLOPs alone would give",
+    ):
+        assert words in printed.out, words
+    assert "┃" not in printed.out and "times as fast" in printed.err  # no terminal here
+    result = json.loads(Path(pruned, bench.BENCH).read_text())
+    assert [c["cell"]["kind"] for c in result["cells"]] == ["prefill"] * 2 + ["decode"] * 2
+    assert result["parameters"]["dense"] == model_size(small_opt(), 1).parameters > result["parameters"]["pruned"]
+    assert result["memory"]["dense"]["host"] > result["memory"]["dense"]["libraries"] > 50e6
+    for cell in result["cells"]:
+        assert cell["speedup_low"] <= cell["speedup"] <= cell["speedup_high"] and cell["flops_ratio"] > 1
+        for model in bench.MODELS:
+            timing = cell[model]
+            assert 0 < timing["low"] <= timing["seconds"] <= timing["high"]
+            tokens = 16 if cell["cell"]["kind"] == "prefill" else 1
+            rate = tokens * cell["cell"]["batch"] / timing["seconds"]
+            assert timing["tokens_per_second"] == pytest.approx(rate)
+    card = Path(pruned, "README.md").read_text()
+    assert card.count("## Speed") == 1 and "| prefill, 1 x 16 |" in card and card.startswith("---\n")
+    assert bench_main([dense, pruned, *SHORT, "--no-memory", "--save", "--json", "--quiet"]) == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out)["memory"] is None and again.err == ""
+    card = Path(pruned, "README.md").read_text()
+    assert card.count("## Speed") == 1 and "peak host memory" not in card
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama", "qwen3", "gpt2"])
+def test_flops_of_a_cell_are_what_torch_counts(model_type):
+    """But for attention scores, of which eager attention computes those behind the diagonal too."""
+    model = small_model(model_type, torch.float32)
+    model.set_attn_implementation("eager")
+    channels = bench.attention_channels(model)
+    for cell in (Cell("prefill", 3, 20, 0), Cell("decode", 3, 20, 4)):
+        tokens = bench.random_tokens(model, cell, torch.device("cpu"))
+        with Products() as before:
+            bench.prefill(model, tokens[:, :20])
+        extra = 4 * channels * 20 * (20 - 21 / 2)
+        if cell.kind == "prefill":
+            assert before.flops / 3 == pytest.approx(bench.cell_flops(model, cell) + extra, rel=0.01)
+            continue
+        with Products() as both:
+            bench.decode(model, tokens, 4, torch.device("cpu"))
+        assert (both.flops - before.flops) / 12 == pytest.approx(bench.cell_flops(model, cell), rel=0.01)
+
+
+def test_decoding_gives_what_one_pass_gives(tokenizer):
+    """The cache is used rightly, also where blocks differ in heads."""
+    dense = small_model("llama", torch.float64, num_key_value_heads=6)
+    pruned = prune(dense, tokenizer, small_recipe(head_sparsity=0.34, ffn_sparsity=0.3, round_to=4)).model
+    seen = []
+
+    def spy(tokens, **options):
+        output = pruned(tokens, **options)
+        seen.append(output.logits[:, -1])
+        return output
+
+    tokens = torch.randint(2048, (2, 20), generator=torch.Generator().manual_seed(1))
+    bench.decode(spy, tokens, 5, torch.device("cpu"))
+    assert torch.allclose(torch.stack(seen, 1), pruned(tokens).logits[:, 14:], atol=1e-10)
+
+
+def test_weights_that_a_step_reads():
+    tied, untied = small_opt(), small_opt(tie_word_embeddings=False)
+    assert bench.weights_read(tied) == model_size(tied, 1).bytes
+    looked_up = untied.get_input_embeddings().weight.numel()
+    assert bench.weights_read(untied) == pytest.approx(model_size(untied, 1).bytes - 4 * looked_up)
+
+
+def test_quartiles():
+    assert bench.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert bench.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
+
+
+def test_bench_refuses(folders, capsys):
+    dense, pruned = folders
+    refuse(capsys, [dense, dense, "--save"], "--save: expected an output folder of `snp-llm prune`", bench_main)
+    refuse(capsys, [dense, "./nowhere"], "no such folder", bench_main)
+    long = ["--prompt-lengths", "60", "--new-tokens", "8", "--no-memory"]
+    refuse(capsys, [dense, pruned, *long], "expected at most the 64 positions", bench_main)
+    refuse(capsys, [dense, pruned, "--repeats", "0"], "--repeats: expected at least 1, got 0", bench_main)
+    refuse(capsys, [dense, pruned, "--batch-sizes", "0", "1"], "--batch-sizes: expected at least 1, got 0", bench_main)
+
+
+def test_a_section_of_the_card_is_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("---\na: b\n---\n\n# Model\n\nText.\n")
+    report.update_card(tmp_path, "Speed", ["slow"])
+    report.update_card(tmp_path, "Tasks", ["hard"])
+    report.update_card(tmp_path, "Speed", ["fast"])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\na: b\n---\n\n# Model\n\nText.\n\n<!-- Speed -->\n## Speed\n\nfast\n")
+    assert "slow" not in text and text.count("hard") == 1 and [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.slow
+def test_compiled_models(folders, capsys):
+    dense, pruned = folders
+    options = ["--batch-sizes", "1", "--prompt-lengths", "16", "--new-tokens", "3", "--repeats", "1", "--no-memory"]
+    code = bench_main([dense, pruned, *options, "--compile"])
+    printed = capsys.readouterr()
+    if code == 2 and "torch.compile failed" in printed.err:
+        pytest.skip("torch.compile does not work here: " + printed.err)
+    assert code == 0 and "torch.compile: medians" in printed.out

@@ -1,0 +1,147 @@
+"""`snp-llm inspect`, and how all commands talk: --json, --quiet, --log-level."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from snp_llm import Recipe, prune
+from snp_llm.checkpoint import save
+from snp_llm.cli import inspect_main, main, prune_main
+from snp_llm.inspection import inspect
+from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_recipe
+from tests.entry.test_cli import QUICK, refuse
+
+LARGE = {
+    "opt": {
+        "hidden_size": 9216,
+        "word_embed_proj_dim": 9216,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 72,
+        "ffn_dim": 36864,
+        "vocab_size": 50272,
+        "dtype": "float16",
+    },
+    "llama": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", LARGE)
+def test_a_model_of_any_size_from_its_config_alone(model_type, tmp_path, capsys):
+    AutoConfig.for_model(model_type, **LARGE[model_type]).save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert inspect_main([str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    d, blocks = LARGE[model_type]["hidden_size"], LARGE[model_type]["num_hidden_layers"]
+    block = 4 * d * d + 2 * d * 36864 if model_type == "opt" else 2 * d * d + 2 * d * 1024 + 3 * d * 28672
+    parameters, sparsity, takes = facts["parameters"], facts["sparsity"], facts["prune"]
+    assert sparsity["block_linear"] == blocks * block
+    assert parameters["all"] == sum(count for kind, count in parameters.items() if kind != "all")
+    assert 65e9 < parameters["all"] < 71e9
+    assert sparsity["whole_model_reduction"] == pytest.approx(0.3 * blocks * block / parameters["all"])
+    # One block at a time: far from the whole model, and more than the largest matrices of a site.
+    widest = 36864 if model_type == "opt" else 28672
+    assert 5 * 8 * widest**2 < takes["host_bytes"] < 1.1 * facts["bytes"]
+    assert takes["flops"] > 2 * sparsity["block_linear"] * 128 * 2048
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_parameters_by_kind_add_up_in_every_family(model_type):
+    model = small_model(model_type, torch.float32)
+    facts = inspect(model, Recipe("small", seq_len=32))
+    kinds = {kind: count for kind, count in facts["parameters"].items() if kind != "all"}
+    assert sum(kinds.values()) == facts["parameters"]["all"] == model.num_parameters()
+    assert kinds["other"] == 0 and min(kinds["attention"], kinds["FFN"], kinds["norms"], kinds["embeddings"]) > 0
+    tied = model.config.tie_word_embeddings
+    assert kinds["head"] == (0 if tied else model.get_output_embeddings().weight.numel())
+    assert kinds["attention"] + kinds["FFN"] >= facts["sparsity"]["block_linear"]
+
+
+def test_the_largest_sparsity_can_be_had_and_no_more(opt_folder, tmp_path, capsys):
+    assert inspect_main([str(opt_folder), "--json"]) == 0
+    most = json.loads(capsys.readouterr().out)["sparsity"]["largest"]["compact"]
+    plan = [str(opt_folder), "--dry-run", "--allocation", "uniform", *QUICK]
+    separate = ["--ffn-sparsity", str(most["ffn"]), "--head-sparsity", str(most["heads"])]
+    assert prune_main([*plan, *separate, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(most["both"])
+    more = ["--ffn-sparsity", str(most["ffn"] + 0.1), "--head-sparsity", "0"]
+    refuse(capsys, [*plan, *more], "the minimum is|Ask for")
+
+
+def test_pruned_folders_are_inspected_too(tokenizer, tmp_path, capsys):
+    model = small_model("llama", torch.float32, num_key_value_heads=6)
+    pruned = prune(model, tokenizer, small_recipe(sparsity=0.4, round_to=4))
+    save(pruned.model, tokenizer, tmp_path / "out")
+    assert pruned.model.config.model_type == "snp_llama"
+    assert inspect_main([str(tmp_path / "out")]) == 0
+    assert "Llama (snp_llama), 2 blocks" in capsys.readouterr().out
+    assert inspect_main([str(tmp_path / "out"), "--json"]) == 0
+    units = json.loads(capsys.readouterr().out)["units"]
+    assert [u["heads"] for u in units] == [len(r.kept) for r in pruned.sites[::2]]
+    assert [u["channels"] for u in units] == [len(r.kept) for r in pruned.sites[1::2]]
+
+
+def test_heads_that_stay_are_said_to(tokenizer, tmp_path, capsys):
+    save_model(small_model("olmo2", torch.float32), tokenizer, tmp_path)
+    assert inspect_main([str(tmp_path)]) == 0
+    assert "they stay, since a norm over all of them" in capsys.readouterr().out
+
+
+def test_inspect_refuses(tmp_path, capsys):
+    refuse(capsys, ["./nowhere"], "no such folder", inspect_main)
+    refuse(capsys, [str(tmp_path)], "no config.json in that folder", inspect_main)
+    (tmp_path / "config.json").write_text("{}")
+    refuse(capsys, [str(tmp_path)], "its config cannot be loaded", inspect_main)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    refuse(capsys, [str(tmp_path)], "'bert' is not supported", inspect_main)
+    refuse(capsys, ["tiny-opt", "--seq-len", "9999"], "at most the model's 256 positions", inspect_main)
+    refuse(capsys, ["tiny-opt", "--log-level", "loud"], "loud.*--log-level", inspect_main)
+
+
+def test_json_is_all_that_is_on_stdout(opt_folder, tmp_path, capsys):
+    assert prune_main([str(opt_folder), "--output", str(tmp_path / "out"), "--json", "--no-eval", *QUICK]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    written = json.loads((tmp_path / "out/prune_report.json").read_text())
+    assert result["output"] == str(tmp_path / "out") and result["sparsity"] == written["sparsity"]
+    assert "kept" not in result["sites"][0] and "block 0 fc2: kept" in printed.err and "layout compact" in printed.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert result["pruned"]["size"]["parameters"] == model.num_parameters()
+
+
+def test_quiet_leaves_the_result(opt_folder, tmp_path, capsys):
+    for level in (["--quiet"], ["--log-level", "warning"]):
+        assert prune_main([str(opt_folder), "--dry-run", "--output", str(tmp_path / "out"), *level, *QUICK]) == 0
+        printed = capsys.readouterr()
+        assert printed.err == "" and "block-linear parameters" in printed.out
+
+
+def test_a_rehearsal_says_what_it_takes_and_refuses_what_cannot_fit(opt_folder, tmp_path, capsys):
+    common = [str(opt_folder), "--dry-run", "--output", str(tmp_path / "out"), *QUICK]
+    assert prune_main(common) == 0
+    printed = capsys.readouterr().out
+    assert "host memory" in printed and "very roughly" in printed and "nothing was written" in printed
+    # A million windows of hidden states, of which not one is computed.
+    refuse(
+        capsys, [*common, "--num-samples", "900000000"], "host memory: about .* needed, .* free.*--hidden-device disk"
+    )
+
+
+def test_help_fits_one_screen(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["snp-llm", "--help"])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(len(line) for line in lines) <= 100
+    for command in ("prune", "eval", "inspect", "bench", "push", "report"):
+        assert any(line.startswith(f"  snp-llm {command} ") for line in lines), command

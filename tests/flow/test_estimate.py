@@ -1,0 +1,146 @@
+"""The estimate of a prune against what torch counts, and how it moves with every option."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from snp_llm import SnpError, estimate, pipeline, prune
+from snp_llm.estimate import Estimate, Part, human_bytes, human_flops, human_time, refuse_what_cannot_fit
+from snp_llm.measure import model_size
+from snp_llm.skeleton import load_skeleton
+from tests.conftest import save_model, small_model, small_recipe
+
+GB = 10**9
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of all matrix products but those in float64, which are the linear algebra's."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self:  # in inference mode compound operations arrive whole
+            result = function.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
+        result = function(*args, **(kwargs or {}))
+        packet = function._overloadpacket
+        # Sums are taken in place, which torch's own counter overlooks.
+        count = flop_registry.get(torch.ops.aten.addmm if packet is torch.ops.aten.addmm_ else packet)
+        if count is not None and (result if isinstance(result, torch.Tensor) else result[0]).dtype != torch.float64:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("model_type", ["opt", "llama"])
+@pytest.mark.parametrize("options", [{}, {"metric": "error", "target": "self", "allocation": "variance"}])
+def test_flops_of_a_run_are_what_torch_counts(model_type, options, tokenizer):
+    size = {"hidden_size": 96, "num_attention_heads": 6, "vocab_size": 2048}
+    size |= {"ffn_dim": 256, "word_embed_proj_dim": 96} if model_type == "opt" else {"intermediate_size": 256}
+    model = small_model(model_type, torch.float32, **size)
+    recipe = pipeline.resolve(small_recipe(num_samples=8, **options), model)
+    work = [w for w in estimate.estimate(model, recipe).work if not w.algebra]
+    with Products() as products:
+        prune(model, tokenizer, recipe)
+    assert 0.7 < sum(w.flops for w in work) / products.flops < 1.4
+
+
+def of(model, **options) -> Estimate:
+    return estimate.estimate(model, pipeline.resolve(small_recipe(**options), model))
+
+
+def test_what_each_option_saves():
+    model = small_model("llama", torch.float32)
+    plain = of(model)
+    many = of(model, num_samples=600)
+    assert many.host_bytes > plain.host_bytes and many.disk_bytes > plain.disk_bytes and many.flops > 10 * plain.flops
+    assert of(model, num_samples=600, hidden_device="disk").host_bytes < many.host_bytes
+    assert of(model, num_samples=600, target="self").host_bytes < many.host_bytes
+    assert of(model, batch_size=1).host_bytes < plain.host_bytes
+    assert of(model, allocation="uniform", metric="error").flops < plain.flops
+    assert of(model, steps=3).flops == pytest.approx(3 * plain.flops)
+    assert of(model.half()).host_bytes < plain.host_bytes
+
+
+def test_memory_of_a_cpu_run_is_all_host_memory():
+    model = small_model("llama", torch.float32)
+    here, there = of(model, device="cpu"), of(model, device="cuda")
+    assert here.device_bytes == 0 and here.parts("device") == []
+    assert there.device_bytes > 0 and there.host_bytes < here.host_bytes
+    assert sum(part.bytes for part in there.parts("device")) == there.device_bytes
+    waiting = of(model, device="cuda", hidden_device="compute")
+    assert waiting.device_bytes > there.device_bytes and waiting.host_bytes < there.host_bytes
+
+
+def test_disk_holds_the_pruned_model_twice():
+    model = small_model("llama", torch.float32)
+    size = model_size(model, 32)
+    (part,) = [p for p in of(model, sparsity=0.5).parts("disk") if p.kind == "model"]
+    assert part.bytes == 2 * (size.bytes - 4 * size.block_linear // 2)
+    assert estimate.pruned_bytes(size, small_recipe(target_size="0.7x")) == round(0.7 * size.bytes)
+    assert estimate.pruned_bytes(size, small_recipe(layout="padded")) == size.bytes
+
+
+def test_a_skeleton_is_estimated_like_the_model(tokenizer, tmp_path):
+    model = small_model("llama", torch.float32)
+    save_model(model, tokenizer, tmp_path)
+    for file in tmp_path.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    skeleton = load_skeleton(str(tmp_path))
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert of(skeleton) == of(model)
+
+
+def needing(device: int = 0, host: int = 0, disk: int = 0, kind: str = "hidden") -> Estimate:
+    parts = [
+        Part("prune", place, kind, "something large", count)
+        for place, count in (("device", device), ("host", host), ("disk", disk))
+    ]
+    return Estimate(device, host, disk, tuple(parts), ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("hidden", "--hidden-device disk, or fewer --num-samples"),
+        ("activations", "--batch-size"),
+        ("logits", "--seq-len"),
+        ("block", "--dtype bfloat16"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_option_that_helps(kind, option, tmp_path):
+    with pytest.raises(SnpError, match=f"host memory: about 900 TB needed, .* free. Something large .* {option}"):
+        refuse_what_cannot_fit(needing(host=900_000 * GB, kind=kind), torch.device("cpu"), "cpu", tmp_path / "out")
+
+
+def test_the_disk_may_be_too_small(tmp_path):
+    with pytest.raises(SnpError, match=r"disk at .*: about 900 TB needed"):
+        refuse_what_cannot_fit(needing(disk=900_000 * GB, kind="model"), torch.device("cpu"), "cpu", tmp_path / "a/b")
+    with pytest.raises(SnpError, match="fewer --num-samples"):
+        refuse_what_cannot_fit(needing(host=900_000 * GB), torch.device("cpu"), "disk", tmp_path)
+
+
+def test_what_fits_is_not_refused(tmp_path):
+    refuse_what_cannot_fit(needing(host=10**6, disk=10**6), torch.device("cpu"), "cpu", tmp_path)
+
+
+def test_the_device_is_asked_what_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (8 * GB, 80 * GB))
+    with pytest.raises(SnpError, match="memory of cuda: about 9 GB needed, 8 GB free"):
+        refuse_what_cannot_fit(needing(device=9 * GB), torch.device("cuda"), "compute", tmp_path)
+
+
+def test_numbers_for_people():
+    assert [human_bytes(n) for n in (12, 999, 1234, 999_999, 1_234_567_890)] == [
+        "12 B",
+        "999 B",
+        "1.23 kB",
+        "1 MB",
+        "1.23 GB",
+    ]
+    assert human_flops(1.5e12) == "1.5 TFLOPs"
+    assert [human_time(s) for s in (3.21, 80, 600, 7200)] == ["3.2 seconds", "80 seconds", "10 minutes", "2 hours"]
