@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from snp_llm.errors import SnpError
+from snp_llm.recipe_file import RECIPE
 from snp_llm.report import PAGE, REPORT
 from snp_llm.version import __version__
 
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 # What a model folder is made of. Pickles, hidden files and whatever else has come to lie in it are not.
 PARTS = (
     *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
-    *(PAGE, "recipe.yaml", "LICENSE", "NOTICE"),
+    *(PAGE, RECIPE, "LICENSE", "NOTICE"),
 )
 ADVICE = {
     401: "Log in again with `hf auth login`, or set HF_TOKEN to a valid token",

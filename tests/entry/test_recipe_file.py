@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snp_llm import Recipe, SnpError, cli, load_recipe, save_recipe
+from snp_llm import Recipe, SnpError, cli, hub, load_recipe, save_recipe
 from snp_llm.recipe_file import PER_RUN, RECIPE
 from snp_llm.version import __version__
 
@@ -106,6 +106,7 @@ def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
     saved = yaml.safe_load("\n".join(rest))
     assert set(saved) == {field.name for field in fields(Recipe)} - set(PER_RUN)
     assert saved["round_to"] == 8 and saved["eval_dataset"] == "wikitext2" and saved["calibration"] == "bundled"
+    assert out / RECIPE in hub.model_files(out)  # it goes along to the Hub
     # Nothing that replaces, uploads or trusts comes back with the file.
     recipe = load_recipe(out / RECIPE)
     assert not (recipe.overwrite or recipe.trust_remote_code or recipe.push_to_hub or recipe.private or recipe.output)
@@ -203,7 +204,7 @@ def test_files_that_are_none(tmp_path, capsys):
     for arguments, message in (
         (["--config", str(tmp_path / "no.yaml")], "no.yaml: cannot be read .No such file"),
         (["--config", str(tmp_path)], "cannot be read .Is a directory"),
-        (["--config"], "Missing value for argument '--config'"),
+        (["--config"], "Missing value for argument .*--config"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config: expected one recipe file, got 2: a.yaml, b.yaml"),
     ):
         assert cli.prune_main(arguments) == 2
