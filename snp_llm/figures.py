@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def spectrum_figure(
             axes.plot(*zip(*ranked, strict=True), "-", linewidth=1.2, color=COLOURS["ink"], label="sorted", zorder=2)
         _log_axis(axes.yaxis, *_room(v for v in (*variance, *spectrum) if v > 0))
         _mark_cut(figure, axes, cut, channels[-1])
-        axes.legend(loc="best", handletextpad=0.5, borderaxespad=0.3, markerscale=2)
+        axes.legend(loc=_beside(cut, channels[-1]), handletextpad=0.5, borderaxespad=0.3, markerscale=2)
         return figure
 
 
@@ -173,7 +173,7 @@ def error_figure(
             )
         _log_axis(axes.yaxis, *_room([e for _, e in points] + ([measured] if measured else [])))
         _mark_cut(figure, axes, cut, channels[-1])
-        axes.legend(loc="lower left", handletextpad=0.5, borderaxespad=0.3)
+        axes.legend(loc=_beside(cut, channels[-1]), handletextpad=0.5, borderaxespad=0.3)
         return figure
 
 
@@ -405,6 +405,11 @@ def _mark_cut(figure: "Figure", axes: "Axes", cut: int, whole: int) -> None:
         color=COLOURS["cut"],
         fontsize=9.5,
     )
+
+
+def _beside(cut: int, whole: int) -> Literal["lower left", "upper right"]:
+    """A corner that falling curves leave free, away from the cut's line."""
+    return "lower left" if cut > whole / 2 else "upper right"
 
 
 def _whole_numbers(axis: "XAxis | YAxis") -> None:

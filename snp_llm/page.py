@@ -28,7 +28,10 @@ BENCH = "bench.json"
 KINDS = {"attention": "Attention", "ffn": "FFN"}
 NEEDED = ("recipe", "sparsity", "dense", "pruned", "sites", "calibration", "seconds")
 # Of a recipe, what two runs may differ in and still be points of one line.
-NOT_A_METHOD = {"output", "sparsity", "overwrite", "model", "push_to_hub", "private", "eval", "device", "latency_table"}
+NOT_A_METHOD = {"model", "output", "overwrite", "push_to_hub", "private", "trust_remote_code", "dry_run"}
+NOT_A_METHOD |= {"sparsity", *GOALS, "latency_table", "device", "hidden_device", "batch_size"}
+NOT_A_METHOD |= {"eval", "eval_dataset", "eval_split"}
+SAME_PERPLEXITY = 0.01  # relative, of the dense model in runs that may be compared: dtypes and devices round
 UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff\\ufffe\\uffff]")
 LARGE = 1e4  # from here on without decimals
 FARTHEST_FROM_TARGET = 0.005
@@ -124,9 +127,9 @@ def read_run(folder: Path) -> Run:
     missing = [key for key in NEEDED if key not in report] if isinstance(report, dict) else NEEDED
     if missing:
         raise SnpError(f"{folder / REPORT}: expected a report of `snp-llm prune`; {missing[0]!r} is missing.")
-    config = _read_json(folder / "config.json") or {}
+    config = _read_json(folder / "config.json")
     name = folder.name or folder.absolute().name
-    return Run(name, report, _read_json(folder / BENCH), has_code="auto_map" in config)
+    return Run(name, report, _read_json(folder / BENCH), has_code=isinstance(config, dict) and "auto_map" in config)
 
 
 def _read_json(path: Path) -> Any:
@@ -167,7 +170,6 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "run": run,
             "report": report,
             "model": model_name(report),
-            "asked": asked(report),
             "rows": summary(report),
             "tiles": tiles(report),
             "said": _said(report),
@@ -344,16 +346,19 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """
     first = runs[0]
     for run in runs[1:]:
-        for what, value in (
-            ("dense model", lambda r: (model_name(r.report), r.report["dense"]["size"]["parameters"])),
-            ("evaluation text", lambda r: r.report.get("evaluation")),
-        ):
-            expected, got = value(first), value(run)
+        for what, value in (("dense model", _dense_model), ("evaluation text", lambda r: r.get("evaluation"))):
+            expected, got = value(first.report), value(run.report)
             if expected != got and None not in (expected, got):
                 raise SnpError(
-                    f"report {run.name}: expected the {what} of {first.name}, {_words(expected)}; got {_words(got)}. "
-                    "Compare runs that share both."
+                    f"report {run.name}: expected the {what} of {first.name}, {expected}; got {got}. Compare runs that "
+                    "share both."
                 )
+        expected, got = (r.report["dense"]["perplexity"] for r in (first, run))
+        if None not in (expected, got) and abs(got - expected) > SAME_PERPLEXITY * expected:
+            raise SnpError(
+                f"report {run.name}: expected the dense model's perplexity of {first.name}, {expected:.4g}; got "
+                f"{got:.4g}. Compare runs that were evaluated alike."
+            )
     ordered = sorted(runs, key=lambda r: r.report["sparsity"]["achieved"])
     rows = [
         {
@@ -368,6 +373,10 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
         for run in ordered
     ]
     return {"rows": rows, "pictures": [*_comparisons(ordered)]}
+
+
+def _dense_model(report: Mapping[str, Any]) -> str:
+    return f"{model_name(report)} of {report['dense']['size']['parameters']:,} parameters"
 
 
 def _comparisons(runs: Sequence[Run]) -> list[Picture]:
@@ -609,10 +618,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_setting, value))
     return "-" if value is None else str(value)
-
-
-def _words(value: Any) -> str:
-    return f"{value[0]} of {value[1]:,} parameters" if isinstance(value, tuple) else str(value)
 
 
 def _change(ratio: float) -> str:

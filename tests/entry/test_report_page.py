@@ -61,9 +61,12 @@ def runs(tmp_path_factory, tokenizer):
     assert (folder / "pruned-0.2/model.safetensors").exists() and not (folder / "pruned-0.2" / PAGE).exists()
 
     report_02 = json.loads((folder / "pruned-0.2" / REPORT).read_text())
+    known = report_02["dense"]["perplexity"]
     pruned = prune(small_opt(), tokenizer, small_recipe(model=str(dense), sparsity=0.4, round_to=4, num_samples=4))
     sizes = [model_size(model, 32) for model in (small_opt(), pruned.model)]
-    figures = [Measured(size, size.bytes, *more) for size, more in zip(sizes, ((50.0, 9.0), (60.0, 11.0)), strict=True)]
+    figures = [
+        Measured(size, size.bytes, *more) for size, more in zip(sizes, ((known, 9.0), (1.1 * known, 11.0)), strict=True)
+    ]
     (folder / "pruned-0.4").mkdir()
     facts = {"evaluation": report_02["evaluation"], "command": "snp-llm prune"}
     write_report(build_report(pruned, *figures, facts), folder / "pruned-0.4")
@@ -207,6 +210,9 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
         page.write_page(runs[0], [other])
     other = copy_of(runs[1], tmp_path, lambda r: r["dense"]["size"].update(parameters=1), name="smaller")
     with pytest.raises(SnpError, match="expected the dense model of pruned-0.2"):
+        page.write_page(runs[0], [other])
+    other = copy_of(runs[1], tmp_path, lambda report: report["dense"].update(perplexity=3.0), name="other-windows")
+    with pytest.raises(SnpError, match="expected the dense model's perplexity of pruned-0.2, .*; got 3"):
         page.write_page(runs[0], [other])
 
 
