@@ -363,7 +363,8 @@ def repair_site(
         fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift))
         judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False)
         if root is not None:
-            fit, judged = fit.seen_by(root), judged.seen_by(root)
+            fit = fit.seen_by(root)
+            judged = judged.seen_by(root)
         dampenings = DAMPENINGS if recipe.dampening is None else [used]
         choice = choose_repair(fit, judged, dampenings, bias=centred)
         if recipe.target_weight is not None:

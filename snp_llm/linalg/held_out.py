@@ -141,14 +141,11 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     least, lack = 0.0, judged.taken
     drifts: dict[float, Tensor] = {}
     for dampening in dampenings:
-        factor, damped = _try_factor(fitted.gram, dampening)
-        if factor is None or solve_error(damped, factor) > SOLVE_TOLERANCE:
-            del damped
+        factor, pivots = _try_factor(fitted.gram, dampening)
+        if factor is None or solve_error(fitted.gram, factor, pivots) > SOLVE_TOLERANCE:
             factor, _ = _try_factor(fit.gram.double(), dampening)
             if factor is None:
                 continue
-        else:
-            del damped
         added = _solve(factor, fitted.taken)
         product = added @ judged.gram
         error = _inner(added, product) - 2 * _inner(added, judged.taken)
@@ -181,15 +178,16 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
 
 
 def _try_factor(gram: Tensor, dampening: float) -> tuple[Tensor | None, Tensor]:
-    """Lower Cholesky factor of `G + dampening * diag(G)`, None where that is not positive definite, and the matrix.
+    """Lower Cholesky factor of `G + dampening * diag(G)`, None where that is not definite, and what was added to G.
 
     Dead channels get a pivot of 1: what is solved for them is what they were given, which is nothing.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()
-    diagonal.add_(torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal)))
-    factor, info = try_cholesky(damped.clone())
-    return (factor if int(info) == 0 else None), damped
+    added = torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal))
+    diagonal.add_(added)
+    factor, info = try_cholesky(damped)
+    return (factor if int(info) == 0 else None), added
 
 
 def _factor(gram: Tensor, dampening: float) -> Tensor:

@@ -93,7 +93,7 @@ def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     return factor, info
 
 
-def solve_error(gram: Tensor, cholesky: Tensor) -> float:
+def solve_error(gram: Tensor, cholesky: Tensor, added: Tensor | None = None) -> float:
     """Relative error with which a factor solves for vectors that are known, each channel in its own scale.
 
     Rounding in the factor and in the right-hand side both count, so that this is nearer twice the error than half.
@@ -101,11 +101,14 @@ def solve_error(gram: Tensor, cholesky: Tensor) -> float:
     Args:
         gram: (n, n), positive definite.
         cholesky: its lower factor, (n, n).
+        added: to the diagonal of G before it was factored, (n,); that matrix need not be there any more.
     """
     generator = torch.Generator().manual_seed(0)
     known = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
-    scale = gram.diagonal().sqrt()[:, None]
-    half = torch.linalg.solve_triangular(cholesky, gram @ (known / scale), upper=False)
+    added = torch.zeros_like(gram.diagonal()) if added is None else added
+    scale = (gram.diagonal() + added).sqrt()[:, None]
+    right = gram @ (known / scale) + added[:, None] * (known / scale)
+    half = torch.linalg.solve_triangular(cholesky, right, upper=False)
     found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * scale
     return float((found - known).norm() / known.norm())
 

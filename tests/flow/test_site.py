@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import torch
 
+from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Moments
+from snp_llm.linalg.gram import Drift, Moments
 from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.site import CURVE_POINTS, factor_site, sample_curve
+from snp_llm.site import CURVE_POINTS, cut, factor_site, sample_curve
 from snp_llm.sums import Statistics
 from tests.conftest import small_opt, small_recipe
 
@@ -47,3 +50,40 @@ def test_a_sampled_curve_holds_the_ends_and_the_cut(n, cut):
 def test_a_curve_of_a_site_without_energy_is_zero():
     zero = torch.zeros(3, dtype=torch.float64)
     assert sample_curve(zero, torch.zeros(4, dtype=torch.float64), 10, 2).error == [0.0, 0.0, 0.0]
+
+
+def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
+    """The threshold lowered, the same site both ways: same units, nearly the same weights, curves and errors."""
+    model, family = small_opt(), FAMILIES[0]
+    site = find_sites(find_blocks(model, family), family)[1]
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator)
+
+    def moments(tokens):
+        x = (torch.randn(tokens, 64, generator=generator) @ mixing).relu()
+        return Moments((x.T @ x).tril(), x.sum(0), tokens), x
+
+    (total, x), (held, y) = moments(800), moments(100)
+    d_out = find_blocks(model, family)[0].fc2.weight.shape[0]
+    pull = 0.05 * torch.randn(d_out, 64, generator=generator)
+    drift, held_drift = (Drift(pull @ s.T @ s, (s @ pull.T).sum(0)) for s in (x, y))
+    total = Moments(total.second + held.second, total.first + held.first, 900)
+    drift = Drift(drift.cross + held_drift.cross, drift.first + held_drift.first)
+    results = []
+    for threshold in (10**9, 1):
+        monkeypatch.setattr("snp_llm.site.SINGLE_PRECISION_FROM", threshold)
+        block = copy.deepcopy(find_blocks(model, family)[0])
+        statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
+        factored = factor_site(block, family, site, statistics, small_recipe())
+        assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
+        curve = factored.loss_curve(held)
+        result = cut(block, family, site, statistics, 40, small_recipe(), Clock(torch.device("cpu")), 0.0)
+        results.append((result, block.fc2.weight, block.fc2.bias, curve))
+    (wide, W, b, curve), (single, W32, b32, curve32) = results
+    assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening
+    assert 0 < wide.target_weight == pytest.approx(single.target_weight, abs=1e-4)
+    assert wide.error == pytest.approx(single.error, rel=1e-3)
+    assert wide.predicted_error == pytest.approx(single.predicted_error, rel=1e-3)
+    torch.testing.assert_close(W, W32, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(b, b32, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curve, curve32, rtol=1e-3, atol=1e-4 * float(curve[0]))

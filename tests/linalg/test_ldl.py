@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.ldl import build_subspace, energy_curve, error_curve, ldl, make_definite
+from snp_llm.linalg.ldl import (
+    build_subspace,
+    energy_curve,
+    error_curve,
+    error_without_last,
+    ldl,
+    make_definite,
+    solve_error,
+)
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 
@@ -87,3 +95,30 @@ def test_not_a_number_is_refused(bad):
         make_definite(G, 0.01)
     with pytest.raises(SnpError, match="not positive definite"):
         ldl(-torch.eye(3, dtype=torch.float64))
+
+
+def test_the_error_of_solving_tells_a_good_factor_from_a_bad_one():
+    X = make_inputs()
+    G = X.T @ X
+    added = 0.1 * G.diagonal()
+    good = torch.linalg.cholesky(G + torch.diag(added))
+    assert solve_error(G + torch.diag(added), good) < 1e-10 and solve_error(G, good, added) < 1e-10
+    assert solve_error(G, good) > 1e-2  # a factor of another matrix
+    single = solve_error(G.float(), torch.linalg.cholesky((G + torch.diag(added)).float()), added.float())
+    assert 1e-9 < single < 1e-4
+
+
+def test_the_error_of_one_width_is_that_of_the_curve():
+    X, W = make_inputs(), make_weight()
+    L, D = ldl(X.T @ X)
+    curve = error_curve(W, L, D)
+    for width in (1, 5, 12):
+        torch.testing.assert_close(torch.tensor(error_without_last(W, L, D, width)).double(), curve[width])
+
+
+def test_the_inverse_is_the_same_however_often_it_is_taken():
+    X = make_inputs()
+    definite = make_definite(X.T @ X, 0.1)
+    first, second = definite.inverse(), definite.inverse()
+    torch.testing.assert_close(first @ definite.gram, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
