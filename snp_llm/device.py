@@ -9,7 +9,10 @@ import torch
 
 from snp_llm.errors import SnpError
 
-PHASES = ("loading", "forward passes", "Gram matrices", "linear algebra", "surgery", "saving")
+PHASES = (
+    *("loading", "forward passes", "Gram matrices", "ordering", "factorisation", "reconstruction", "surgery"),
+    "saving",
+)
 
 
 def compute_device(name: str) -> torch.device:
@@ -34,6 +37,14 @@ def describe_device(device: torch.device) -> str:
         return f"cuda, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether so many bytes are free on a device, without what torch holds in reserve; always true of the host."""
+    if device.type != "cuda":
+        return True
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size <= torch.cuda.mem_get_info(device)[0] + reserved
 
 
 def synchronize(device: torch.device) -> None:

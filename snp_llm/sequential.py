@@ -29,7 +29,7 @@ from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
 from snp_llm.stream import Stream, attention_pass, check_finite, in_batches
-from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, held_out, over_all_ranks
+from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
 
@@ -138,7 +138,8 @@ def prune_block(
 
     def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
         with clock.phase("Gram matrices"):
-            statistics = over_all_ranks(sums, held, length).statistics(gradients(2 * index + (site is ffn_site)))
+            gradient = gradients(2 * index + (site is ffn_site))
+            statistics = for_algebra(site.name, over_all_ranks(sums, held, length).statistics(gradient))
         result = cut_on_one_rank(block, family, site, statistics, width, recipe, clock, start)
         on_step(str(result))
         return result
@@ -148,7 +149,7 @@ def prune_block(
     attended = stream.like_hidden()
     form: Any = None  # what the attention module returns, but for the tensor
     with clock.phase("forward passes"), torch.no_grad():
-        sums = new_sums(attention_out)
+        sums = new_sums(attention_site.name, attention_out)
         passes = in_batches(windows, stream.batch, lambda at: attention_pass(block, family, hidden[at], call))
         for at, (context, returned) in passes:
             lacking = None
@@ -169,7 +170,7 @@ def prune_block(
             return output, input_of(ffn_out, block, hidden[at], call)
 
     with clock.phase("forward passes"), torch.no_grad():
-        sums = new_sums(ffn_out)
+        sums = new_sums(ffn_site.name, ffn_out)
         for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn):
             attended[at] = output
             lacking = None

@@ -28,17 +28,14 @@ from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
-from snp_llm.sums import Statistics
+from snp_llm.sums import SINGLE_PRECISION_FROM, Statistics
 
 METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
 
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
-# From so many channels on a site is ordered and factored in float32: half the memory, which is what such sites lack
-# first, and half the time. What float32 cannot factor or solve this well is done in float64 after all.
-SINGLE_PRECISION_FROM = 4096
-SOLVE_TOLERANCE = 1e-3
+SOLVE_TOLERANCE = 1e-3  # what float32 cannot factor or solve this well is done in float64 after all
 CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
 
 log = logging.getLogger(__name__)
@@ -180,7 +177,7 @@ class FactoredSite:
 
 
 def factor_site(
-    block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, width: int = 0
+    block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, clock: Clock, width: int = 0
 ) -> FactoredSite:
     """Orders a site's units and factors its Gram matrix in that order, on the moments' device.
 
@@ -190,6 +187,7 @@ def factor_site(
         site: to be factored.
         statistics: of it.
         recipe: all settings, resolved.
+        clock: on which ordering is timed apart.
         width: units that will be kept at least: their order among themselves is then not worth much computing.
     """
     try:
@@ -210,10 +208,9 @@ def factor_site(
             root = metric_root(metric)
         weighted = root.mT @ W if root is not None and recipe.metric == "loss" else W
         keep = 0 if site.groups else width  # dealing from groups takes some that are not among the best
-        unit_order = order_units(
-            recipe.ordering,
-            OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block, keep),
-        )
+        problem = OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block, keep)
+        with clock.phase("ordering"):
+            unit_order = order_units(recipe.ordering, problem)
         if site.groups:
             unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
@@ -256,8 +253,8 @@ def cut(
         return SiteResult(
             site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, time.perf_counter() - start
         )
-    with clock.phase("linear algebra"):
-        factored = factor_site(block, family, site, statistics, recipe, width)
+    with clock.phase("factorisation"):
+        factored = factor_site(block, family, site, statistics, recipe, clock, width)
         W, mean, subspace, gram = factored.W, factored.mean, factored.subspace, factored.gram
         channels = width * site.unit_size
         kept, gone = subspace.order[:channels].sort().values, subspace.order[channels:].sort().values
@@ -276,6 +273,7 @@ def cut(
         used, root, centred = subspace.dampening, factored.root, factored.centred
         unit_order = factored.unit_order
         del factored, subspace, gram, errors  # a large site's memory goes to its repair
+    with clock.phase("reconstruction"):
         try:
             repaired = repair_site(W, at_once, root, mean, statistics, kept, gone, used, recipe, centred=centred)
         except SnpError as error:

@@ -1,15 +1,24 @@
 """Sums of a site over calibration tokens, apart for the windows that are held out. Knows tensors, not blocks."""
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from snp_llm import ranks
+from snp_llm.device import has_room
 from snp_llm.linalg.gram import Drift, Moments, add_drift, add_moments, empty_drift, empty_moments
 from snp_llm.models.families import Projection, weight_of
 
+ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at once where it is factorised
+# From so many channels on a site is ordered and factored in float32: half the memory, which is what such sites lack
+# first, and half the time.
+SINGLE_PRECISION_FROM = 4096
 HELD_OUT_EVERY = 8  # one window of so many is held out
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,27 @@ class Sums:
 
 
 def empty_sums(
-    out: Projection, device: torch.device, *, drifting: bool, holding_out: bool, with_gradient: bool = False
+    name: str,
+    out: Projection,
+    device: torch.device,
+    *,
+    drifting: bool,
+    holding_out: bool,
+    with_gradient: bool = False,
 ) -> Sums:
-    """Sums of no tokens."""
+    """Sums of no tokens, on the device if there is room for them, else on the CPU.
+
+    Args:
+        name: of the site.
+        out: its out-projection.
+        device: where its inputs are.
+        drifting: whether there is a target that its output may lack something of.
+        holding_out: whether sums over held-out windows are kept apart.
+        with_gradient: whether the loss gradient at its output is summed as well.
+    """
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
+    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + with_gradient * d_out * (d_out + 1)
+    device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     return Sums(
         moments=empty_moments(n, dtype, device),
         drift=empty_drift(d_out, n, dtype, device) if drifting else None,
@@ -80,7 +106,9 @@ def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) 
         lacking: of its output, (batch, T, d_out), or None without targets.
         held: which windows are held out, (batch,), bool.
     """
-    held, inputs = held.to(inputs.device), inputs.reshape(len(held), -1, inputs.shape[-1])
+    device = sums.moments.second.device
+    held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
+    lacking = None if lacking is None else lacking.to(device)
     if sums.held_moments is None or not held.any():
         if sums.drift is not None and lacking is not None:
             add_drift(sums.drift, lacking, inputs)
@@ -95,10 +123,34 @@ def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) 
     )
 
 
+def for_algebra(name: str, statistics: Statistics) -> Statistics:
+    """Statistics on the device where they are if there is room for factorising them, else on the CPU."""
+    second = statistics.moments.second
+    wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
+    if _where(name, "algebra", ALGEBRA_MATRICES * second.numel() * wide, second.device) == second.device:
+        return statistics
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.cpu()
+        if isinstance(value, Moments | Drift):
+            return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    return replace(statistics, **{f.name: moved(getattr(statistics, f.name)) for f in fields(statistics)})
+
+
+def _where(name: str, what: str, size: int, device: torch.device) -> torch.device:
+    if has_room(device, size):
+        return device
+    log.info("%s: no room for %s of %.1f GB on %s; computed on the CPU", name, what, size / 1e9, device)
+    return torch.device("cpu")
+
+
 def add_gradient(sums: Sums, gradient: Tensor) -> Sums:
     """Adds the loss gradient at the site's output, (..., d_out), in place."""
     assert sums.gradient is not None
-    return replace(sums, gradient=add_moments(sums.gradient, gradient))
+    return replace(sums, gradient=add_moments(sums.gradient, gradient.to(sums.gradient.second.device)))
 
 
 def over_all_ranks(sums: Sums, held: Tensor, length: int) -> Sums:

@@ -32,7 +32,7 @@ from snp_llm.models.families import Family, Site, linear
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
 from snp_llm.stream import advance, capture, check_finite, in_batches
-from snp_llm.sums import Statistics, Sums, add_batch, add_gradient, empty_sums, held_out, over_all_ranks
+from snp_llm.sums import Statistics, Sums, add_batch, add_gradient, empty_sums, for_algebra, held_out, over_all_ranks
 
 TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
 GRADIENT_TOKENS = 32_768  # at most, with gradients: what enters every block is kept for the way back
@@ -137,8 +137,12 @@ def _there(
     summed: list[tuple[int, list[Sums]]] = []
     for index in range(first, len(blocks)):
         block = blocks[index]
-        outs = [linear(block, s.out_projection) for s in sites if s.block == index]
-        sums = [empty_sums(out, clock.device, drifting=False, holding_out=False) for out in outs]
+        here = [s for s in sites if s.block == index]
+        outs = [linear(block, s.out_projection) for s in here]
+        sums = [
+            empty_sums(s.name, out, clock.device, drifting=False, holding_out=False)
+            for s, out in zip(here, outs, strict=True)
+        ]
         seen: dict[nn.Module, Tensor] = {}
 
         run = partial(_run, block, stream.hidden, stream.calls[index])
@@ -198,8 +202,12 @@ def _there_and_back(
     summed: list[tuple[int, list[Sums]]] = []
     for index in range(len(blocks) - done - 1, -1, -1):
         block, entering = blocks[index], inputs.pop()
-        outs = [linear(block, s.out_projection) for s in sites if s.block == index]
-        sums = [empty_sums(out, device, drifting=False, holding_out=True, with_gradient=True) for out in outs]
+        here = [s for s in sites if s.block == index]
+        outs = [linear(block, s.out_projection) for s in here]
+        sums = [
+            empty_sums(s.name, out, device, drifting=False, holding_out=True, with_gradient=True)
+            for s, out in zip(here, outs, strict=True)
+        ]
         seen: dict[nn.Module, Tensor] = {}
         backwards: dict[nn.Module, Tensor] = {}
         watchers: Watchers = {out: partial(_keep, backwards, out) for out in outs}
@@ -260,12 +268,12 @@ def _settle(
     if len(summed) < ranks.rank_count() and not last:
         return
     curves: dict[int, dict[str, Tensor]] = {}
-    with clock.phase("linear algebra"):
+    with clock.phase("factorisation"):
         for block_index, found in summed:
             if found:
                 here = [s for s in sites if s.block == block_index]
                 with on_device(blocks[block_index], clock.device):
-                    curves[block_index] = _curves(blocks[block_index], family, here, found, recipe)
+                    curves[block_index] = _curves(blocks[block_index], family, here, found, recipe, clock)
     for block_index, tensors in curves.items():
         journal.put(block_index, tensors)
     if journal.folder is None:  # on disk all ranks can read them
@@ -280,7 +288,7 @@ def _settle(
 
 
 def _curves(
-    block: nn.Module, family: Family, sites: Sequence[Site], sums: Sequence[Sums], recipe: Recipe
+    block: nn.Module, family: Family, sites: Sequence[Site], sums: Sequence[Sums], recipe: Recipe, clock: Clock
 ) -> dict[str, Tensor]:
     """By kind of site and name: what `SiteCurves` holds."""
     found: dict[str, Tensor] = {}
@@ -291,8 +299,10 @@ def _curves(
             found[f"{site.kind} gradient"] = gradient.float().cpu()
         if recipe.allocation not in NEEDS_CURVES:
             continue
-        apart = Statistics(site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient)
-        factored = factor_site(block, family, site, apart, recipe)
+        apart = for_algebra(
+            site.name, Statistics(site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient)
+        )
+        factored = factor_site(block, family, site, apart, recipe, clock)
         found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
         loss = factored.loss_curve(apart.held_moments)
         if loss is not None:

@@ -90,7 +90,7 @@ def test_the_page_says_what_was_done(runs):
     reader, report = Reader(text), json.loads((runs[0] / REPORT).read_text())
     assert "small-opt, " in reader.text and f"{report['pruned']['size']['parameters']:,}" in reader.text
     assert report["calibration"]["sha256"] in reader.text and "trust_remote_code=True" in reader.text
-    for words in ("--sparsity", "linear algebra", "What these numbers do not say", "torch", report["evaluation"]):
+    for words in ("--sparsity", "factorisation", "What these numbers do not say", "torch", report["evaluation"]):
         assert words in reader.text, words
     pictures = reader.of("svg")
     assert len(pictures) >= 10 and all(len(svg["aria-label"]) > 20 for svg in pictures)

@@ -1,0 +1,90 @@
+"""Tokens on their way through the blocks: where they wait, and what happens when a batch or a matrix does not fit."""
+
+import gc
+import logging
+import os
+
+import pytest
+import torch
+
+from snp_llm import prune, stream, sums
+from snp_llm.errors import SnpError
+from snp_llm.stream import BatchSize, Shelf, in_batches
+from tests.conftest import small_model, small_recipe
+
+CUTS = {"sparsity": 0.4, "round_to": 4, "num_samples": 10, "batch_size": 8}
+
+
+def too_large(limit: int, seen: list[int]):
+    """What a device does that has room for so many windows."""
+
+    def compute(at: slice) -> slice:
+        seen.append(at.stop - at.start)
+        if at.stop - at.start > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return at
+
+    return compute
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_nothing_is_left_out(caplog):
+    seen, batch = [], BatchSize(8)
+    slices = [at for at, _ in in_batches(11, batch, too_large(3, seen))]
+    assert [i for at in slices for i in range(at.start, at.stop)] == list(range(11))
+    assert seen[:3] == [8, 4, 2] and batch.windows == 2  # remembered for the next pass
+    assert [m for m in caplog.messages if "did not fit; going on with 2 at a time" in m]
+    with pytest.raises(SnpError, match="one calibration window.*--seq-len"):
+        [*in_batches(2, BatchSize(2), too_large(0, []))]
+    with pytest.raises(RuntimeError, match="something else"):
+        [*in_batches(2, BatchSize(2), lambda _at: (_ for _ in ()).throw(RuntimeError("something else")))]
+
+
+def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch, caplog):
+    dense = small_model("llama")
+    expected = prune(dense, tokenizer, small_recipe(**CUTS))
+    real = stream.in_batches
+
+    def on_a_small_device(windows, batch, compute):
+        def limited(at):
+            if at.stop - at.start > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return compute(at)
+
+        return real(windows, batch, limited)
+
+    for module in ("stream", "sequential", "visit", "targets"):
+        monkeypatch.setattr(f"snp_llm.{module}.in_batches", on_a_small_device)
+    found = prune(dense, tokenizer, small_recipe(**CUTS))
+    assert [m for m in caplog.messages if "going on with 2 at a time" in m]
+    for a, b in zip(expected.sites, found.sites, strict=True):
+        assert torch.equal(a.kept, b.kept)
+    for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
+    dense = small_model("llama")
+    expected = prune(dense, tokenizer, small_recipe(**CUTS))
+    monkeypatch.setattr(sums, "has_room", lambda _device, size: size < 10_000)
+    caplog.set_level(logging.INFO)
+    found = prune(dense, tokenizer, small_recipe(**CUTS))
+    assert [m for m in caplog.messages if "mlp.down_proj: no room for sums of" in m and "computed on the CPU" in m]
+    assert [m for m in caplog.messages if "mlp.down_proj: no room for algebra of" in m]
+    for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hidden_states_on_disk_are_files_without_a_name(tmp_path):
+    shelf = Shelf(None, tmp_path / "deep" / "down")
+    states = shelf.empty(3, 5, 7, dtype=torch.bfloat16)
+    states.fill_(2.0)
+    states[1] = 3.0
+    assert states[1].eq(3).all() and states[2].eq(2).all() and list((tmp_path / "deep/down").iterdir()) == []
+    mapped = sum("hidden-" in line for line in open(f"/proc/{os.getpid()}/maps")) if os.path.exists("/proc") else 1
+    assert mapped == 1
+    del states
+    gc.collect()
+    if os.path.exists("/proc"):
+        assert not any("hidden-" in line for line in open(f"/proc/{os.getpid()}/maps"))
+    with pytest.raises(SnpError, match="--hidden-device disk"):
+        Shelf(None, tmp_path).empty(1 << 50, dtype=torch.float32)

@@ -1,0 +1,84 @@
+"""Weights that wait in their files: the same model, without ever being all in memory."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from snp_llm import checkpoint, prune
+from snp_llm.measure import logits_block_by_block, model_size
+from snp_llm.models.blocks import on_device
+from snp_llm.models.families import find_blocks, find_family
+from snp_llm.models.on_disk import disk_index, fingerprint, is_on_disk
+from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+
+TOKENS = torch.randint(3, 2048, (3, 24), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_path):
+    """Its checkpoint in several shards, its result saved from disk to disk."""
+    small_model(model_type).save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    recipe = small_recipe(sparsity=0.3, round_to=4)
+    models = []
+    for name, where in (("memory", None), ("disk", tmp_path / "scratch")):
+        dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=where)
+        pruned = prune(dense, tokenizer, recipe)
+        checkpoint.save(pruned.model, tokenizer, tmp_path / name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+        assert is_on_disk(dense) == (where is not None)
+        assert model_size(pruned.model, 24) == model_size(models[-1], 24)
+    assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_block_by_block_gives_the_models_own_logits(model_type, tokenizer, tmp_path):
+    model = small_model(model_type)
+    expected = model(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(logits_block_by_block(model, TOKENS), expected, rtol=1e-9, atol=1e-9)
+    save_model(model, tokenizer, tmp_path)
+    on_disk, _ = checkpoint.load(str(tmp_path), "auto", on_disk=tmp_path / "scratch")
+    torch.testing.assert_close(logits_block_by_block(on_disk, TOKENS), expected, rtol=1e-9, atol=1e-9)
+    assert is_on_disk(on_disk)
+
+
+def test_one_block_is_in_memory_at_a_time_and_tied_embeddings_stay_tied(tokenizer, tmp_path):
+    save_model(small_opt(), tokenizer, tmp_path)
+    model, _ = checkpoint.load(str(tmp_path), "float64", on_disk=tmp_path / "scratch")
+    blocks = find_blocks(model, find_family(model.config))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with on_device(blocks[1], CPU), on_device(blocks[1], CPU):
+        assert [is_on_disk(block) for block in blocks] == [True, False, True]
+        assert blocks[1].fc1.weight.dtype == torch.float64  # asked for, whatever the file has
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with pytest.raises(ZeroDivisionError), on_device(blocks[0], CPU):
+        raise ZeroDivisionError
+    assert is_on_disk(blocks[0])
+    # As it is, transformers runs it too, reading layer by layer.
+    assert torch.equal(
+        model(TOKENS).logits, AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float64")(TOKENS).logits
+    )
+
+
+def test_weights_that_are_in_no_safetensors_file(tokenizer, tmp_path):
+    model = small_opt()
+    save_model(model, tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    on_disk, _ = checkpoint.load(str(tmp_path), "auto", on_disk=tmp_path / "scratch")
+    assert is_on_disk(on_disk) and all("scratch" in e["safetensors_file"] for e in disk_index(on_disk).values())
+    torch.testing.assert_close(logits_block_by_block(on_disk, TOKENS), model(TOKENS, use_cache=False).logits)
+
+
+def test_a_fingerprint_changes_with_any_of_its_files(tokenizer, tmp_path):
+    save_model(small_opt(), tokenizer, tmp_path)
+    prints = [fingerprint(checkpoint.load(str(tmp_path), "auto", on_disk=tmp_path / "s")[0]) for _ in range(2)]
+    assert prints[0] == prints[1]
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(checkpoint.load(str(tmp_path), "auto", on_disk=tmp_path / "s")[0]) != prints[0]
+    assert fingerprint(small_opt()) == fingerprint(small_opt())  # in memory there is nothing to look at
