@@ -1,120 +1,261 @@
-"""What pruning costs: seconds by phase, over the time of one dense forward pass on the same tokens, and peak memory.
+"""What pruning costs: seconds by phase beside one dense forward pass over the same tokens, FLOPs, and peak memory.
 
     python benchmarks/cost.py MODEL --num-samples 128 --seq-len 512
+    python benchmarks/cost.py --shape opt-1.3b --dtype bfloat16 --blocks 2 --num-samples 8 --seq-len 128
 
-Forward pass and pruning take turns in one process, so that drift of the machine cancels in the ratio. Loading and
-evaluation are apart. Peak memory is the resident set, sampled every 5 ms.
+Forward pass and pruning take turns in one process, so that drift of the machine cancels in the ratio. A prune is all of
+it: the checkpoint is read block by block from disk, blocks and gradients are written as they are finished, and the
+model is saved. Evaluation and reloading in a fresh process are apart.
+
+A shape is that of a published OPT with random weights, which costs the same. With `--blocks k` the model has only its
+first k blocks: all seconds and FLOPs but those of embeddings and head in the forward pass are multiplied by what is
+missing, and the table says so. Peak memory is that of the process: sampled resident set, or of the GPU; with fewer
+blocks it is a lower bound.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import transformers
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe, checkpoint, prune
-from snp_llm.device import compute_device, synchronize
+from snp_llm.data import BUNDLED
+from snp_llm.device import PHASES, Clock, compute_device, synchronize
+from snp_llm.estimate import estimate, matmul_rates
+from snp_llm.journal import Journal
+from snp_llm.models.blocks import run_without_blocks
+from snp_llm.models.families import find_blocks, find_family
 from snp_llm.pipeline import read_calibration, resolve
 
+# Hidden size, blocks, heads; the FFN is four times as wide.
+SHAPES = {
+    "opt-125m": (768, 12, 12),
+    "opt-1.3b": (2048, 24, 32),
+    "opt-6.7b": (4096, 32, 32),
+    "opt-13b": (5120, 40, 40),
+    "opt-30b": (7168, 48, 56),
+}
 # What no gradients are needed for, with the default's ordering, and with the paper's.
 PLAIN = {"allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
 CHOICES: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN, "paper": {**PLAIN, "ordering": "zca"}}
 
 
+@dataclass(frozen=True)
+class Cost:
+    """One prune beside one forward pass; seconds and FLOPs are those of all blocks of the shape.
+
+    Attributes:
+        forward: seconds of the forward pass.
+        seconds: by phase of the prune.
+        rest: seconds of the prune in no phase.
+        flops: that the prune was reckoned to do.
+        at_ceiling: seconds that those would take at the measured rate of large products.
+        memory: peak, bytes: in forward pass and prune.
+    """
+
+    forward: float
+    seconds: dict[str, float]
+    rest: float
+    flops: float
+    at_ceiling: float
+    memory: tuple[float, float]
+
+    @property
+    def whole(self) -> float:
+        return sum(self.seconds.values()) + self.rest
+
+
 def main() -> None:
+    args = parse()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.get_logger("accelerate.big_modeling").setLevel("ERROR")
+    device = compute_device(args.device)
+    print(f"    python {' '.join(['benchmarks/cost.py', *map(printable, sys.argv[1:])])}\n")
+    with tempfile.TemporaryDirectory(prefix="cost-", dir=args.scratch) as scratch:
+        folder, factor = args.model, 1.0
+        if args.shape:
+            folder, factor = make_shape(args.shape, args.blocks, args.dtype, Path(scratch) / "dense")
+        print(heading(args, factor, device))
+        columns = ["choices", "windows", "forward, s", "prune, s", "ratio", *(f"{phase}, s" for phase in PHASES)]
+        columns += ["rest, s", "TFLOPs", "of ceiling", "peak forward, MB", "peak prune, MB"]
+        print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
+        for name in args.choices.split(","):
+            for count in args.num_samples:
+                costs = [measure(args, folder, name, count, factor, device, Path(scratch)) for _ in range(args.repeats)]
+                print(row(name, count, costs), flush=True)
+    print(f"\nResident before any model: {IMPORTED / 1e6:.0f} MB, with torch imported.")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--num-samples", type=int, default=128)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", nargs="?", help="hub id, local folder or tiny-opt")
+    what.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--blocks", type=int, default=None, help="of a shape, the first so many")
+    parser.add_argument("--dtype", default="auto", help="of the weights; float32 for shapes")
+    parser.add_argument("--num-samples", type=lambda text: [int(n) for n in text.split(",")], default=[128])
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.3)
     parser.add_argument("--choices", default=",".join(CHOICES), help="rows of the table")
-    parser.add_argument("--calibration", default="wikitext2")
+    parser.add_argument("--calibration", default=None, help="default: wikitext2; random token ids for shapes")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", default=None, help="folder for weights and journals; default: the system's")
     args = parser.parse_args()
+    if args.blocks is not None and not args.shape:
+        parser.error("--blocks: expected together with --shape")
+    return args
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    imported = resident()
-    dense, tokenizer = checkpoint.load(args.model, "auto")
-    loaded = resident()
+
+def heading(args: argparse.Namespace, factor: float, device: torch.device) -> str:
+    name = args.shape or Path(args.model).name
+    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    few = f" Extrapolated from {args.blocks} blocks, times {factor:g}." if factor > 1 else ""
+    return (
+        f"{name}: windows of {args.seq_len} tokens, batches of {args.batch_size}, sparsity {args.sparsity:g}, "
+        f"{device.type}, {threads}, torch {torch.__version__}; medians of {args.repeats}.{few}\n"
+    )
+
+
+def make_shape(name: str, blocks: int | None, dtype: str, folder: Path) -> tuple[str, float]:
+    """A checkpoint with random weights, and how many times as many blocks the shape has."""
+    hidden, depth, heads = SHAPES[name]
+    kept = min(blocks or depth, depth)
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    config = OPTConfig(
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=kept,
+        num_attention_heads=heads,
+        dropout=0.0,
+    )
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).to(wanted)
+    model.save_pretrained(folder, max_shard_size="500MB")
+    return str(folder), depth / kept
+
+
+def load(
+    args: argparse.Namespace, folder: str, scratch: Path | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model, on disk where there is a scratch folder. A shape gets the bundled tokenizer, which has fewer ids."""
+    if not args.shape:
+        return checkpoint.load(folder, args.dtype, on_disk=scratch)
+    where = {} if scratch is None else {"device_map": {"": "disk"}, "offload_folder": str(scratch)}
+    model = OPTForCausalLM.from_pretrained(folder, dtype="auto", **where)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(BUNDLED / checkpoint.TINY_OPT)
+
+
+def measure(
+    args: argparse.Namespace, folder: str, name: str, count: int, factor: float, device: torch.device, scratch: Path
+) -> Cost:
+    """A forward pass, then a prune."""
     recipe = Recipe(
-        model=args.model,
+        model=folder,
         sparsity=args.sparsity,
-        calibration=args.calibration,
-        num_samples=args.num_samples,
+        calibration=args.calibration or ("random" if args.shape else "wikitext2"),
+        num_samples=count,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
+        device=args.device,
+        **CHOICES[name],
     )
-    windows = read_calibration(tokenizer, resolve(recipe, dense), dense)
-    device = compute_device(recipe.device)
-    print(f"    python {' '.join(sys.argv)}\n")
-    print(
-        f"{args.model}: {windows.tokens.numel():,} tokens, batches of {args.batch_size}, sparsity {args.sparsity:g}, "
-        f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; medians of {args.repeats}.\n"
+    dense, tokenizer = load(args, folder, None)
+    tokens = read_calibration(tokenizer, resolve(recipe, dense), dense).tokens
+    with peak_memory(device) as forward_peak:
+        forward, rest = forward_seconds(dense, tokens, args.batch_size, device)
+    del dense
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory(dir=scratch) as work, peak_memory(device) as prune_peak:
+        start = time.perf_counter()
+        with clock.phase("loading"):
+            dense, tokenizer = load(args, folder, Path(work) / "dense")
+        pruned = prune(dense, tokenizer, recipe, journal=Journal(Path(work) / "journal"))
+        with clock.phase("saving"):
+            checkpoint.save(pruned.model, tokenizer, Path(work) / "pruned")
+        elapsed = time.perf_counter() - start
+    seconds = {phase: factor * (pruned.seconds[phase] + clock.seconds[phase]) for phase in PHASES}
+    needed = estimate(dense, resolve(recipe, dense))
+    rates = matmul_rates(device, needed.dtypes)
+    return Cost(
+        forward=(forward - rest) * factor + rest,
+        seconds=seconds,
+        rest=factor * elapsed - sum(seconds.values()),
+        flops=factor * needed.flops,
+        at_ceiling=factor * sum(work.flops / rates[work.dtype] for work in needed.work),
+        memory=(forward_peak[0], prune_peak[0]),
     )
-    columns = ("choices", "forward, s", "prune, s", "ratio")
-    phases = ("calibration", "linear algebra", "surgery")
-    memory = ("peak forward, MB", "peak prune, MB")
-    print("| " + " | ".join((*columns, *phases, *memory)) + " |")
-    print("|---|" + "---:|" * 8)
-    for name in args.choices.split(","):
-        chosen = Recipe(**{**recipe.as_dict(), **CHOICES[name]})
-        forwards, prunes, shares = [], [], []
-        peaks = [0.0, 0.0]
-        for repeat in range(1 + args.repeats):  # the first is a warm-up
-            with sampled_peak() as peak:
-                seconds = forward_seconds(dense, windows.tokens, args.batch_size, device)
-            forward_peak = peak[0]
-            with sampled_peak() as peak:
-                start = time.perf_counter()
-                pruned = prune(dense, tokenizer, chosen)
-                elapsed = time.perf_counter() - start
-            if repeat:
-                forwards.append(seconds)
-                prunes.append(elapsed)
-                shares.append(pruned.seconds)
-                peaks = [max(peaks[0], forward_peak), max(peaks[1], peak[0])]
-        ratio = statistics.median(p / f for p, f in zip(prunes, forwards, strict=True))
-        figures = [statistics.median(forwards), statistics.median(prunes), ratio]
-        figures += [statistics.median(s[phase] for s in shares) for phase in phases]
-        cells = [name, *(f"{x:.2f}" for x in figures), *(f"{x:.0f}" for x in peaks)]
-        print("| " + " | ".join(cells) + " |", flush=True)
-    print(f"\nResident before loading the model {imported:.0f} MB, after {loaded:.0f} MB.")
+
+
+def row(name: str, count: int, costs: list[Cost]) -> str:
+    def middle(values: Iterator[float]) -> float:
+        return statistics.median(values)
+
+    figures = [middle(c.forward for c in costs), middle(c.whole for c in costs)]
+    figures += [middle(c.whole / c.forward for c in costs)]
+    figures += [middle(c.seconds[phase] for c in costs) for phase in PHASES]
+    figures += [middle(c.rest for c in costs), middle(c.flops for c in costs) / 1e12]
+    share = middle(c.at_ceiling / c.whole for c in costs)
+    peaks = [max(c.memory[at] for c in costs) / 1e6 for at in (0, 1)]
+    cells = [name, f"{count}", *(f"{x:.2f}" for x in figures), f"{100 * share:.0f} %", *(f"{x:.0f}" for x in peaks)]
+    return f"| {' | '.join(cells)} |"
 
 
 @torch.no_grad()
 def forward_seconds(
-    model: transformers.PreTrainedModel, tokens: torch.Tensor, batch_size: int, device: torch.device
-) -> float:
-    """One plain forward pass over all tokens."""
+    model: PreTrainedModel, tokens: torch.Tensor, batch_size: int, device: torch.device
+) -> tuple[float, float]:
+    """One plain forward pass over all tokens, and the part of it that is embeddings and head."""
     model.to(device)
-    start = time.perf_counter()
-    for batch in tokens.split(batch_size):
-        model(batch.to(device), use_cache=False)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def resident() -> float:
-    return psutil.Process().memory_info().rss / 1e6
+    blocks = find_blocks(model, find_family(model.config))
+    batches = [batch.to(device) for batch in tokens.split(batch_size)]
+    model(batches[0], use_cache=False)  # warms up
+    seconds = []
+    for run in (
+        lambda batch: model(batch, use_cache=False),
+        lambda batch: run_without_blocks(model, blocks, batch),
+    ):
+        synchronize(device)
+        start = time.perf_counter()
+        for batch in batches:
+            run(batch)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    model.to("cpu")
+    return seconds[0], seconds[1]
 
 
 @contextmanager
-def sampled_peak() -> Iterator[list[float]]:
-    """The largest resident set while the context lasts, MB, in the list's only element."""
-    peak, done = [resident()], threading.Event()
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Bytes at the peak while the context lasts, in the list's only element: on a GPU its, else the resident set."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        peak = [0.0]
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device)
+        return
+    process = psutil.Process()
+    peak, done = [float(process.memory_info().rss)], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], resident())
+            peak[0] = max(peak[0], process.memory_info().rss)
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -124,6 +265,13 @@ def sampled_peak() -> Iterator[list[float]]:
         done.set()
         thread.join()
 
+
+def printable(argument: str) -> str:
+    """Of files and folders only the names: the command may be published."""
+    return Path(argument).name if "/" in argument and Path(argument).exists() else argument
+
+
+IMPORTED = psutil.Process().memory_info().rss
 
 if __name__ == "__main__":
     main()

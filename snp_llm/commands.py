@@ -256,6 +256,7 @@ def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
         result = bench.bench(recipe, typed, on_step)
     if recipe.save:
         bench.save(result, Path(recipe.pruned))
+        write_page(Path(recipe.pruned))
     if talk.json:
         print_json(result)
         return
@@ -285,6 +286,7 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
         for result in results:
             if result.model in own:
                 evaluation.save(result, recipe, Path(result.model))
+                write_page(Path(result.model))
     if talk.json:
         print_json(evaluation.as_json(results))
     elif len(results) == 1 and recipe.tasks is None:
