@@ -147,7 +147,7 @@ def spectrum_figure(
             axes.plot(*zip(*ranked, strict=True), "-", linewidth=1.2, color=COLOURS["ink"], label="sorted", zorder=2)
         _log_axis(axes.yaxis, *_room(v for v in (*variance, *spectrum) if v > 0))
         _mark_cut(figure, axes, cut, channels[-1])
-        axes.legend(loc=_beside(cut, channels[-1]), handletextpad=0.5, borderaxespad=0.3, markerscale=2)
+        axes.legend(loc="best", handletextpad=0.5, borderaxespad=0.3, markerscale=2)
         return figure
 
 

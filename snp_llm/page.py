@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Foreign JSON in a form that can be shown: lines of name and value, and tables."""
+    """Foreign JSON in a form that can be shown: lines of name and value, tables, and sentences."""
 
     lines: list[tuple[str, str]]
     tables: list[Table]
+    sentences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
         others: to compare with.
 
     Raises:
-        SnpError: the others are of another model, or were evaluated on another text.
+        SnpError: a file that cannot be understood; others of another model, or evaluated on another text.
     """
     report = run.report
     try:
@@ -183,7 +184,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "phases": _phases(report),
             "settings": {name: _setting(value) for name, value in report["recipe"].items() if value is not None},
             "unset": [name for name, value in report["recipe"].items() if value is None],
-            "bench": measurements(run.bench),
+            "bench": bench_measurements(run.bench),
             "tasks": measurements(report.get("tasks")),
             "compared": compared,
             "limits": limits(run),
@@ -192,7 +193,8 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
     except (jinja2.TemplateError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SnpError(
-            f"{run.name}/{REPORT}: expected a report of `snp-llm prune`, cannot be understood ({reason}). Prune again."
+            f"report {run.name}: expected what `snp-llm prune` and `snp-llm bench` write; {REPORT} or {BENCH} cannot "
+            f"be understood ({reason}). Make it again."
         ) from error
 
 
@@ -568,6 +570,25 @@ def _picture(figure: "Figure", title: str, note: str, said: str, key: str) -> Pi
 def _speed_up(report: Mapping[str, Any]) -> float | None:
     dense, pruned = report["dense"]["speed"], report["pruned"]["speed"]
     return pruned / dense if dense and pruned else None
+
+
+def bench_measurements(value: Any) -> Measurements | None:
+    """What `bench.json` holds, as a table of cells, dense beside pruned; whatever else has that name, key by key."""
+    if not isinstance(value, dict) or not isinstance(cells := value.get("cells"), list):
+        return measurements(value)
+    rest = measurements({name: inner for name, inner in value.items() if name not in ("cells", "remarks")})
+    columns = ["", "dense, tokens a second", "pruned", "times as fast", "quartiles", "FLOPs", "weights"]
+    rows = []
+    for c in cells:
+        what, shape = c["cell"]["kind"], f"{c['cell']['batch']} \N{MULTIPLICATION SIGN} {count(c['cell']['length'])}"
+        speeds = [count(c[model]["tokens_per_second"]) for model in ("dense", "pruned")]
+        quartiles = f"{c['speedup_low']:.2f} to {c['speedup_high']:.2f}"
+        ratios = [f"{c[ratio]:.3f}" for ratio in ("flops_ratio", "bytes_ratio")]
+        rows.append([f"{what}, {shape}", *speeds, f"{c['speedup']:.2f}", quartiles, *ratios])
+    caption = "Batch and prompt length; FLOPs and weights of the pruned model over those of the dense one"
+    return Measurements(
+        rest.lines if rest else [], [Table(caption, columns, rows)], [str(r) for r in value.get("remarks") or []]
+    )
 
 
 def measurements(value: Any) -> Measurements | None:
