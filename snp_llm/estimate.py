@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from snp_llm.device import synchronize
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.linalg.ordering import ZCA_EXACT_UP_TO
 from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
@@ -27,8 +28,8 @@ from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
 SHARE_OF_GRAM = 9 / 16  # of the products of a Gram matrix, those that are computed
 ALGEBRA_MATRICES = 5  # n x n in float64 at once: Gram, dampened, factor, inverse, one in between
-# Factorisations, solves and the many narrow updates of an ordering do not reach the rate of one large product. Measured
-# on matrices of 1,536 and 3,072 channels.
+# Factorisations, solves and the many narrow updates of an ordering do not reach the rate of one large product. On a CPU
+# they come to about this share of it.
 ALGEBRA_SPEED = 0.4
 EIGENDECOMPOSITION = 9  # n^3 times so many
 PROBE_SECONDS = 0.2
@@ -536,8 +537,10 @@ def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
         flops += 2 * n**3 / 3  # the inverse
     if recipe.ordering == "greedy":
         flops += 8 / 7 * 2 * n**3  # updates down to nothing, a new inverse at every halving
-    if recipe.ordering == "zca":
+    if recipe.ordering == "zca-exact" or (recipe.ordering == "zca" and n <= ZCA_EXACT_UP_TO):
         flops += EIGENDECOMPOSITION * n**3
+    elif recipe.ordering == "zca":
+        flops += 2 * n**3 / 3  # the inverse
     if recipe.needs_gradients:
         flops += 2 * EIGENDECOMPOSITION * d**3  # the root, once for the ordering and once for the curve
     return flops

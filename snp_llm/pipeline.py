@@ -309,7 +309,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
-    if recipe.hidden_device not in ("cpu", "disk", kind := compute_device(recipe.device).type):
+    kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
+    if recipe.hidden_device not in ("cpu", "disk", kind):
         raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
     if recipe.round_to is not None:
         return replace(recipe, seq_len=seq_len)

@@ -73,17 +73,17 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
-    index = {k: v for k, v in disk_index(dense).items() if not k.startswith(prefix)}
-    index.update({prefix + k: v for k, v in disk_index(pruned_blocks).items()})
-    if index:
-        wait_on_disk(model, index)
-        model.hf_device_map = {"": "disk"}  # for save_pretrained
     # Buffers that are not saved (rotary frequencies) are not in the state either, and still on meta.
     for name, buffer in dense.named_buffers():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if getattr(module, attribute).is_meta:
             setattr(module, attribute, buffer)
+    index = {k: v for k, v in disk_index(dense).items() if not k.startswith(prefix)}
+    index.update({prefix + k: v for k, v in disk_index(pruned_blocks).items()})
+    if index:
+        wait_on_disk(model, index)
+        model.hf_device_map = {"": "disk"}  # for save_pretrained
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.eval().requires_grad_(False)
 

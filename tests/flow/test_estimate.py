@@ -71,7 +71,7 @@ def test_memory_of_a_cpu_run_is_all_host_memory():
     assert here.device_bytes == 0 and here.parts("device") == []
     assert there.device_bytes > 0 and there.host_bytes < here.host_bytes
     assert sum(part.bytes for part in there.parts("device")) == there.device_bytes
-    waiting = of(model, device="cuda", hidden_device="compute")
+    waiting = of(model, device="cuda", hidden_device="cuda")
     assert waiting.device_bytes > there.device_bytes and waiting.host_bytes < there.host_bytes
 
 

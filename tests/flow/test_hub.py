@@ -352,7 +352,7 @@ def test_prune_and_push_in_a_real_process(server, opt_folder, tmp_path):
     assert repository["private"] and written.items() <= repository["files"].items()
     assert f"--push-to-hub {NAME} --private" in written["README.md"].decode()
     assert TOKEN not in run.stdout + run.stderr and not any(TOKEN.encode() in data for data in written.values())
-    assert re.search(r"^uploading \d files, ", run.stderr, re.M) and "%|" not in run.stderr  # bars are for terminals
+    assert re.search(r"^uploading \d+ files, ", run.stderr, re.M) and "%|" not in run.stderr  # bars are for terminals
 
 
 def test_a_push_that_fails_after_pruning_leaves_the_model(server, opt_folder, tmp_path, capsys):
