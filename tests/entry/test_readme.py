@@ -31,7 +31,8 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 
-from snp_llm import Recipe, cli
+from snp_llm import Recipe, checkpoint, cli
+from snp_llm import commands as commands_room
 from snp_llm.data import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
@@ -53,6 +54,7 @@ OFFLINE = {  # values of options that would need the hub, a GPU or a large model
     "--target-flops": "0.9x",
     "--target-latency": "0.9x",
     "--max-perplexity-increase": "50%",
+    "--stride": "16",
 }
 QUICK = ["--num-samples", "8", "--seq-len", "32", "--round-to", "4", "--no-eval"]
 # Programs that are not this project's: nothing of their commands is checked but that they are these.
@@ -66,8 +68,6 @@ GIVEN = {
     "Sequence": Sequence,
     "Tensor": torch.Tensor,
 }
-# Options that the docs announce for a command which comes with the many-GPU work.
-AWAITED = {"--resume"}
 FOREIGN_OPTIONS = {"--help", "--no-deps"}
 
 
@@ -132,7 +132,7 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli.checkpoint, "verify", lambda *_: 0.0)  # done once, above
+    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)  # done once, above
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
     return folder
 
@@ -183,7 +183,7 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pyte
     program = words[0]
     if program in ("snp-llm", "snp_llm.prune", "snp_llm.evaluate"):
         words = own(words)
-        if words[1] not in ("prune", "eval") or {"--push-to-hub", "--help"} & set(words):
+        if words[1] not in ("prune", "eval") or {"--push-to-hub", "--help", "--tasks", "--include-path"} & set(words):
             return parse_own(words, monkeypatch)
         offline = substitute(words)
         if tuple(offline) not in done:
@@ -218,9 +218,9 @@ def substitute(words: list[str]) -> list[str]:
         assert recipe is not None, "the model comes first"
         model = [] if recipe.endswith("/recipe.yaml") else ["small-opt"]
     else:
-        model = [rest.pop(0)]
-        if not Path(model[0]).exists():
-            model = ["small-opt"]
+        count = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
+        model = [word if Path(word).exists() else "small-opt" for word in rest[:count]]
+        rest = rest[count:]
     for at, (option, value) in enumerate(pairwise(rest), start=1):
         if option in OFFLINE and value != "random" and not Path(value).exists():
             rest[at] = OFFLINE[option]
@@ -240,8 +240,8 @@ def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for name in [name for name in dir(cli) if name.startswith("run_")]:
-            patch.setattr(cli, name, stop)
+        for name in [name for name in dir(commands_room) if name.startswith("run_")]:
+            patch.setattr(commands_room, name, stop)
         with pytest.raises(ParsedError):
             call_own(words, patch)
 
@@ -273,7 +273,7 @@ def test_there_are_blocks_of_every_kind():
 
 
 def test_options_that_are_named_exist(capsys, monkeypatch):
-    known = AWAITED | FOREIGN_OPTIONS
+    known = set(FOREIGN_OPTIONS)
     for command in re.findall(r"^  snp-llm (\w+)", cli.USAGE, re.M):
         with pytest.raises(SystemExit):
             call_own(["snp-llm", command, "--help"], monkeypatch)

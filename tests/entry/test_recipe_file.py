@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snp_llm import Recipe, SnpError, cli, hub, load_recipe, save_recipe
+from snp_llm import Recipe, SnpError, checkpoint, cli, commands, load_recipe, save_recipe
 from snp_llm.recipe_file import PER_RUN, RECIPE
 from snp_llm.version import __version__
 
@@ -31,7 +31,7 @@ def write(tmp_path):
 def parsed(monkeypatch):
     """Recipes that the command line would have run."""
     found = []
-    monkeypatch.setattr(cli, "run_prune", lambda recipe, _command: found.append(recipe))
+    monkeypatch.setattr(commands, "run_prune", lambda recipe, *_: found.append(recipe))
     return found
 
 
@@ -77,7 +77,7 @@ def test_the_demo_recipe_end_to_end(tmp_path, monkeypatch):
     [("tiny-opt", []), ("./small-opt", ["--target-params", "0.9x", "--seed", "3", "--ordering", "random"])],
 )
 def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.checkpoint, "verify", lambda *_: 0.0)  # tested elsewhere, and a process each
+    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)  # tested elsewhere, and a process each
     monkeypatch.chdir(tmp_path)  # where opt_folder is
     first, again = tmp_path / "first", tmp_path / "again"
     bundled = ["--calibration", "bundled"]
@@ -88,7 +88,7 @@ def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_fold
 
 
 def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli.checkpoint, "verify", lambda *_: 0.0)
+    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
     out = tmp_path / "out"
     arguments = [
         str(opt_folder),
