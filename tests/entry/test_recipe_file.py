@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snp_llm import Recipe, SnpError, checkpoint, cli, commands, load_recipe, save_recipe
+from snp_llm import Recipe, SnpError, checkpoint, cli, commands, hub, load_recipe, save_recipe
 from snp_llm.recipe_file import PER_RUN, RECIPE
 from snp_llm.version import __version__
 
