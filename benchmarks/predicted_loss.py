@@ -21,16 +21,17 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from snp_llm import Recipe, checkpoint, perplexity
 from snp_llm.data import evaluation_windows
 from snp_llm.device import Clock, compute_device
+from snp_llm.journal import Journal
 from snp_llm.models.blocks import run_block, watch_inputs
 from snp_llm.models.families import Site, linear
 from snp_llm.pipeline import Visited, read_calibration, resolve, visit
 from snp_llm.site import cut
-from snp_llm.stream import Stream, capture
+from snp_llm.stream import Stream, capture, in_batches
 from snp_llm.sums import add_batch, empty_sums, held_out
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     )
     clock = Clock(compute_device("auto"))
     windows = read_calibration(tokenizer, recipe, model)
-    visited = visit(model, windows, recipe, clock, lambda line: print(line, flush=True))
+    visited = visit(model, windows, recipe, clock, Journal(), lambda line: print(line, flush=True))
     stream = capture(model, visited.blocks, windows.tokens, recipe, clock)
     shares = [float(s) for s in args.shares.split(",")]
     rows = measure(visited, stream, texts.tokens, shares, args.every, recipe, clock)
@@ -99,16 +100,20 @@ def measure(
     def mean_loss() -> float:
         return log(perplexity(model, tokens, batch_size=recipe.batch_size, device=clock.device))
 
-    base, rows, hidden = mean_loss(), [], list(stream.hidden)
+    base, rows, held = mean_loss(), [], held_out(stream.total)
     for index, block in enumerate(blocks):
         here = [s for s in visited.sites if s.block == index]
         outs = [linear(block, s.out_projection) for s in here]
-        sums = [empty_sums(out, clock.device, drifting=False, holding_out=True) for out in outs]
+        sums = [
+            empty_sums(s.name, out, clock.device, drifting=False, holding_out=True)
+            for s, out in zip(here, outs, strict=True)
+        ]
         seen: dict[Any, Tensor] = {}
         with watch_inputs({out: partial(seen.__setitem__, out) for out in outs}):
-            for b, batch in enumerate(hidden):
-                hidden[b] = run_block(block, batch, stream.calls[b][index])
-                sums = [add_batch(s, seen[o], None, held_out(hidden, b)) for s, o in zip(sums, outs, strict=True)]
+            run = partial(run_windows, block, stream, index)
+            for at, output in in_batches(len(stream.hidden), stream.batch, run):
+                sums = [add_batch(s, seen[o], None, held[at]) for s, o in zip(sums, outs, strict=True)]
+                stream.hidden[at] = output
         for site, site_sums in zip(here, sums, strict=True):
             if index % every:
                 continue
@@ -125,6 +130,10 @@ def measure(
                 rows.append({**row, "predicted": float(curves.loss[width]), "measured": rise})
                 print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
+
+
+def run_windows(block: nn.Module, stream: Stream, index: int, at: slice) -> Tensor:
+    return run_block(block, stream.hidden[at], stream.calls[index])
 
 
 def widths(site: Site, shares: list[float]) -> list[int]:

@@ -189,8 +189,9 @@ def finished_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> I
                 partial.chmod(0o777 & ~_umask())
                 if not overwrite:
                     check_output(folder, overwrite=False)
-            except BaseException:
-                if can_resume(partial):
+            except BaseException as error:
+                # Of a mistake that shows before the first cut, the visit to the dense model is all that would be kept.
+                if can_resume(partial, "[!v]*" if isinstance(error, SnpError) else "*"):
                     log.warning("the unfinished run is kept in %s; go on with --resume", partial)
                 else:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -215,9 +216,9 @@ def _exchange(partial: Path, folder: Path) -> None:
     shutil.rmtree(rest)
 
 
-def can_resume(partial: Path) -> bool:
-    """Whether a temporary folder holds anything that a run can go on from."""
-    return any(partial.glob(f"{JOURNAL}/*/state.json"))
+def can_resume(partial: Path, phases: str = "*") -> bool:
+    """Whether a temporary folder holds anything that a run can go on from, in phases of some names."""
+    return any(partial.glob(f"{JOURNAL}/{phases}/state.json"))
 
 
 @contextmanager

@@ -159,7 +159,8 @@ def _logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
     model.eval()
-    blocks = find_blocks(model, find_family(model.config))
+    blocks = model.get_submodule(find_family(model.config).blocks)  # whatever they are made of
+    assert isinstance(blocks, nn.ModuleList)
     bytes_a_token = model.config.hidden_size * model.dtype.itemsize
     at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
     for chunk in windows.split(at_once):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import Recipe
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
+from snp_llm.journal import Journal
 from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
 
 from .common import Method, Prune, Pruned, pruned
@@ -38,11 +39,11 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
         if not torch.equal(windows.tokens, tokens):
             raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
         clock = Clock(compute_device(recipe.device))
-        visited = visit(dense, windows, recipe, clock, lambda _line: None)  # what no sparsity changes
+        visited = visit(dense, windows, recipe, clock, Journal(), lambda _line: None)  # what no sparsity changes
 
         def prune(sparsity: float) -> Pruned:
             recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
-            return pruned(dense, cut_once(visited, recipe, clock, lambda _line: None)[0])
+            return pruned(dense, cut_once(visited, recipe, clock, Journal(), lambda _line: None)[0])
 
         return prune
 

@@ -71,7 +71,7 @@ GIVEN = {
 # Commands with these go no further than the parser: they write to the Hub, print, need an extra, or depend on how busy
 # the machine is.
 PARSED_ONLY = {"--push-to-hub", "--help", "--target-latency", "--tasks", "--include-path"}
-FOREIGN_OPTIONS = {"--help", "--no-deps"}
+FOREIGN_OPTIONS = {"--help", "--no-deps", "--cpu", "--machine"}  # of pip and accelerate
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def test_the_model_may_come_from_the_command_line_alone(write, parsed, capsys):
         ("eval: 1\n", "eval: expected true or false, got 1"),
         ("target_params: 900000000\n", "target_params: expected text or null, got 900000000. Put it in quotes"),
         ("model: [a, b]\n", r"model: expected text, got \['a', 'b'\]\."),
-        ("ordering: zac\n", r"ordering: expected one of zca, saw, .*, got 'zac'. Did you mean 'zca'\?"),
+        ("ordering: zac\n", r"ordering: expected one of zca, zca-exact, saw, .*, got 'zac'. Did you mean 'zca'\?"),
         ("trust_remote_code: true\n", "expected false, got true. .* command line: --trust-remote-code"),
         ("model: m\nsparsity: 1.5\n", r"--sparsity: expected a fraction in \[0, 1\), got 1.5"),
         ("model: m\ntarget_params: 0.7x\ntarget_size: 1GB\n", "expected one budget, got 2"),

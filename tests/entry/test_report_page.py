@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 
 from snp_llm import page, prune
-from snp_llm.cli import main, prune_main, write_page
+from snp_llm.cli import main, prune_main
+from snp_llm.commands import write_page
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size
 from snp_llm.report import PAGE, REPORT, Measured, build_report, write_report
