@@ -387,6 +387,8 @@ def _distance(result: Comparison) -> str:
     """Measured against promised, in words."""
     if result.flops_ratio <= 1:
         return "nothing to gain"
+    if result.speedup <= 1:
+        return "none of that gain"
     return f"{100 * (result.speedup - 1) / (result.flops_ratio - 1):.0f} % of that gain"
 
 
