@@ -9,7 +9,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin
 CONSTRAINTS :=
 
-.PHONY: demo test test-oldest lint docs clean
+.PHONY: demo test-all test test-oldest lint docs clean
 
 demo: $(VENV)/.installed
 	$(RUN)/snp-llm prune tiny-opt --sparsity 0.3 --output tiny-opt-snp-30 --overwrite
@@ -21,6 +21,10 @@ test: $(VENV)/.installed
 # TORCH=torch==2.6.0 besides, on a machine where no torch is found, tests that version too.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# What takes longest is left out of `make test`.
+test-all: $(VENV)/.installed
+	$(RUN)/python -m pytest -n 2 -m ""
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .

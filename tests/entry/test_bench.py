@@ -129,6 +129,7 @@ def test_a_section_of_the_card_is_replaced(tmp_path):
     assert "slow" not in text and text.count("hard") == 1 and [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_compiled_models(folders, capsys):
     dense, pruned = folders

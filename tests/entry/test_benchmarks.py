@@ -22,6 +22,7 @@ def run(script, *arguments):
     return result.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_perplexity_writes_csv_table_and_plot(tmp_path):
     settings = [

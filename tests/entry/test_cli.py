@@ -256,6 +256,7 @@ def test_importing_the_package_reaches_for_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_trained_model_stays_close(shared, tmp_path):
     """The 7M OPT beside the checkout: 30 % off costs little, and less than dropping units at random."""

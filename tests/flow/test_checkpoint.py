@@ -368,7 +368,9 @@ def test_missing_parents_are_made(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)]
+)
 def test_a_run_killed_while_writing_leaves_no_output_but_can_be_resumed(number, tmp_path):
     """A real process, really killed once its temporary folder holds weights."""
     out = tmp_path / "out"

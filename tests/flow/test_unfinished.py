@@ -76,6 +76,7 @@ def test_killed_at_twenty_moments_it_comes_to_the_same_bits(prune, dense, finish
     assert "cut" in found  # some of them had something to go on from
 
 
+@pytest.mark.exhaustive
 def test_several_rounds_and_a_padded_layout(prune, dense, tmp_path):
     command = (dense, *SETTINGS, "--steps", 2, "--layout", "padded", "--hidden-device", "disk")
     assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]
