@@ -110,6 +110,15 @@ def tokenizer():
 
 
 @pytest.fixture
+def quick_prunes(monkeypatch):
+    """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
+    from snp_llm import checkpoint, commands
+
+    monkeypatch.setattr(commands, "write_page", lambda _folder: None)
+    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
+
+
+@pytest.fixture
 def opt_folder(tmp_path, tokenizer) -> Path:
     """A small random OPT on disk."""
     return save_model(small_opt(), tokenizer, tmp_path / "small-opt")

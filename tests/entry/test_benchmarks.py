@@ -65,6 +65,7 @@ def test_cost_prints_the_ratio(tmp_path):
     assert float(figures["ratio"]) > 0 and float(figures["peak prune, MB"]) > 100
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_predicted_loss_compares_every_cut_with_what_was_believed(tmp_path):
     options = ["--num-samples", "8", "--seq-len", "64", "--max-windows", "4", "--shares", "0.8,0.4", "--every", "2"]

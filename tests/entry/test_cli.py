@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from snp_llm.cli import evaluate_main, main, prune_main
 from tests.conftest import save_model, small_model, small_opt
 
+pytestmark = pytest.mark.usefixtures("quick_prunes")
 QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples", "4", "--seq-len", "32"]
 
 
@@ -30,6 +31,7 @@ def test_the_demo_end_to_end(tmp_path):
     """The bundled model through a real process, then loaded where the package cannot be imported."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "snp_llm.prune", "tiny-opt", "--sparsity", "0.3", "--output", str(out)]
+    command += ["--num-samples", "32"]  # a quarter of what the README shows
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     for words in (

@@ -13,6 +13,7 @@ from snp_llm import Recipe, SnpError, checkpoint, cli, commands, hub, load_recip
 from snp_llm.recipe_file import PER_RUN, RECIPE
 from snp_llm.version import __version__
 
+pytestmark = pytest.mark.usefixtures("quick_prunes")
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
 QUICK = ["--num-samples", "4", "--seq-len", "32", "--no-eval"]
 

@@ -33,7 +33,7 @@ def assert_same_model(one: Path, other: Path) -> None:
 PAPER = ("--allocation", "variance", "--metric", "error", "--target", "self", "--dtype", "float64")
 
 
-@pytest.mark.parametrize("choices", [(), PAPER])
+@pytest.mark.parametrize("choices", [(), pytest.param(PAPER, marks=pytest.mark.exhaustive)])
 def test_two_and_four_ranks_prune_as_one_does(choices, prune, dense, tmp_path):  # noqa: F811
     for count in (1, 2, 4):
         result = prune(dense, *SETTINGS, *choices, "--output", tmp_path / f"{count}", ranks=count)
