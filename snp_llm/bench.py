@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -27,7 +25,7 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.options import BenchRecipe
-from snp_llm.report import update_card, write_text
+from snp_llm.report import update_card, versions, write_text
 from snp_llm.skeleton import load_config
 from snp_llm.terminal import table_of
 from snp_llm.version import __version__
@@ -150,11 +148,7 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
         ) from error
     return {
         "snp_llm": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "command": command,
         "models": dict(zip(MODELS, (Path(name).name for name in names), strict=True)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -62,18 +62,16 @@ def load(
     Raises:
         SnpError: not found, unsupported, quantised, or weights that do not fit the config.
     """
-    path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
-    if not Path(path).exists() and not is_hub_id(name):
-        raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
+    path = find_model(name)
     if (Path(path) / "adapter_config.json").exists():
         raise SnpError(
             f"model {name}: is a LoRA adapter; expected a whole model. Merge it first: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)."
         )
-    with _explained(name):
+    with explained(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_config(name, config)
-    with _explained(name):
+    with explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -92,7 +90,7 @@ def load(
     for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
         if keys:
             raise SnpError(f"model {name}: the checkpoint {verb} {len(keys)} tensors, {sorted(keys)[0]} first.")
-    with _explained(name, "tokenizer of "):
+    with explained(name, "tokenizer of "):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not trust_remote_code:  # else the pruned model, whose own code its users do trust, would point to that code
         tokenizer.init_kwargs.pop("auto_map", None)
@@ -105,6 +103,18 @@ def load(
             f"it has {len(ids):,}, up to id {max(ids, default=-1):,}. They do not belong together."
         )
     return model.eval().requires_grad_(False), tokenizer
+
+
+def find_model(name: str) -> str:
+    """Where transformers finds a model: a hub id, or a folder.
+
+    Raises:
+        SnpError: neither.
+    """
+    path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
+    if not Path(path).exists() and not is_hub_id(name):
+        raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
+    return path
 
 
 def is_hub_id(name: str) -> bool:
@@ -295,7 +305,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def _explained(name: str, what: str = "model ") -> Iterator[None]:
+def explained(name: str, what: str = "model ", part: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong in loading a model, or a part of it ("its config "), into one line."""
     try:
         yield
     except SnpError:
@@ -312,7 +323,7 @@ def _explained(name: str, what: str = "model ") -> Iterator[None]:
                 "that code and trust it, allow it with --trust-remote-code."
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise SnpError(f"{what}{name}: cannot be loaded. {lines[0][:300]}") from error
+        raise SnpError(f"{what}{name}: {part}cannot be loaded. {lines[0][:300]}") from error
 
 
 def _umask() -> int:

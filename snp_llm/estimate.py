@@ -23,11 +23,11 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
 from snp_llm.site import DAMPENINGS
+from snp_llm.sums import ALGEBRA_MATRICES
 from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_visit
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
 SHARE_OF_GRAM = 9 / 16  # of the products of a Gram matrix, those that are computed
-ALGEBRA_MATRICES = 5  # n x n in float64 at once: Gram, dampened, factor, inverse, one in between
 # Factorisations, solves and the many narrow updates of an ordering do not reach the rate of one large product. On a CPU
 # they come to about this share of it.
 ALGEBRA_SPEED = 0.4
@@ -211,21 +211,21 @@ def matmul_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[to
 
 def human_bytes(count: float) -> str:
     """1,234,567,890 as "1.23 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def human_flops(count: float) -> str:
-    """1.2e15 as "1.20 PFLOPs"."""
-    count /= 1e6
-    for unit in ("MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"):
+    """1.2e15 as "1.2 PFLOPs"."""
+    return _scaled(count / 1e6, ("MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    """In the first unit, each a thousand of the one before, that leaves three digits; in the last at most."""
+    for unit in units[:-1]:
         if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} EFLOPs"
+    return f"{count:,.3g} {units[-1]}"
 
 
 def human_time(seconds: float) -> str:

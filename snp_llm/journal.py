@@ -8,7 +8,6 @@ every moment the folder holds what can be gone on from.
 import copy
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,12 +70,6 @@ class Journal:
     def phase(self, name: str) -> "Journal":
         """The journal of a phase."""
         return Journal(None if self.folder is None else self.folder / name, self.every)
-
-    def drop(self) -> None:
-        """Forgets the phase."""
-        self.kept.clear()
-        if self.folder is not None and ranks.rank() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def put(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Keeps the tensors of a block."""

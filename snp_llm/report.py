@@ -71,11 +71,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
     ]
     return {
         "snp_llm": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "recipe": pruned.recipe.as_dict(),
         "seed": pruned.recipe.seed,
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
@@ -90,6 +86,15 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "seconds": {phase: round(value, 3) for phase, value in pruned.seconds.items()},
         "sites": sites,
         **facts,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what a figure depends on besides this package."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

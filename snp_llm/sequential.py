@@ -29,7 +29,7 @@ from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
 from snp_llm.stream import Stream, attention_pass, check_finite, in_batches
-from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
+from snp_llm.sums import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
 
@@ -140,7 +140,8 @@ def prune_block(
         with clock.phase("Gram matrices"):
             gradient = gradients(2 * index + (site is ffn_site))
             statistics = for_algebra(site.name, over_all_ranks(sums, held, length).statistics(gradient))
-        result = cut_on_one_rank(block, family, site, statistics, width, recipe, clock, start)
+        cut_here = partial(cut, block, family, site, statistics, width, recipe, clock, start)
+        result = cut_on_one_rank(block, family, site, cut_here)
         on_step(str(result))
         return result
 
@@ -192,20 +193,11 @@ def prune_block(
     return [attention_result, ffn_result]
 
 
-def cut_on_one_rank(
-    block: nn.Module,
-    family: Family,
-    site: Site,
-    statistics: Statistics,
-    width: int,
-    recipe: Recipe,
-    clock: Clock,
-    start: float,
-) -> SiteResult:
+def cut_on_one_rank(block: nn.Module, family: Family, site: Site, cut_here: Callable[[], SiteResult]) -> SiteResult:
     """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits."""
 
     def here() -> tuple[SiteResult, Tensor, Tensor | None]:
-        result = cut(block, family, site, statistics, width, recipe, clock, start)
+        result = cut_here()
         out = linear(block, site.out_projection)
         return result, weight_of(out), None if out.bias is None else out.bias.detach()
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from snp_llm.checkpoint import TINY_OPT, check_config, is_hub_id
-from snp_llm.data import BUNDLED
+from snp_llm.checkpoint import check_config, explained, find_model
 from snp_llm.errors import SnpError
 
 
@@ -16,21 +15,11 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         SnpError: not found, or not a model that can be pruned.
     """
-    path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
-    if not Path(path).exists() and not is_hub_id(name):
-        raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
+    path = find_model(name)
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise SnpError(f"model {name}: no config.json in that folder; expected a model in the Hugging Face format.")
-    try:
+    with explained(name, part="its config "):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and the hub client raise dozens of kinds
-        if "trust_remote_code" in str(error):
-            raise SnpError(
-                f"model {name}: needs Python code from its own repository, which is not run unasked. If you have read "
-                "that code and trust it, allow it with --trust-remote-code."
-            ) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise SnpError(f"model {name}: its config cannot be loaded. {lines[0][:300]}") from error
     check_config(name, config)
     return config
 
