@@ -211,7 +211,7 @@ def fresh(problem: OrderingProblem) -> OrderingProblem:
 
 
 def fresh_quadrature(gram: Tensor) -> Tensor:
-    return zca_quadrature(make_definite(gram, 0.0))
+    return zca_quadrature(make_definite(gram, 0.0), 1)
 
 
 def factor_error(factors: tuple[Tensor, Tensor], gram: Tensor) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from snp_llm.device import synchronize
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.linalg.ordering import ZCA_EXACT_UP_TO
+from snp_llm.linalg.ordering import LEAST_SIGNS, ZCA_EXACT_UP_TO
 from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
@@ -540,7 +540,7 @@ def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
     if recipe.ordering == "zca-exact" or (recipe.ordering == "zca" and n <= ZCA_EXACT_UP_TO):
         flops += EIGENDECOMPOSITION * n**3
     elif recipe.ordering == "zca":
-        flops += 2 * n**3 / 3  # the inverse
+        flops += n**3 / 3 + 4 * n * n * max(LEAST_SIGNS, n // 32)  # columns of the inverse factor, random projections
     if recipe.needs_gradients:
         flops += 2 * EIGENDECOMPOSITION * d**3  # the root, once for the ordering and once for the curve
     return flops

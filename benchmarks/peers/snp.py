@@ -17,7 +17,7 @@ from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
 
 from .common import Method, Prune, Pruned, pruned
 
-PAPER = {"ordering": "zca", "allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
+PAPER = {"ordering": "zca-exact", "allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
 
 
 def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:

@@ -83,9 +83,10 @@ def add_sparse_product(second: Tensor, x: Tensor) -> None:
             second[start:, start:stop] += part @ x[:, start:stop]
 
 
-def column_blocks(n: int) -> list[tuple[int, int]]:
-    """Ends of the column blocks in which one triangle of a symmetric matrix is computed."""
+def column_blocks(n: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """Ends of the column blocks in which one triangle of a symmetric matrix is computed, of a multiple of columns."""
     width = max(NARROWEST_BLOCK, -(-n // COLUMN_BLOCKS))
+    width = -(-width // multiple) * multiple
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 

@@ -31,9 +31,16 @@ class DefiniteGram:
     dampening: float
     spare: list[Tensor] = field(default_factory=list)
 
+    def factor(self) -> Tensor:
+        """The lower Cholesky factor, (n, n), to be left as it is."""
+        if not self.spare:
+            self.spare.append(cholesky_in_place(self.gram.clone()))
+        return self.spare[0]
+
     def inverse(self) -> Tensor:
         """`G^-1`, (n, n), the caller's own: made in place of the factor that was left over from the test of G."""
-        cholesky = self.spare.pop() if self.spare else cholesky_in_place(self.gram.clone())
+        cholesky = self.factor()
+        self.spare.clear()
         return torch.cholesky_inverse(cholesky, out=cholesky)
 
 

@@ -57,23 +57,29 @@ def test_zca_is_the_energy_under_the_whitening_rescaled_to_unit_blocks(size):
     torch.testing.assert_close(ORDERINGS["zca"](problem), torch.stack(expected), rtol=1e-7, atol=1e-9)
 
 
-def test_quadrature_ranks_channels_as_the_exact_zca_does():
-    n, k = 400, 280
-    X = make_inputs(1000, n, mean=0.0).relu()
+@pytest.mark.parametrize("size", [1, 8])
+def test_quadrature_ranks_units_as_the_exact_zca_does(size):
+    n = 800
+    units, k = n // size, round(0.7 * n / size)
+    X = make_inputs(2000, n, mean=0.0).relu()
     X[:, 7] = 0
     definite = make_definite(X.T @ X, 0.01)
-    problem = OrderingProblem(definite, make_weight(7, n), torch.ones(n, dtype=torch.float64), 1, seed=0)
-    exact, quick = zca_exact(problem), zca_quadrature(definite)
+    problem = OrderingProblem(definite, make_weight(7, n), torch.ones(units, dtype=torch.float64), size, seed=0)
+    exact, quick = zca_exact(problem), zca_quadrature(definite, size)
     assert (quick / exact).log().abs().median() < 0.1
     assert torch.isfinite(quick).all()
     assert len({*exact.argsort()[-k:].tolist()} & {*quick.argsort()[-k:].tolist()}) >= 0.98 * k
+    torch.testing.assert_close(ORDERINGS["zca"](problem), quick)
 
 
 def test_quadrature_is_exact_where_every_channel_sees_two_eigenvalues():
     pairs = torch.block_diag(*(torch.tensor([[a, 1.0], [1.0, b]]).double() for a, b in ((2, 3), (9, 0.5), (4, 4))))
-    alone = torch.block_diag(pairs, 7 * torch.eye(1, dtype=torch.float64))
-    problem = OrderingProblem(make_definite(alone, 0.0), make_weight(7, 7), torch.ones(7), 1, seed=0)
-    torch.testing.assert_close(zca_quadrature(problem.definite), zca_exact(problem), rtol=1e-9, atol=0)
+    alone = torch.block_diag(pairs, 7 * torch.eye(2, dtype=torch.float64))
+    definite = make_definite(alone, 0.0)
+    problem = OrderingProblem(definite, make_weight(7, 8), torch.ones(8), 1, seed=0)
+    torch.testing.assert_close(zca_quadrature(definite, 1), zca_exact(problem), rtol=1e-9, atol=0)
+    problem = replace(problem, in_weight=torch.ones(4), unit_size=2)  # a unit that knows nothing of any other
+    torch.testing.assert_close(zca_quadrature(definite, 2), zca_exact(problem), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("size", SIZES)
