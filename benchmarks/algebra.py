@@ -101,7 +101,7 @@ def factorisations(n: int, exact_up_to: int) -> list[Row]:
     del x
     d = n // 4
     W = torch.randn(d, n, dtype=torch.float64)
-    definite, single = make_definite(gram, DAMPENING), make_definite(gram.float(), DAMPENING)
+    definite, single = make_definite(gram.clone(), DAMPENING), make_definite(gram.float(), DAMPENING)
     factor = torch.linalg.cholesky(definite.gram)
     in_weight, keep = torch.ones(n, dtype=torch.float64), int(KEPT * n)
     whole = OrderingProblem(definite, W, in_weight, 1, 0)
@@ -211,7 +211,7 @@ def fresh(problem: OrderingProblem) -> OrderingProblem:
 
 
 def fresh_quadrature(gram: Tensor) -> Tensor:
-    return zca_quadrature(make_definite(gram, 0.0), 1)
+    return zca_quadrature(make_definite(gram.clone(), 0.0), 1)
 
 
 def factor_error(factors: tuple[Tensor, Tensor], gram: Tensor) -> float:

@@ -113,6 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--choices", default=",".join(CHOICES), help="rows of the table")
     parser.add_argument("--calibration", default=None, help="default: wikitext2; random token ids for shapes")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--hidden-device", default="cpu", help="as for snp-llm prune")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", default=None, help="folder for weights and journals; default: the system's")
     args = parser.parse_args()
@@ -173,6 +174,7 @@ def measure(
         seq_len=args.seq_len,
         batch_size=args.batch_size,
         device=args.device,
+        hidden_device=args.hidden_device,
         **CHOICES[name],
     )
     dense, tokenizer = load(args, folder, None)

@@ -105,7 +105,7 @@ def measure(
         here = [s for s in visited.sites if s.block == index]
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
-            empty_sums(s.name, out, clock.device, drifting=False, holding_out=True)
+            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=True)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[Any, Tensor] = {}

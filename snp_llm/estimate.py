@@ -23,7 +23,7 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
 from snp_llm.site import DAMPENINGS
-from snp_llm.sums import ALGEBRA_MATRICES
+from snp_llm.sums import ALGEBRA_MATRICES, SINGLE_PRECISION_FROM
 from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_visit
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
@@ -37,7 +37,7 @@ REMEDIES = {
     "block": "--dtype bfloat16",
     "activations": "a smaller --batch-size or --seq-len",
     "logits": "a smaller --seq-len",
-    "sums": "--ordering zca --target self --dampening 0.1, which hold fewer sums; else a device with more memory",
+    "sums": "--ordering zca --target self --dampening 0.1, which hold fewer sums; on a CPU, --hidden-device disk",
     "algebra": "a device with more memory; float64 matrices as wide as the FFN cannot be smaller",
     "rest": "--dtype bfloat16",
     "hidden": "--hidden-device disk, or fewer --num-samples",
@@ -383,9 +383,23 @@ def _sums(n: int, d: int, *, drifting: bool, holding_out: bool) -> int:
     return 4 * (n * n + (d * n if drifting else 0)) * (2 if holding_out else 1)
 
 
+def _sums_parts(
+    phase: str, widths: Sequence[int], shapes: _Shapes, recipe: Recipe, *, drifting: bool, holding_out: bool
+) -> list[Part]:
+    """Sums of sites, wherever they wait while they are factored."""
+    sizes = {"device": 0, "disk": 0}
+    for n in widths:
+        in_files = recipe.hidden_device == "disk" and shapes.device == "cpu" and n >= SINGLE_PRECISION_FROM
+        size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out)
+        sizes["disk" if in_files else "device"] += size
+    kinds = {"device": "sums", "disk": "hidden on disk"}
+    return [Part(phase, place, kinds[place], "sums of inputs", size) for place, size in sizes.items() if size]
+
+
 def _algebra(n: int, d: int, *, metric: bool) -> int:
-    """float64: matrices as wide as the site, weights (W, weighted, W L, W'), and the metric with its root."""
-    return 8 * (ALGEBRA_MATRICES * n * n + 4 * d * n + (3 * d * d if metric else 0))
+    """Matrices as wide as the site, weights (W, weighted, W L, W'), and the metric with its root."""
+    wide = 4 if n >= SINGLE_PRECISION_FROM else 8
+    return wide * (ALGEBRA_MATRICES * n * n + 4 * d * n + (3 * d * d if metric else 0))
 
 
 def _prune_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
@@ -397,13 +411,7 @@ def _prune_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     parts = [
         Part("prune", "device", "block", "a dense block and its copy", 2 * shapes.block_bytes),
         Part("prune", "device", "activations", "activations of one batch", _activations(shapes, kept=False)),
-        Part(
-            "prune",
-            "device",
-            "sums",
-            "sums of a site",
-            _sums(widest, d, drifting=drifting, holding_out=recipe.holds_out),
-        ),
+        *_sums_parts("prune", [widest], shapes, recipe, drifting=drifting, holding_out=recipe.holds_out),
         Part(
             "prune", "device", "algebra", "linear algebra of a site", _algebra(widest, d, metric=recipe.needs_gradients)
         ),
@@ -419,13 +427,13 @@ def _visit_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     d, tokens = shapes.hidden, shapes.visit_windows * shapes.seq_len
     gradients = recipe.needs_gradients
     stream = tokens * d * shapes.item
-    both = sum(_sums(n, d, drifting=False, holding_out=gradients) for n in shapes.widths)
     curves = recipe.allocation in NEEDS_CURVES
     widest = max(shapes.widths)
     parts = [
         Part("visit", "device", "block", "a dense block", shapes.block_bytes),
         Part("visit", "device", "activations", "activations of one batch", _activations(shapes, kept=gradients)),
-        Part("visit", "device", "sums", "sums of both sites", both + (2 * 4 * d * d if gradients else 0)),
+        *_sums_parts("visit", shapes.widths, shapes, recipe, drifting=False, holding_out=gradients),
+        Part("visit", "device", "sums", "gradient moments of both sites", 2 * 4 * d * d * gradients),
         Part("visit", "device", "algebra", "linear algebra of a site", _algebra(widest, d, metric=gradients) * curves),
         # The loss comes when the blocks have gone, and the sums have not come yet.
         Part("loss", "device", "rest", "embeddings, norms and head", shapes.rest_bytes * (shapes.device != "cpu")),

@@ -134,7 +134,9 @@ def prune_block(
     held = held_out(stream.total)
     held_here = held[stream.windows.start : stream.windows.stop]
     length = hidden.shape[1]
-    new_sums = partial(empty_sums, device=device, drifting=targets is not None, holding_out=recipe.holds_out)
+    new_sums = partial(
+        empty_sums, device=device, shelf=stream.shelf, drifting=targets is not None, holding_out=recipe.holds_out
+    )
 
     def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
         with clock.phase("Gram matrices"):

@@ -28,6 +28,7 @@ from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.families import Family, Site, linear, row_units, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
+from snp_llm.shelf import Files, let_go
 from snp_llm.sums import SINGLE_PRECISION_FROM, Statistics
 
 METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
@@ -136,8 +137,7 @@ class FactoredSite:
     Attributes:
         unit_order: units, most important first, (units,), int64.
         subspace: LDL factors in that order.
-        W, gram, mean: out-projection weight, Gram matrix (centred where the bias absorbs the mean), mean of the inputs,
-            float64 or float32, in the original channel order.
+        W, mean: out-projection weight, and mean of the inputs, float64 or float32, in the original channel order.
         root: R, with `R R^T = F` and a floor under it, (d_out, d_out), same type; None without gradients.
         tokens: over which the Gram matrix was summed.
         centred: whether the bias absorbs the mean.
@@ -146,13 +146,12 @@ class FactoredSite:
     unit_order: Tensor
     subspace: Subspace
     W: Tensor
-    gram: Tensor
     mean: Tensor
     root: Tensor | None
     tokens: int
     centred: bool
 
-    def loss_curve(self, held: Moments | None) -> Tensor | None:
+    def loss_curve(self, statistics: Statistics) -> Tensor | None:
         """Predicted rise of the mean loss at every number of channels kept, (n + 1,), or None without gradients.
 
         Half the squared output error a token in the metric: the quadratic model of the loss whose curvature at the
@@ -160,8 +159,10 @@ class FactoredSite:
         dark side, most where F knows few directions.
 
         Args:
-            held: windows that the site was not factored from, on which errors are counted; None: those that it was.
+            statistics: of windows that are held out, if the site was not factored from them: on those errors are
+                counted; else on those that it was.
         """
+        held = statistics.held_moments
         if self.root is None:
             return None
         L, D, order = self.subspace.L, self.subspace.D, self.subspace.order
@@ -170,6 +171,7 @@ class FactoredSite:
             return error_curve(W, L, D) / (2 * self.tokens)
         held = completed(held)
         gram = held.second[order[:, None], order].to(W)
+        let_go(statistics.files)
         if self.centred:
             first, mean = held.first.to(W)[order], self.mean[order]
             gram.addr_(first, mean, alpha=-1).addr_(mean, first - held.tokens * mean, alpha=-1)
@@ -178,7 +180,7 @@ class FactoredSite:
 
 def factor_site(
     block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, clock: Clock, width: int = 0
-) -> FactoredSite:
+) -> tuple[FactoredSite, Tensor]:
     """Orders a site's units and factors its Gram matrix in that order, on the moments' device.
 
     Args:
@@ -189,11 +191,16 @@ def factor_site(
         recipe: all settings, resolved.
         clock: on which ordering is timed apart.
         width: units that will be kept at least: their order among themselves is then not worth much computing.
+
+    Returns:
+        The site, and its Gram matrix (centred where the bias absorbs the mean), (n, n), in the original channel order:
+        a large one is not worth keeping where nothing is cut.
     """
+    let_go(statistics.files)
     try:
-        out, moments = linear(block, site.out_projection), completed(statistics.moments)
+        out, moments = linear(block, site.out_projection), statistics.moments
         centred = recipe.absorb_bias and out.bias is not None
-        definite = _definite(site, moments, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
+        definite = _definite(site, statistics, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
         gram = definite.gram
         W = weight_of(out).to(gram)
         in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
@@ -216,20 +223,27 @@ def factor_site(
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
         gram.diagonal().copy_(definite.diagonal)  # undampened again, and without dead channels' pivots
         mean = moments.first.to(gram) / moments.tokens
-        return FactoredSite(unit_order, subspace, W, gram, mean, root, moments.tokens, centred)
+        return FactoredSite(unit_order, subspace, W, mean, root, moments.tokens, centred), gram
     except SnpError as error:
         raise SnpError(f"{site.name}: {error}") from error
 
 
-def _definite(site: Site, moments: Moments, wanted: float, centred: bool) -> DefiniteGram:
+def _definite(site: Site, statistics: Statistics, wanted: float, centred: bool) -> DefiniteGram:
     """The site's dampened Gram matrix, in float32 where it is large and that will do."""
-    if len(moments.second) >= SINGLE_PRECISION_FROM and moments.second.dtype == torch.float32:
-        definite = make_definite(gram_matrix(moments, centred=centred, dtype=torch.float32), wanted)
+
+    def damped(dtype: torch.dtype) -> DefiniteGram:
+        gram = gram_matrix(statistics.moments, centred=centred, dtype=dtype)
+        let_go(statistics.files)
+        return make_definite(gram, wanted)
+
+    second = statistics.moments.second
+    if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32:
+        definite = damped(torch.float32)
         if definite.dampening == wanted and solve_error(definite.gram, definite.spare[0]) <= SOLVE_TOLERANCE:
             return definite
         log.info("%s: too badly conditioned for float32; computed in float64", site.name)
         del definite
-    definite = make_definite(gram_matrix(moments, centred=centred), wanted)
+    definite = damped(torch.float64)
     if definite.dampening != wanted:
         log.warning("%s: dampening raised from %g to %g", site.name, wanted, definite.dampening)
     return definite
@@ -254,8 +268,8 @@ def cut(
             site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, time.perf_counter() - start
         )
     with clock.phase("factorisation"):
-        factored = factor_site(block, family, site, statistics, recipe, clock, width)
-        W, mean, subspace, gram = factored.W, factored.mean, factored.subspace, factored.gram
+        factored, gram = factor_site(block, family, site, statistics, recipe, clock, width)
+        W, mean, subspace = factored.W, factored.mean, factored.subspace
         channels = width * site.unit_size
         kept, gone = subspace.order[:channels].sort().values, subspace.order[channels:].sort().values
         dense_bias = linear(block, site.out_projection).bias
@@ -352,14 +366,14 @@ def repair_site(
         recipe: dampening and share, if fixed.
         centred: whether the bias absorbs the mean.
     """
-    total, held, drift = statistics.moments, statistics.held_moments, statistics.drift
+    total, held, drift, files = statistics.moments, statistics.held_moments, statistics.drift, statistics.files
     choice = Choice(used, used, 0.0 if drift is None else recipe.target_weight or 0.0)
     if at_once is None:
         assert held is not None
         fit_first, fit_tokens = (total.first - held.first).to(W), total.tokens - held.tokens
         fit_mean = fit_first / fit_tokens if centred else None
-        fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift))
-        judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False)
+        fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift), files=files)
+        judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False, files=files)
         if root is not None:
             fit = fit.seen_by(root)
             judged = judged.seen_by(root)
@@ -368,7 +382,7 @@ def repair_site(
         if recipe.target_weight is not None:
             choice = replace(choice, alpha=recipe.target_weight)
         del fit, judged
-    sums = kept_sums(W, kept, gone, total, drift, mean if centred else None)
+    sums = kept_sums(W, kept, gone, total, drift, mean if centred else None, files=files)
     added, drifted = repair(sums, choice, bias=centred, known=None if at_once is None else at_once - W[:, kept])
     change = output_energy(added, sums.gram) - 2 * float((added * sums.taken).sum(dtype=torch.float64))
     W_new = (W[:, kept] + added) if at_once is None else at_once
@@ -388,6 +402,7 @@ def kept_sums(
     *,
     less: tuple[Moments, Drift | None] | None = None,
     own_mean: bool = True,
+    files: Files = (),
 ) -> KeptSums:
     """Sums that a repair on the kept channels needs, in the type of W; only blocks of the Gram matrix are made.
 
@@ -400,6 +415,7 @@ def kept_sums(
         mean: that is taken off the inputs, (n,), or None.
         less: sums of the tokens to leave out, of those.
         own_mean: whether the mean is that of these tokens: channels that are constant about it are dead.
+        files: that the sums are in; let go of after each reading.
     """
     moments = completed(moments)
     apart = None if less is None else completed(less[0])
@@ -412,11 +428,14 @@ def kept_sums(
     if mean is not None and own_mean:
         energy = moments.second.diagonal() if apart is None else moments.second.diagonal() - apart.second.diagonal()
         alive = alive_channels(energy, first.to(energy.dtype), tokens).to(W)
+    let_go(files)
 
     def block(rows: Tensor) -> Tensor:
         second = moments.second[rows[:, None], kept]
+        let_go(files)
         if apart is not None:
             second -= apart.second[rows[:, None], kept]
+            let_go(files)
         second = second.to(W)
         if mean is not None:
             second.addr_(first[rows], mean[kept], alpha=-1).addr_(mean[rows], rest[kept], alpha=-1)

@@ -1,8 +1,6 @@
 """Calibration tokens on their way through the blocks. Knows how to run blocks, not what is computed from them."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,36 +17,10 @@ from snp_llm.errors import SnpError
 from snp_llm.models.blocks import BlockCall, capture_calls, output_of, rest_on_device, run_block, watch_inputs
 from snp_llm.models.families import Family, linear
 from snp_llm.recipe import Recipe
+from snp_llm.shelf import Shelf
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """Where hidden states wait between blocks.
-
-    Attributes:
-        device: in whose memory; None: in memory maps of files.
-        folder: of those files. They have no name, so nothing is left of them when the process ends, however it ends.
-    """
-
-    device: torch.device | None
-    folder: Path | None = None
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """A tensor to be filled."""
-        if self.device is not None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        count = torch.Size(shape).numel()
-        try:
-            if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))  # or a full disk kills us later
-                return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
-        except OSError as error:
-            raise SnpError(f"--hidden-device disk: {self.folder} cannot be written ({error}).") from error
 
 
 @dataclass

@@ -11,6 +11,7 @@ from snp_llm import ranks
 from snp_llm.device import has_room
 from snp_llm.linalg.gram import Drift, Moments, add_drift, add_moments, empty_drift, empty_moments
 from snp_llm.models.families import Projection, weight_of
+from snp_llm.shelf import Files, Shelf
 
 ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at once where it is factorised
 # From so many channels on a site is ordered and factored in float32: half the memory, which is what such sites lack
@@ -30,6 +31,7 @@ class Statistics:
         drift: what its output lacks of its target, all tokens; None where the target is its own dense output.
         held_moments, held_drift: the same over the windows that were held out; None without.
         gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
+        files: that the sums of a wide site are in; none where they are in memory.
     """
 
     moments: Moments
@@ -37,6 +39,7 @@ class Statistics:
     held_moments: Moments | None = None
     held_drift: Drift | None = None
     gradient: Tensor | None = None
+    files: Files = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Sums:
         moments, drift: of its inputs, and of what its output lacks (None without targets), over all other windows.
         held_moments, held_drift: over those held out, or None where nothing is chosen by them.
         gradient: moments of the loss gradient at its output, over all windows, or None.
+        files: that the sums of a wide site are in; none where they are in memory.
     """
 
     moments: Moments
@@ -54,22 +58,24 @@ class Sums:
     held_moments: Moments | None
     held_drift: Drift | None
     gradient: Moments | None = None
+    files: Files = ()
 
     def statistics(self, gradient: Tensor | None) -> Statistics:
         """With the held-out windows as part of the whole. Sums in place: these sums are used up."""
         moments, held, drift, held_drift = self.moments, self.held_moments, self.drift, self.held_drift
         if held is None or held.tokens == 0:
-            return Statistics(moments, drift, gradient=gradient)
+            return Statistics(moments, drift, gradient=gradient, files=self.files)
         total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
         if drift is not None and held_drift is not None:
             drift = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
-        return Statistics(total, drift, held, held_drift, gradient)
+        return Statistics(total, drift, held, held_drift, gradient, self.files)
 
 
 def empty_sums(
     name: str,
     out: Projection,
     device: torch.device,
+    shelf: Shelf,
     *,
     drifting: bool,
     holding_out: bool,
@@ -77,10 +83,14 @@ def empty_sums(
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
+    Where a shelf in files is asked for and the CPU is to sum, matrices of sites so wide that they are factored in
+    float32 are on it.
+
     Args:
         name: of the site.
         out: its out-projection.
         device: where its inputs are.
+        shelf: for what does not have to be in memory all the time.
         drifting: whether there is a target that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
         with_gradient: whether the loss gradient at its output is summed as well.
@@ -88,12 +98,37 @@ def empty_sums(
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
     entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + with_gradient * d_out * (d_out + 1)
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
-    return Sums(
+    sums = Sums(
         moments=empty_moments(n, dtype, device),
         drift=empty_drift(d_out, n, dtype, device) if drifting else None,
         held_moments=empty_moments(n, dtype, device) if holding_out else None,
         held_drift=empty_drift(d_out, n, dtype, device) if drifting and holding_out else None,
         gradient=empty_moments(d_out, dtype, device) if with_gradient else None,
+    )
+    in_files = shelf.device is None and device.type == "cpu" and n >= SINGLE_PRECISION_FROM
+    return _in_files(sums, shelf) if in_files else sums
+
+
+def _in_files(sums: Sums, shelf: Shelf) -> Sums:
+    """The same sums of no tokens, those over pairs of channels in files."""
+    files = []
+
+    def moved(part: Moments | Drift | None, name: str) -> Any:
+        if part is None:
+            return None
+        matrix = getattr(part, name)
+        tensor, pages = shelf.file(*matrix.shape, dtype=matrix.dtype)
+        files.append(pages)
+        filed: dict[str, Any] = {name: tensor}
+        return replace(part, **filed)
+
+    return replace(
+        sums,
+        moments=moved(sums.moments, "second"),
+        drift=moved(sums.drift, "cross"),
+        held_moments=moved(sums.held_moments, "second"),
+        held_drift=moved(sums.held_drift, "cross"),
+        files=files,
     )
 
 

@@ -140,7 +140,7 @@ def _there(
         here = [s for s in sites if s.block == index]
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
-            empty_sums(s.name, out, clock.device, drifting=False, holding_out=False)
+            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=False)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[nn.Module, Tensor] = {}
@@ -205,7 +205,7 @@ def _there_and_back(
         here = [s for s in sites if s.block == index]
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
-            empty_sums(s.name, out, device, drifting=False, holding_out=True, with_gradient=True)
+            empty_sums(s.name, out, device, stream.shelf, drifting=False, holding_out=True, with_gradient=True)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[nn.Module, Tensor] = {}
@@ -300,11 +300,14 @@ def _curves(
         if recipe.allocation not in NEEDS_CURVES:
             continue
         apart = for_algebra(
-            site.name, Statistics(site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient)
+            site.name,
+            Statistics(
+                site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient, files=site_sums.files
+            ),
         )
-        factored = factor_site(block, family, site, apart, recipe, clock)
+        factored = factor_site(block, family, site, apart, recipe, clock)[0]
         found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
-        loss = factored.loss_curve(apart.held_moments)
+        loss = factored.loss_curve(apart)
         if loss is not None:
             found[f"{site.kind} loss"] = loss[:: site.unit_size].cpu()
     return found

@@ -53,7 +53,7 @@ def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
     others with a pivot of 1.
 
     Args:
-        gram: (n, n), symmetric, float64 or float32; left as it is.
+        gram: (n, n), symmetric, float64 or float32; used up.
         dampening: relative, >= 0.
 
     Raises:
@@ -61,21 +61,19 @@ def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
     """
     if not torch.isfinite(gram).all():
         raise SnpError("Gram matrix holds NaN or Inf; expected finite activations. Try --dtype float32.")
-    damped = gram.clone()
-    del gram  # where the caller keeps none, its memory is free for the factor
-    diagonal = damped.diagonal().clone()
+    diagonal = gram.diagonal().clone()
     dead = diagonal <= 0
     used, info = dampening, 0
     for _ in range(1 + ESCALATIONS):
-        damped.diagonal().copy_(torch.where(dead, torch.ones_like(diagonal), diagonal + used * diagonal))
-        cholesky, status = try_cholesky(damped.clone())
+        gram.diagonal().copy_(torch.where(dead, torch.ones_like(diagonal), diagonal + used * diagonal))
+        cholesky, status = try_cholesky(gram.clone())
         info = int(status)
         if info == 0:
-            return DefiniteGram(damped, diagonal, dead, used, [cholesky])
+            return DefiniteGram(gram, diagonal, dead, used, [cholesky])
         del cholesky
         last, used = used, max(10 * used, SMALLEST_DAMPENING)
     raise SnpError(
-        f"Gram matrix of {len(damped):,} channels is not positive definite (pivot {info} is not positive; dampening "
+        f"Gram matrix of {len(gram):,} channels is not positive definite (pivot {info} is not positive; dampening "
         f"was raised from {dampening:g} to {last:g}). Use more calibration tokens or a larger --dampening."
     )
 
@@ -220,19 +218,28 @@ def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
         (n + 1,), float64, 0 at k = n.
     """
     n = len(L)
-    half = torch.linalg.solve_triangular(L, gram, upper=False, unitriangular=True, out=gram)
+    half = solve_lower(L, gram)
     U = times_lower(W, L)
     added = torch.zeros(n, dtype=torch.float64, device=W.device)
     for start, stop in column_blocks(n):
-        latent = torch.linalg.solve_triangular(
-            L[:stop, :stop], half[start:stop, :stop].mT, upper=False, unitriangular=True
-        )
+        latent = solve_lower(L[:stop, :stop], half[start:stop, :stop].mT.clone())
         shares = latent.mul_(U[:, :stop].mT @ U[:, start:stop])
         # A trailing block is the one after it and a row and a column more.
         added[:start] += 2 * shares[:start].sum(1, dtype=torch.float64)
         within = shares[start:]
         added[start:stop] += (2 * within.triu(1).sum(1, dtype=torch.float64)).add_(within.diagonal())
     return torch.cat([added.flip(0).cumsum(0).flip(0), added.new_zeros(1)])
+
+
+def solve_lower(L: Tensor, right: Tensor) -> Tensor:
+    """`L^-1 B` of a unit lower triangular L, (n, n), in place of B, (n, m).
+
+    A row block at a time: LAPACK wants whole matrices next to each other in memory, and would get a copy of a part.
+    """
+    for start, stop in column_blocks(len(L)):
+        block = right[start:stop].addmm_(L[start:stop, :start], right[:start], alpha=-1)
+        torch.linalg.solve_triangular(L[start:stop, start:stop], block, upper=False, unitriangular=True, out=block)
+    return right
 
 
 def times_lower(W: Tensor, L: Tensor) -> Tensor:

@@ -29,9 +29,11 @@ def test_the_mean_moves_only_where_there_is_a_bias():
         blocks = find_blocks(model, family)
         site = find_sites(blocks, family)[1]
         moments = Moments(4 * torch.eye(64), torch.full((64,), 2.0), 4)
-        factored = factor_site(blocks[0], family, site, Statistics(moments), small_recipe(), Clock(torch.device("cpu")))
+        factored, gram = factor_site(
+            blocks[0], family, site, Statistics(moments), small_recipe(), Clock(torch.device("cpu"))
+        )
         assert factored.centred == centred
-        assert factored.gram[0, 1] == (-1 if centred else 0) and factored.mean[0] == 0.5
+        assert gram[0, 1] == (-1 if centred else 0) and factored.mean[0] == 0.5
 
 
 @pytest.mark.parametrize(("n", "cut"), [(1, 1), (5, 3), (128, 128), (1000, 517)])
@@ -74,9 +76,9 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         monkeypatch.setattr("snp_llm.site.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model, family)[0])
         statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
-        factored = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))
+        factored, _ = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
-        curve = factored.loss_curve(held)
+        curve = factored.loss_curve(statistics)
         result = cut(block, family, site, statistics, 40, small_recipe(), Clock(torch.device("cpu")), 0.0)
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results

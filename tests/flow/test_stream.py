@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from snp_llm import prune, stream, sums
+from snp_llm import prune, site, stream, sums
 from snp_llm.errors import SnpError
-from snp_llm.stream import BatchSize, Shelf, in_batches
+from snp_llm.shelf import Shelf, let_go
+from snp_llm.stream import BatchSize, in_batches
 from tests.conftest import small_model, small_recipe
 
 CUTS = {"sparsity": 0.4, "round_to": 4, "num_samples": 10, "batch_size": 8}
@@ -72,6 +73,32 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
     assert [m for m in caplog.messages if "mlp.down_proj: no room for algebra of" in m]
     for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
+def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
+    dense = small_model("llama")
+    expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
+    monkeypatch.setattr(sums, "SINGLE_PRECISION_FROM", 1)
+    released = []
+    monkeypatch.setattr(site, "let_go", lambda files: released.append(len(files)) or let_go(files))
+    found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
+    # Second moments, those of held-out windows, and what outputs lack of their targets, likewise; the visit has none.
+    assert set(released) == ({1, 2} if choices else {2, 4})
+    for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tensors_in_files_are_the_same_when_they_come_back(tmp_path):
+    tensor, pages = Shelf(None, tmp_path).file(1000, 500, dtype=torch.float32)
+    assert not tensor.any()
+    expected = torch.randn(1000, 500)
+    tensor.copy_(expected)
+    let_go([pages])
+    assert torch.equal(tensor, expected)
+    tensor[3] = 7.0
+    let_go([pages])
+    assert tensor[3].eq(7).all() and torch.equal(tensor[4:], expected[4:])
 
 
 def test_hidden_states_on_disk_are_files_without_a_name(tmp_path):

@@ -53,7 +53,7 @@ def test_energy_curve_counts_whole_units():
 def test_dampening_is_relative_to_each_channel():
     X = make_inputs()
     G = X.T @ X
-    definite = make_definite(G, 0.1)
+    definite = make_definite(G.clone(), 0.1)
     torch.testing.assert_close(definite.gram, G + 0.1 * torch.diag(G.diagonal()))
     scale = torch.logspace(-3, 3, 12, dtype=torch.float64)
     rescaled = make_definite(G * scale[:, None] * scale, 0.1)
