@@ -548,7 +548,7 @@ def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
     if recipe.ordering == "zca-exact" or (recipe.ordering == "zca" and n <= ZCA_EXACT_UP_TO):
         flops += EIGENDECOMPOSITION * n**3
     elif recipe.ordering == "zca":
-        flops += n**3 / 3 + 4 * n * n * max(LEAST_SIGNS, n // 32)  # columns of the inverse factor, random projections
+        flops += n**3 / 3 + 2 * n * n * max(LEAST_SIGNS, n // 32)  # columns of the inverse factor, random projections
     if recipe.needs_gradients:
         flops += 2 * EIGENDECOMPOSITION * d**3  # the root, once for the ordering and once for the curve
     return flops
