@@ -23,7 +23,7 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
 from snp_llm.site import DAMPENINGS
-from snp_llm.sums import ALGEBRA_MATRICES, SINGLE_PRECISION_FROM
+from snp_llm.sums import ALGEBRA_MATRICES, FILES_FROM, SINGLE_PRECISION_FROM
 from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_visit
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
@@ -38,7 +38,7 @@ REMEDIES = {
     "activations": "a smaller --batch-size or --seq-len",
     "logits": "a smaller --seq-len",
     "sums": "--ordering zca --target self --dampening 0.1, which hold fewer sums; on a CPU, --hidden-device disk",
-    "algebra": "a device with more memory; float64 matrices as wide as the FFN cannot be smaller",
+    "algebra": "a device with more memory; matrices as wide as the FFN cannot be smaller",
     "rest": "--dtype bfloat16",
     "hidden": "--hidden-device disk, or fewer --num-samples",
     "hidden on device": "--hidden-device cpu, or fewer --num-samples",
@@ -389,7 +389,7 @@ def _sums_parts(
     """Sums of sites, wherever they wait while they are factored."""
     sizes = {"device": 0, "disk": 0}
     for n in widths:
-        in_files = recipe.hidden_device == "disk" and shapes.device == "cpu" and n >= SINGLE_PRECISION_FROM
+        in_files = recipe.hidden_device == "disk" and shapes.device == "cpu" and n >= FILES_FROM
         size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out)
         sizes["disk" if in_files else "device"] += size
     kinds = {"device": "sums", "disk": "hidden on disk"}
@@ -505,11 +505,10 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     rounds = recipe.steps
     gram = sum(2.0 * n * n * SHARE_OF_GRAM for n, _ in sites)
     if needs_visit(recipe):
-        factored = sum(_factor_flops(n, d, recipe) for n, s in sites)
-        curve = sum(2.0 * d * n * n for n, _ in sites)
+        curves = [(n, _factor_flops(n, d, recipe) + 2.0 * d * n * n) for n, _ in sites]
         if recipe.needs_gradients:
             head = 2.0 * d * shapes.vocabulary
-            curve += sum(2.0 * n**3 + 2 * d * d * n + 2 * d * n * n for n, _ in sites)
+            curves += [(n, 2.0 * n**3 + 2 * d * d * n + 2 * d * n * n) for n, _ in sites]
             work += [
                 Work("visit: forwards and back", (3 * forward + 2 * head) * seen, shapes.dtype),
                 Work("visit: sums", (gram + 2.0 * d * d * SHARE_OF_GRAM * len(sites)) * seen, wide),
@@ -520,7 +519,7 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
                 Work("visit: sums", gram * seen, wide),
             ]
         if recipe.allocation in NEEDS_CURVES:
-            work.append(Work("visit: linear algebra", factored + curve, torch.float64, algebra=True))
+            work += _algebra_work("visit: linear algebra", curves)
     if drifting:
         work.append(Work("targets of the dense model", forward * tokens, shapes.dtype))
     # Attention's inputs once, its out-projection twice, the FFN without and with its new weights.
@@ -528,14 +527,22 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     work.append(Work("pruned pass", passes * tokens, shapes.dtype))
     cross = sum(2.0 * d * n for n, _ in sites) if drifting else 0.0
     work.append(Work("sums", (gram + cross) * tokens, wide))
-    factored = 0.0
+    cuts = []
     for n, site in sites:
         k = (1 - recipe.sparsity_of(site.kind)) * n
         repair = k**3 / 3 + 4 * d * k * k + 2 * d * d * k  # a factorisation, a solution and its error in the metric
         times = holding * (2 if drifting else 1) if recipe.holds_out else 1
-        factored += _factor_flops(n, d, recipe) + times * repair + 6.0 * d * n * n
-    work.append(Work("linear algebra", factored, torch.float64, algebra=True))
+        cuts.append((n, _factor_flops(n, d, recipe) + times * repair + 6.0 * d * n * n))
+    work += _algebra_work("linear algebra", cuts)
     return [replace(w, flops=w.flops * rounds) for w in work]
+
+
+def _algebra_work(name: str, flops: Sequence[tuple[int, float]]) -> list[Work]:
+    """What is done to sites of so many channels, by the type that it is done in."""
+    single = sum(done for n, done in flops if n >= SINGLE_PRECISION_FROM)
+    double = sum(done for n, done in flops if n < SINGLE_PRECISION_FROM)
+    both = ((single, torch.float32), (double, torch.float64))
+    return [Work(name, done, dtype, algebra=True) for done, dtype in both if done]
 
 
 def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
@@ -550,5 +557,5 @@ def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
     elif recipe.ordering == "zca":
         flops += n**3 / 3 + 2 * n * n * max(LEAST_SIGNS, n // 32)  # columns of the inverse factor, random projections
     if recipe.needs_gradients:
-        flops += 2 * EIGENDECOMPOSITION * d**3  # the root, once for the ordering and once for the curve
+        flops += d**3 / 3  # the root
     return flops

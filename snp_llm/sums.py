@@ -14,9 +14,10 @@ from snp_llm.models.families import Projection, weight_of
 from snp_llm.shelf import Files, Shelf
 
 ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at once where it is factorised
-# From so many channels on a site is ordered and factored in float32: half the memory, which is what such sites lack
-# first, and half the time.
-SINGLE_PRECISION_FROM = 4096
+# From so many channels on a site is ordered and factored in float32: half the memory and half the time on a CPU, a
+# fraction of it on GPUs that have little float64. Smaller ones cost next to nothing anyway.
+SINGLE_PRECISION_FROM = 1024
+FILES_FROM = 4096  # channels, from which on sums are worth a file
 HELD_OUT_EVERY = 8  # one window of so many is held out
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ def empty_sums(
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
-    Where a shelf in files is asked for and the CPU is to sum, matrices of sites so wide that they are factored in
-    float32 are on it.
+    Where a shelf in files is asked for and the CPU is to sum, the matrices of wide sites are on it.
 
     Args:
         name: of the site.
@@ -105,7 +105,7 @@ def empty_sums(
         held_drift=empty_drift(d_out, n, dtype, device) if drifting and holding_out else None,
         gradient=empty_moments(d_out, dtype, device) if with_gradient else None,
     )
-    in_files = shelf.device is None and device.type == "cpu" and n >= SINGLE_PRECISION_FROM
+    in_files = shelf.device is None and device.type == "cpu" and n >= FILES_FROM
     return _in_files(sums, shelf) if in_files else sums
 
 

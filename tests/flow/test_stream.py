@@ -79,7 +79,7 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
-    monkeypatch.setattr(sums, "SINGLE_PRECISION_FROM", 1)
+    monkeypatch.setattr(sums, "FILES_FROM", 1)
     released = []
     monkeypatch.setattr(site, "let_go", lambda files: released.append(len(files)) or let_go(files))
     found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
