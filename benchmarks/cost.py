@@ -47,9 +47,14 @@ SHAPES = {
     "opt-13b": (5120, 40, 40),
     "opt-30b": (7168, 48, 56),
 }
-# What no gradients are needed for, with the default's ordering, and with the paper's.
+# What no gradients are needed for: with the default's ordering, with the paper's, and without a visit to the model.
 PLAIN = {"allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
-CHOICES: dict[str, dict[str, Any]] = {"default": {}, "plain": PLAIN, "paper": {**PLAIN, "ordering": "zca"}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "plain": PLAIN,
+    "paper": {**PLAIN, "ordering": "zca"},
+    "uniform": {**PLAIN, "ordering": "zca", "allocation": "uniform"},
+}
 
 
 @dataclass(frozen=True)
