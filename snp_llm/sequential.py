@@ -72,7 +72,8 @@ def prune_blocks(
     first, state = journal.last_state(stream.windows)
     if state:
         stream.hidden.copy_(state["hidden"])
-        dense.hidden.copy_(state["dense"])
+        if dense is not stream:
+            dense.hidden.copy_(state["dense"])
         residual = bool(state["residual"])
     pruned_blocks: list[nn.Module] = []
     results: list[SiteResult] = []
@@ -105,7 +106,9 @@ def prune_blocks(
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
             pruned_blocks.append(journal.finish_block(block, found, index))
-            state = {"hidden": stream.hidden, "dense": dense.hidden, "residual": torch.tensor(residual)}
+            state = {"hidden": stream.hidden, "residual": torch.tensor(residual)}
+            if dense is not stream:
+                state["dense"] = dense.hidden
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
 

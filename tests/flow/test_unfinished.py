@@ -94,10 +94,18 @@ def test_what_is_gone_on_with_is_not_done_again(prune, dense, finished, tmp_path
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
 
 
-def interrupted(prune: Runner, dense: Path, out: Path, *, after: int) -> Path:
+def test_without_targets_there_is_one_stream_to_go_on_with(prune, dense, tmp_path):
+    paper = ("--target", "self", "--ordering", "zca", "--allocation", "variance", "--metric", "error")
+    assert prune(dense, *SETTINGS, *paper, "--output", tmp_path / "whole")["codes"] == [0]
+    interrupted(prune, dense, tmp_path / "out", *paper, after=3)
+    assert prune(dense, *SETTINGS, *paper, "--output", tmp_path / "out", "--resume")["codes"] == [0]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def interrupted(prune: Runner, dense: Path, out: Path, *more: object, after: int) -> Path:
     """The temporary folder of a run that was killed once so many blocks were cut."""
     partial = out.with_name(f".{out.name}.partial")
-    assert prune(dense, *SETTINGS, "--output", out, die_at=("cut", after))["codes"] == [-9]
+    assert prune(dense, *SETTINGS, *more, "--output", out, die_at=("cut", after))["codes"] == [-9]
     return partial
 
 
