@@ -36,6 +36,8 @@ METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradie
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
+VIEWS = 512  # directions of wider outputs in which candidates for a repair are compared
+
 SOLVE_TOLERANCE = 1e-3  # what float32 cannot factor or solve this well is done in float64 after all
 CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
 
@@ -374,9 +376,9 @@ def repair_site(
         fit_mean = fit_first / fit_tokens if centred else None
         fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift), files=files)
         judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False, files=files)
-        if root is not None:
-            fit = fit.seen_by(root)
-            judged = judged.seen_by(root)
+        view = viewed(root, W)
+        if view is not None:
+            fit, judged = fit.seen_by(view), judged.seen_by(view)
         dampenings = DAMPENINGS if recipe.dampening is None else [used]
         choice = choose_repair(fit, judged, dampenings, bias=centred)
         if recipe.target_weight is not None:
@@ -390,6 +392,23 @@ def repair_site(
         W_new = W_new + drifted.weight
     shift = torch.zeros_like(W[:, 0]) if drifted is None else drifted.shift
     return RepairedSite(W_new, shift, change, choice.dampening, choice.alpha)
+
+
+def viewed(root: Tensor | None, W: Tensor) -> Tensor | None:
+    """In which outputs repairs are compared: V, of which `||V^T v||^2` is the error v in the metric, or None for all.
+
+    Of wide outputs V holds so many combinations of the directions with random signs, which give the same sums but for
+    some per cent that all candidates have in common (Achlioptas, 2003): a candidate then costs a solve with few rows.
+
+    Args:
+        root: of the metric, (d_out, d_out), or None for the plain norm.
+        W: out-projection weight, (d_out, n).
+    """
+    if len(W) < 2 * VIEWS:
+        return root
+    signs = 2 * torch.randint(2, (len(W), VIEWS), generator=torch.Generator().manual_seed(0)) - 1
+    signs = signs.to(W) / VIEWS**0.5
+    return signs if root is None else root @ signs
 
 
 def kept_sums(

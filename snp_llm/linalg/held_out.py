@@ -52,14 +52,14 @@ class KeptSums:
             lacking=None if self.lacking is None else self.lacking.to(dtype),
         )
 
-    def seen_by(self, root: Tensor) -> "KeptSums":
-        """With outputs `R^T v`, whose plain norm is that of v in the metric `R R^T`."""
+    def seen_by(self, view: Tensor) -> "KeptSums":
+        """With outputs `V^T v`, V (d_out, m): their plain norm is that of v in the metric `V V^T`."""
         return replace(
             self,
-            taken=root.mT @ self.taken,
-            lost=root.mT @ self.lost,
-            cross=None if self.cross is None else root.mT @ self.cross,
-            lacking=None if self.lacking is None else root.mT @ self.lacking,
+            taken=view.mT @ self.taken,
+            lost=view.mT @ self.lost,
+            cross=None if self.cross is None else view.mT @ self.cross,
+            lacking=None if self.lacking is None else view.mT @ self.lacking,
         )
 
 

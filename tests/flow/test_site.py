@@ -6,8 +6,9 @@ import torch
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import Drift, Moments
+from snp_llm.linalg.held_out import KeptSums, choose_repair
 from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.site import CURVE_POINTS, cut, factor_site, sample_curve
+from snp_llm.site import CURVE_POINTS, DAMPENINGS, VIEWS, cut, factor_site, sample_curve, viewed
 from snp_llm.sums import Statistics
 from tests.conftest import small_opt, small_recipe
 
@@ -89,3 +90,33 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     torch.testing.assert_close(W, W32, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(b, b32, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(curve, curve32, rtol=1e-3, atol=1e-4 * float(curve[0]))
+
+
+@pytest.mark.parametrize("metric", [True, False])
+def test_candidates_are_compared_in_some_directions_as_in_all(metric):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    d_out, n, k = 2 * VIEWS, 60, 40
+    W, pull, mixing = draw(d_out, n), draw(d_out, n), draw(n, n)
+    root = draw(d_out, d_out).tril() if metric else None
+
+    def sums(tokens):
+        x = draw(tokens, n) @ mixing
+        lacking = 0.1 * x @ pull.T + 3 * draw(tokens, d_out)
+        kept, gone = x[:, :k], x[:, k:] @ W[:, k:].T
+        return KeptSums(
+            kept.T @ kept, gone.T @ kept, kept.sum(0), gone.sum(0), tokens, lacking.T @ kept, lacking.sum(0)
+        )
+
+    fit, held = sums(200), sums(100)
+    view = viewed(root, W)
+    assert view is not None and view.shape == (d_out, VIEWS)
+    assert viewed(root, W[:-1]) is root  # few enough for all of them
+    whole = torch.eye(d_out, dtype=torch.float64) if root is None else root
+    every = choose_repair(fit.seen_by(whole), held.seen_by(whole), DAMPENINGS, bias=True)
+    some = choose_repair(fit.seen_by(view), held.seen_by(view), DAMPENINGS, bias=True)
+    assert (some.dampening, some.drift_dampening) == (every.dampening, every.drift_dampening)
+    assert 0 < every.alpha < 1 and some.alpha == pytest.approx(every.alpha, abs=0.05)
