@@ -1,12 +1,15 @@
 """A pruned model in engines that are not ours: ONNX Runtime, transformers from a GGUF, and llama.cpp.
 
-    python benchmarks/engines.py FOLDER --tokenizer-from dense.gguf
+    python benchmarks/engines.py FOLDER --tokenizer-from dense.gguf --llama-cpp CHECKOUT
 
-Each gets the folder's weights in its own format and has to compute the logits that torch does. Tokens are drawn at
-random here; benchmarks/real_model.py brings text.
+Each gets the folder's weights in its own format and has to compute the logits that torch does: as a GGUF by
+gguf_export.py, and with `--llama-cpp` as one by llama.cpp's own converter, which also has to read the tokenizer. Tokens
+are drawn at random here; benchmarks/real_model.py brings text.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,11 +23,12 @@ import gguf_export
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 TOLERANCE = 1e-3
 SHAPES = ((2, 128), (1, 7), (3, 40))  # the first is what is exported; the others show that nothing is baked in
 LLAMA_CPP_PROMPTS = 4
+SAID = "Prune first, then serve:\n\n\tdef f(x): return x ** 2  # 3.14159, naïve café, 東京, 🙂's and we'll see\n"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer-from", type=Path, default=None, metavar="GGUF")
+    parser.add_argument("--llama-cpp", type=Path, default=None, metavar="CHECKOUT", help="with convert_hf_to_gguf.py")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -53,6 +58,8 @@ def main() -> int:
     tokens = torch.randint(vocabulary, (4, 128), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as work:
         checks = check_engines(args.folder, tokens, Path(work), args.tokenizer_from)
+        if args.llama_cpp is not None:
+            checks += check_converter(args.folder, tokens, Path(work) / "converted.gguf", args.llama_cpp)
     print("\n".join(str(check) for check in checks))
     return 0 if all(check.passed for check in checks) else 1
 
@@ -74,6 +81,32 @@ def check_engines(folder: Path, tokens: Tensor, work: Path, tokenizer_from: Path
     if tokenizer_from is not None and find_spec("xllamacpp"):
         checks.append(check_llama_cpp(model, tokens, path))
     return checks
+
+
+def check_converter(folder: Path, tokens: Tensor, path: Path, llama_cpp: Path) -> list[Check]:
+    """Converts the folder with llama.cpp's own script, tokenizer included, and runs the file.
+
+    Args:
+        folder, tokens: as for `check_engines`.
+        path: of the new file.
+        llama_cpp: a checkout; its script needs sentencepiece, whatever the tokenizer.
+    """
+    script, package = llama_cpp / "convert_hf_to_gguf.py", llama_cpp / "gguf-py"
+    found = subprocess.run(
+        [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", "f32"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode != 0:
+        reason = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+        return [Check(f"{script.name}: {reason}", float("inf"))]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checks = check_gguf(model, tokens, path)
+    if find_spec("xllamacpp"):
+        ids = AutoTokenizer.from_pretrained(folder)(SAID, return_tensors="pt")["input_ids"]
+        checks += [check_llama_cpp(model, tokens, path), check_llama_cpp(model, ids, path, SAID)]
+    return [Check(f"{script.name}, {check.text}", check.difference) for check in checks]
 
 
 class Logits(nn.Module):
@@ -137,10 +170,16 @@ def load_gguf(path: Path) -> PreTrainedModel:
     ).eval()
 
 
-def check_llama_cpp(model: PreTrainedModel, tokens: Tensor, path: Path) -> Check:
+def check_llama_cpp(model: PreTrainedModel, tokens: Tensor, path: Path, said: str | None = None) -> Check:
     """Runs the file in llama.cpp, CPU and float32 throughout, and compares log-probabilities of the next token.
 
     Its server gives no logits; log-probabilities of the whole vocabulary are the same up to a constant.
+
+    Args:
+        model: what the file was made of.
+        tokens: prompts, (windows, T), int64.
+        path: of the file.
+        said: the text that is the only prompt, for llama.cpp to make tokens of.
     """
     import xllamacpp
 
@@ -155,16 +194,17 @@ def check_llama_cpp(model: PreTrainedModel, tokens: Tensor, path: Path) -> Check
         with torch.no_grad():
             logits = model(window[None], use_cache=False).logits[0, -1]
         answer = server.handle_completions(
-            {"prompt": window.tolist(), "n_predict": 1, "n_probs": len(logits), "cache_prompt": False}
+            {"prompt": said or window.tolist(), "n_predict": 1, "n_probs": len(logits), "cache_prompt": False}
         )
         found = torch.full_like(logits, float("nan"))
         for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[entry["id"]] = entry["logprob"]
         difference = max(difference, relative(logits.log_softmax(0), found, logits.abs().max()))
     count, length = min(LLAMA_CPP_PROMPTS, len(tokens)), tokens.shape[1]
+    prompts = f"a text that it cut into tokens itself ({length})" if said else f"{count} prompts of {length}"
     return Check(
-        f"llama.cpp (xllamacpp {xllamacpp.__version__}): log-probabilities of all {len(logits):,} tokens after {count} "
-        f"prompts of {length} differ by {difference:.1e} of the largest logit",
+        f"llama.cpp (xllamacpp {xllamacpp.__version__}): log-probabilities of all {len(logits):,} tokens after "
+        f"{prompts} differ by {difference:.1e} of the largest logit",
         difference,
     )
 

@@ -290,10 +290,12 @@ def quality_figure(panels: Sequence[Panel], *, size: tuple[float, float] = SIZE)
             if panel.title:
                 axes.set_title(panel.title, loc="left", fontsize="medium", wrap=True)
         if len(handles) > 1:
+            below = size[0] <= SIZE[0]
             figure.legend(
                 list(handles.values()),
                 list(handles),
-                loc="outside lower center" if len(panels) == 1 and size == SIZE else "outside right center",
+                loc="outside lower center" if below else "outside right center",
+                ncols=2 * len(panels) - 1 if below else 1,
             )
         return figure
 

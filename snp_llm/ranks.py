@@ -4,6 +4,7 @@ Without a process group, as in most runs, there is one rank and nothing is sent.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from snp_llm.errors import SnpError
 
 # A rank that waits longer for another gives up. The longest that one waits for is rank 0, reloading the saved model.
 TIMEOUT = timedelta(minutes=60)
+LET_GO = 0.1  # seconds
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")  # in torch's messages
 T = TypeVar("T")
@@ -46,6 +48,9 @@ def joined(device: str) -> Iterator[None]:
                 "its own message; then go on with --resume, with as many ranks as you like."
             ) from error
         raise
+    # torch 2.6 waits here for the group's threads with Python's lock held, which one of them may still want, to let go
+    # of the last tensor that was exchanged.
+    time.sleep(LET_GO)
     distributed.destroy_process_group()  # after an error that could wait for ranks that are gone
 
 

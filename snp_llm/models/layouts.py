@@ -83,7 +83,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     index.update({prefix + k: v for k, v in disk_index(pruned_blocks).items()})
     if index:
         wait_on_disk(model, index)
-        model.hf_device_map = {"": "disk"}  # for save_pretrained
+        model.hf_device_map = {"": "disk", "-": "cpu"}  # for save_pretrained, which before 5.15 asks for two places
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.eval().requires_grad_(False)
 

@@ -175,3 +175,48 @@ def test_algebra_times_and_judges(capsys, monkeypatch):
     algebra.show(128, [*algebra.factorisations(128, 128), *algebra.gram_products(128)], 1)
     rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == len({*rows}) == 24 and {"zca, exact", "zca, quadrature", "greedy, 70 % kept"} <= {*rows}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_speed_puts_perplexity_against_sparsity_and_speed(tmp_path):
+    options = ["--methods", "random,ours", "--sparsities", "0.2,0.4", "--num-samples", "8", "--seq-len", "64"]
+    texts = ["--calibration", "bundled", "--evaluation", "bundled", "--max-windows", "4"]
+    turns = ["--prompts", "1", "--repeats", "3"]
+    out = run("speed.py", *options, *texts, *turns, "--output", str(tmp_path), "--name", "tiny")
+    rows = list(csv.DictReader((tmp_path / "tiny.csv").open()))
+    assert [row["method"] for row in rows] == ["random", "random", "ours", "ours"]
+    for row in rows:
+        assert 0 < float(row["speed_low"]) <= float(row["speed"]) <= float(row["speed_high"])
+        assert abs(float(row["achieved"]) - float(row["sparsity"])) < 0.05 and float(row["perplexity"]) > 0
+    table = (tmp_path / "tiny.md").read_text()
+    assert out.endswith(f"{table}\n") and table.count("| ours |") == 2 and "8 windows of 64 tokens" in table
+    (tmp_path / "tiny.png").unlink()
+    run("speed.py", "--redraw", "--output", str(tmp_path), "--name", "tiny")
+    assert (tmp_path / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("fails", "text"), [(False, "gguf reader"), (True, "convert_hf_to_gguf.py: no such tokenizer")]
+)
+def test_llama_cpps_own_converter_is_run_and_what_it_says_is_passed_on(gguf_export, monkeypatch, fails, text, tmp_path):
+    """A stand-in for the script, which writes the file with this repository's code or refuses."""
+    import engines
+
+    monkeypatch.setattr(engines, "find_spec", lambda _name: None)  # the stand-in's file has no tokenizer
+    heads_gone("llama", max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    script = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import gguf_export
+from transformers import AutoModelForCausalLM
+if {fails}:
+    raise SystemExit("no such tokenizer")
+folder, _, path, _, kind = sys.argv[1:]
+assert kind == "f32"
+gguf_export.write_gguf(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), path)
+"""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(script)
+    tokens = torch.randint(100, (4, 128), generator=torch.Generator().manual_seed(0))
+    checks = engines.check_converter(tmp_path / "model", tokens, tmp_path / "model.gguf", tmp_path)
+    assert text in str(checks[0]) and all(check.passed != fails for check in checks)
