@@ -67,7 +67,7 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
     monkeypatch.setattr(sums, "has_room", lambda _device, size: size < 10_000)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="snp_llm")
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "mlp.down_proj: no room for sums of" in m and "computed on the CPU" in m]
     assert [m for m in caplog.messages if "mlp.down_proj: no room for algebra of" in m]
