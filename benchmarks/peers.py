@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=None, help="kept, and used again; default: a temporary folder")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="peers")
+    parser.add_argument("--stored", action="store_true", help="measure nothing: report what is in --work, cell by cell")
     parser.add_argument("--redraw", action="store_true", help="only the plot, of what an earlier run wrote to --output")
     args = parser.parse_args(arguments)
+    if args.stored and args.work is None:
+        parser.error("--stored: expected together with --work, where the cells are")
     args.command = printable(sys.argv[1:] if arguments is None else arguments)
     args.evaluation = dict(item.split("=", 1) for item in args.evaluation or ["wikitext2=wikitext2"])
     return args
@@ -134,7 +138,9 @@ def run(args: argparse.Namespace, work: Path) -> int:
             for label, windows in texts.items()
         }
 
-    rows = [once(work, "dense", shared, lambda: Row("dense", 0.0, 0, 0.0, 0.0, measure(dense)))]
+    first = once(work, "dense", shared, lambda: Row("dense", 0.0, 0, 0.0, 0.0, measure(dense)))
+    assert first is not None
+    rows = [first]
     args.output.mkdir(parents=True, exist_ok=True)
     failures = 0
     for name, seed in itertools.product(args.methods, args.seeds):
@@ -144,7 +150,10 @@ def run(args: argparse.Namespace, work: Path) -> int:
             settings = shared | {"calibration": windows.digest, "method": name, "sparsity": sparsity, "seed": seed}
             settings |= recipe_settings(args, name, sparsity, seed)
             try:
-                rows.append(once(work, f"{name}-{100 * sparsity:g}-{seed}", settings, lambda c=cells, s=sparsity: c(s)))
+                compute = None if args.stored else partial(cells, sparsity)
+                row = once(work, f"{name}-{100 * sparsity:g}-{seed}", settings, compute)
+                if row is not None:
+                    rows.append(row)
             except SnpError as error:
                 failures += 1
                 log.error("%s, sparsity %g, seed %d: failed: %s", name, sparsity, seed, error)
@@ -237,12 +246,14 @@ def measure_method(
     return cell
 
 
-def once(work: Path, stem: str, settings: dict[str, Any], measure: Callable[[], Row]) -> Row:
-    """The row of an earlier run with the same settings, or a new one."""
+def once(work: Path, stem: str, settings: dict[str, Any], measure: Callable[[], Row] | None) -> Row | None:
+    """The row of an earlier run with the same settings, or a new one, or None where none is to be measured."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     file = work / f"{stem}-{key[:12]}.json"
     if file.exists():
         row, origin = Row(**json.loads(file.read_text())["row"]), "stored"
+    elif measure is None:
+        return None
     else:
         row, origin = measure(), "measured"
         unfinished = file.with_suffix(".part")
@@ -378,7 +389,7 @@ def plot(rows: Sequence[Row], captions: dict[str, str], methods: dict[str, Metho
             sparsities = sorted(curve)
             means = [statistics.mean(curve[s]) for s in sparsities]
             lines.append(Line(methods[name].title, [100 * s for s in sparsities], means, emphasised=name == OURS))
-        title = f"{model}, {label}: {caption}, dense {rows[0].perplexity[label]:.2f}"
+        title = f"{model}, {label}\n{caption}, dense {rows[0].perplexity[label]:.2f}"
         x_label = "parameters removed, % of the block-linear ones"
         panels.append(Panel(title, x_label, "perplexity above dense", lines, baseline=0, symlog=True))
     quality_figure(panels, size=(7, 5)).savefig(path, dpi=120)
