@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Drift, Moments, alive_channels, completed, gram_matrix
+from snp_llm.linalg.gram import Drift, Moments, alive_channels, completed, gram_matrix, random_signs
 from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
 from snp_llm.linalg.ldl import (
     DefiniteGram,
@@ -406,8 +406,7 @@ def viewed(root: Tensor | None, W: Tensor) -> Tensor | None:
     """
     if len(W) < 2 * VIEWS:
         return root
-    signs = 2 * torch.randint(2, (len(W), VIEWS), generator=torch.Generator().manual_seed(0)) - 1
-    signs = signs.to(W) / VIEWS**0.5
+    signs = random_signs(len(W), VIEWS, W) / VIEWS**0.5
     return signs if root is None else root @ signs
 
 

@@ -90,6 +90,11 @@ def column_blocks(n: int, multiple: int = 1) -> list[tuple[int, int]]:
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
+def random_signs(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Entries 1 and -1, always the same, (rows, columns); products keep norms on average (Achlioptas, 2003)."""
+    return (2 * torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(0)) - 1).to(like)
+
+
 def _mostly_zero(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.shape[1] < SPARSE_FROM or not torch.backends.mkl.is_available():
         return False

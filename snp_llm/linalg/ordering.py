@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import column_blocks
+from snp_llm.linalg.gram import column_blocks, random_signs
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 
@@ -83,8 +83,7 @@ def zca_quadrature(definite: DefiniteGram, unit_size: int) -> Tensor:
     """
     gram, cholesky = definite.gram, definite.factor()
     n = len(gram)
-    signs = 2 * torch.randint(2, (n, max(LEAST_SIGNS, n // 32)), generator=torch.Generator().manual_seed(0)) - 1
-    signs = signs.to(gram)
+    signs = random_signs(n, max(LEAST_SIGNS, n // 32), gram)
     solved = torch.linalg.solve_triangular(cholesky, signs, upper=False)
     scores = []
     for start, stop in column_blocks(n, unit_size):
