@@ -8,9 +8,10 @@ it: the checkpoint is read block by block from disk, blocks and gradients are wr
 model is saved. Evaluation and reloading in a fresh process are apart.
 
 A shape is that of a published OPT with random weights, which costs the same. With `--blocks k` the model has only its
-first k blocks: all seconds and FLOPs but those of embeddings and head in the forward pass are multiplied by what is
-missing, and the table says so. Peak memory is that of the process: sampled resident set, or of the GPU; with fewer
-blocks it is a lower bound.
+first k blocks: all seconds and FLOPs but those of embeddings and head, which a model has once however deep it is, are
+multiplied by what is missing, and the table says so. (What else there is once, reading the text for instance, is
+multiplied as well.) Peak memory is that of the process: sampled resident set, or of the GPU; with fewer blocks it is a
+lower bound.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedMod
 
 from snp_llm import Recipe, checkpoint, prune
 from snp_llm.data import BUNDLED
-from snp_llm.device import PHASES, Clock, compute_device, synchronize
+from snp_llm.device import ONCE, PHASES, Clock, compute_device, synchronize
 from snp_llm.estimate import estimate, matmul_rates
 from snp_llm.journal import Journal
 from snp_llm.models.blocks import run_without_blocks
@@ -196,13 +197,14 @@ def measure(
         with clock.phase("saving"):
             checkpoint.save(pruned.model, tokenizer, Path(work) / "pruned")
         elapsed = time.perf_counter() - start
-    seconds = {phase: factor * (pruned.seconds[phase] + clock.seconds[phase]) for phase in PHASES}
+    times = {phase: 1.0 if phase == ONCE else factor for phase in PHASES}
+    seconds = {phase: times[phase] * (pruned.seconds[phase] + clock.seconds[phase]) for phase in PHASES}
     needed = estimate(dense, resolve(recipe, dense))
     rates = matmul_rates(device, needed.dtypes)
     return Cost(
         forward=(forward - rest) * factor + rest,
         seconds=seconds,
-        rest=factor * elapsed - sum(seconds.values()),
+        rest=factor * (elapsed - sum(seconds[phase] / times[phase] for phase in PHASES)),
         flops=factor * needed.flops,
         at_ceiling=factor * sum(work.flops / rates[work.dtype] for work in needed.work),
         memory=(forward_peak[0], prune_peak[0]),

@@ -114,12 +114,12 @@ def measure(
             for at, output in in_batches(len(stream.hidden), stream.batch, run):
                 sums = [add_batch(s, seen[o], None, held[at]) for s, o in zip(sums, outs, strict=True)]
                 stream.hidden[at] = output
-        for site, site_sums in zip(here, sums, strict=True):
+        for site, out, site_sums in zip(here, outs, sums, strict=True):
             if index % every:
                 continue
             curves = visited.curves[visited.sites.index(site)]
             assert curves is not None and curves.loss is not None
-            found = site_sums.statistics(curves.gradient)
+            found = site_sums.statistics(out, curves.gradient)
             for width in widths(site, shares):
                 narrow = copy.deepcopy(block)
                 cut(narrow, family, site, found, width, recipe, clock, time.perf_counter())

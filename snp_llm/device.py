@@ -9,8 +9,9 @@ import torch
 
 from snp_llm.errors import SnpError
 
+ONCE = "embeddings and head"  # what a model runs once, however many blocks it has
 PHASES = (
-    *("loading", "forward passes", "Gram matrices", "ordering", "factorisation", "reconstruction", "surgery"),
+    *("loading", ONCE, "forward passes", "Gram matrices", "ordering", "factorisation", "reconstruction", "surgery"),
     "saving",
 )
 

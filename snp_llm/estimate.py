@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.device import synchronize
+from snp_llm.device import ONCE, synchronize
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.ordering import LEAST_SIGNS, ZCA_EXACT_UP_TO
 from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
-from snp_llm.site import DAMPENINGS
+from snp_llm.site import DAMPENINGS, VIEWS
 from snp_llm.sums import ALGEBRA_MATRICES, FILES_FROM, SINGLE_PRECISION_FROM
 from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_visit
 
@@ -497,7 +497,7 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.kind == "attention")
     forward = 2.0 * shapes.size.block_linear + scores
     ffn = 2.0 * sum(s.parameters for _, s in sites if s.kind == "ffn")
-    out_attention, out_ffn = (sum(2.0 * d * n for n, s in sites if s.kind == kind) for kind in ("attention", "ffn"))
+    out_ffn = sum(2.0 * d * n for n, s in sites if s.kind == "ffn")
     wide = torch.promote_types(shapes.dtype, torch.float32)
     holding = len(DAMPENINGS) if recipe.dampening is None else 1
     drifting = recipe.target != "self"
@@ -507,10 +507,10 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     if needs_visit(recipe):
         curves = [(n, _factor_flops(n, d, recipe) + 2.0 * d * n * n) for n, _ in sites]
         if recipe.needs_gradients:
-            head = 2.0 * d * shapes.vocabulary
             curves += [(n, 2.0 * n**3 + 2 * d * d * n + 2 * d * n * n) for n, _ in sites]
             work += [
-                Work("visit: forwards and back", (3 * forward + 2 * head) * seen, shapes.dtype),
+                Work("visit: forwards and back", 3 * forward * seen, shapes.dtype),
+                Work(f"visit: {ONCE}", 4.0 * d * shapes.vocabulary * seen, shapes.dtype),
                 Work("visit: sums", (gram + 2.0 * d * d * SHARE_OF_GRAM * len(sites)) * seen, wide),
             ]
         else:
@@ -522,17 +522,20 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
             work += _algebra_work("visit: linear algebra", curves)
     if drifting:
         work.append(Work("targets of the dense model", forward * tokens, shapes.dtype))
-    # Attention's inputs once, its out-projection twice, the FFN without and with its new weights.
-    passes = forward + out_attention + ffn - (0 if drifting else out_ffn)
+    # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.
+    passes = forward + ffn - out_ffn
     work.append(Work("pruned pass", passes * tokens, shapes.dtype))
     cross = sum(2.0 * d * n for n, _ in sites) if drifting else 0.0
     work.append(Work("sums", (gram + cross) * tokens, wide))
     cuts = []
     for n, site in sites:
         k = (1 - recipe.sparsity_of(site.kind)) * n
-        repair = k**3 / 3 + 4 * d * k * k + 2 * d * d * k  # a factorisation, a solution and its error in the metric
-        times = holding * (2 if drifting else 1) if recipe.holds_out else 1
-        cuts.append((n, _factor_flops(n, d, recipe) + times * repair + 6.0 * d * n * n))
+        rows = VIEWS if d >= 2 * VIEWS else d
+        repairs = 2 if drifting else 1
+        chosen = holding * (k**3 / 3 + repairs * 4 * rows * k * k) if recipe.holds_out else 0.0
+        chosen += repairs * (k**3 / 3 + 2 * d * k * k)  # what is chosen, from all tokens
+        drift = 4.0 * d * n * n if drifting else 0.0  # out of the sums of targets, twice
+        cuts.append((n, _factor_flops(n, d, recipe, k) + chosen + drift + 6.0 * d * n * n))
     work += _algebra_work("linear algebra", cuts)
     return [replace(w, flops=w.flops * rounds) for w in work]
 
@@ -545,13 +548,14 @@ def _algebra_work(name: str, flops: Sequence[tuple[int, float]]) -> list[Work]:
     return [Work(name, done, dtype, algebra=True) for done, dtype in both if done]
 
 
-def _factor_flops(n: int, d: int, recipe: Recipe) -> float:
+def _factor_flops(n: int, d: int, recipe: Recipe, kept: float = 0.0) -> float:
     """A Cholesky factorisation before ordering and one after, what the ordering takes, and the metric's root."""
     flops = 2 * n**3 / 3
     if recipe.ordering in ("greedy", "obs", "residual"):
         flops += 2 * n**3 / 3  # the inverse
     if recipe.ordering == "greedy":
-        flops += 8 / 7 * 2 * n**3  # updates down to nothing, a new inverse at every halving
+        # Inverse and weights brought up to date for everything that goes, a new inverse at every halving.
+        flops += 2 * (n**3 - kept**3) / 3 + n**3 / 7 + 2 * d * (n * n - kept * kept)
     if recipe.ordering == "zca-exact" or (recipe.ordering == "zca" and n <= ZCA_EXACT_UP_TO):
         flops += EIGENDECOMPOSITION * n**3
     elif recipe.ordering == "zca":

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -16,11 +15,11 @@ from snp_llm.device import Clock
 from snp_llm.journal import Finish, Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import (
-    first_tensor,
     fixed_output,
     input_of,
     move,
     on_device,
+    output_of,
     run_block,
     with_first_tensor,
 )
@@ -28,7 +27,7 @@ from snp_llm.models.families import Family, Site, linear, weight_of
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
-from snp_llm.stream import Stream, attention_pass, check_finite, in_batches
+from snp_llm.stream import Stream, check_finite, in_batches
 from snp_llm.sums import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
 from snp_llm.targets import Targets, block_targets
 from snp_llm.visit import OnStep
@@ -127,8 +126,9 @@ def prune_block(
 ) -> list[SiteResult]:
     """Cuts a block's attention, then its FFN, in place, and the stream moves on to what the block then puts out.
 
-    A block costs one forward pass and a third: attention's inputs to the out-projection are computed once and kept, so
-    that after its cut only the out-projection runs again, and the FFN sees exactly what the pruned block will give it.
+    A block costs little more than one forward pass: attention's inputs to the out-projection are computed once and
+    kept, so that after its cut only the out-projection has to run, and the FFN sees exactly what the pruned block will
+    give it. Of a dense out-projection no output is computed: what that lacks is known from the sums.
     """
     attention_site, ffn_site = sites
     index, device, attention = attention_site.block, clock.device, block.get_submodule(family.attention)
@@ -143,9 +143,15 @@ def prune_block(
 
     def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
         with clock.phase("Gram matrices"):
-            gradient = gradients(2 * index + (site is ffn_site))
-            statistics = for_algebra(site.name, over_all_ranks(sums, held, length).statistics(gradient))
-        cut_here = partial(cut, block, family, site, statistics, width, recipe, clock, start)
+            sums = over_all_ranks(sums, held, length)
+
+        def cut_here() -> SiteResult:
+            with clock.phase("Gram matrices"):
+                gradient = gradients(2 * index + (site is ffn_site))
+                statistics = sums.statistics(linear(block, site.out_projection), gradient)
+            statistics = for_algebra(site.name, statistics)
+            return cut(block, family, site, statistics, width, recipe, clock, start)
+
         result = cut_on_one_rank(block, family, site, cut_here)
         on_step(str(result))
         return result
@@ -153,17 +159,15 @@ def prune_block(
     start = time.perf_counter()
     contexts = stream.shelf.empty(windows, length, weight_of(attention_out).shape[1], dtype=hidden.dtype)
     attended = stream.like_hidden()
-    form: Any = None  # what the attention module returns, but for the tensor
     with clock.phase("forward passes"), torch.no_grad():
         sums = new_sums(attention_site.name, attention_out)
-        passes = in_batches(windows, stream.batch, lambda at: attention_pass(block, family, hidden[at], call))
-        for at, (context, returned) in passes:
-            lacking = None
-            if targets is not None:
-                lacking = targets.lacking_attention(at, first_tensor(returned), hidden[at].to(device))
+        form = output_of(attention, block, hidden[:1], call)  # a tensor, or what else there is beside it
+        to_attention_out = partial(input_of, attention_out, block)
+        for at, context in in_batches(windows, stream.batch, lambda at: to_attention_out(hidden[at], call)):
+            target = None if targets is None else targets.of_attention(at, hidden[at].to(device))
             with clock.phase("Gram matrices"):
-                sums = add_batch(sums, context, lacking, held_here[at])
-            contexts[at], form = context, with_first_tensor(returned, hidden.new_empty(0))
+                sums = add_batch(sums, context, target, held_here[at])
+            contexts[at] = context
     attention_result = cut_site(attention_site, sums, widths[0], start)
 
     start = time.perf_counter()
@@ -179,12 +183,9 @@ def prune_block(
         sums = new_sums(ffn_site.name, ffn_out)
         for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn):
             attended[at] = output
-            lacking = None
-            if targets is not None:
-                fed = ffn_out(inputs).reshape(output.shape)
-                lacking = targets.lacking_ffn(at, fed, hidden[at].to(device), output)
+            target = None if targets is None else targets.of_ffn(at, hidden[at].to(device), output)
             with clock.phase("Gram matrices"):
-                sums = add_batch(sums, inputs, lacking, held_here[at])
+                sums = add_batch(sums, inputs, target, held_here[at])
     ffn_result = cut_site(ffn_site, sums, widths[1], start)
 
     def run_ffn(at: slice) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from snp_llm.linalg.ldl import (
     held_out_curve,
     make_definite,
     metric_root,
+    probe,
     solve_error,
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
@@ -36,6 +38,7 @@ METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradie
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
+ROWS_AT_ONCE = 512  # of a matrix that is put together from others
 VIEWS = 512  # directions of wider outputs in which candidates for a repair are compared
 
 SOLVE_TOLERANCE = 1e-3  # what float32 cannot factor or solve this well is done in float64 after all
@@ -241,7 +244,7 @@ def _definite(site: Site, statistics: Statistics, wanted: float, centred: bool) 
     second = statistics.moments.second
     if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32:
         definite = damped(torch.float32)
-        if definite.dampening == wanted and solve_error(definite.gram, definite.spare[0]) <= SOLVE_TOLERANCE:
+        if definite.dampening == wanted and solve_error(definite.spare[0], probe(definite.gram)) <= SOLVE_TOLERANCE:
             return definite
         log.info("%s: too badly conditioned for float32; computed in float64", site.name)
         del definite
@@ -386,7 +389,7 @@ def repair_site(
         del fit, judged
     sums = kept_sums(W, kept, gone, total, drift, mean if centred else None, files=files)
     added, drifted = repair(sums, choice, bias=centred, known=None if at_once is None else at_once - W[:, kept])
-    change = output_energy(added, sums.gram) - 2 * float((added * sums.taken).sum(dtype=torch.float64))
+    change = output_energy(added, sums.gram()) - 2 * float((added * sums.taken).sum(dtype=torch.float64))
     W_new = (W[:, kept] + added) if at_once is None else at_once
     if drifted is not None:
         W_new = W_new + drifted.weight
@@ -422,7 +425,7 @@ def kept_sums(
     own_mean: bool = True,
     files: Files = (),
 ) -> KeptSums:
-    """Sums that a repair on the kept channels needs, in the type of W; only blocks of the Gram matrix are made.
+    """Sums that a repair on the kept channels needs, in the type of W; of the Gram matrix only blocks are ever made.
 
     Args:
         W: out-projection weight, (d_out, n).
@@ -449,17 +452,15 @@ def kept_sums(
     let_go(files)
 
     def block(rows: Tensor) -> Tensor:
-        second = moments.second[rows[:, None], kept]
-        let_go(files)
-        if apart is not None:
-            second -= apart.second[rows[:, None], kept]
+        second = W.new_empty(len(rows), len(kept))
+        for some, into in zip(rows.split(ROWS_AT_ONCE), second.split(ROWS_AT_ONCE), strict=True):
+            part = moments.second[some[:, None], kept]
+            into.copy_(part if apart is None else part.sub_(apart.second[some[:, None], kept]))
             let_go(files)
-        second = second.to(W)
         if mean is not None:
             second.addr_(first[rows], mean[kept], alpha=-1).addr_(mean[rows], rest[kept], alpha=-1)
         return second if alive is None else second.mul_(alive[rows][:, None]).mul_(alive[kept])
 
-    gram = block(kept)
     taken = W[:, gone] @ block(gone)
     cross = lacking = None
     if drift is not None:
@@ -470,4 +471,4 @@ def kept_sums(
         cross, lacking = cross.to(W), lacking.to(W)
         if mean is not None:
             cross = cross.addr(lacking, mean[kept], alpha=-1)
-    return KeptSums(gram, taken, rest[kept], W[:, gone] @ rest[gone], tokens, cross, lacking)
+    return KeptSums(partial(block, kept), taken, rest[kept], W[:, gone] @ rest[gone], tokens, cross, lacking)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm import ranks
-from snp_llm.device import Clock
+from snp_llm.device import ONCE, Clock
 from snp_llm.errors import SnpError
-from snp_llm.models.blocks import BlockCall, capture_calls, output_of, rest_on_device, run_block, watch_inputs
-from snp_llm.models.families import Family, linear
+from snp_llm.models.blocks import BlockCall, capture_calls, rest_on_device, run_block
 from snp_llm.recipe import Recipe
 from snp_llm.shelf import Shelf
 
@@ -85,7 +84,7 @@ def capture(
         )
     mine = ranks.share(len(tokens))
     size = recipe.batch_size
-    with clock.phase("forward passes"), rest_on_device(model, blocks, torch.device("cpu")):
+    with clock.phase(ONCE), rest_on_device(model, blocks, torch.device("cpu")):
         first, calls = capture_calls(model, blocks, tokens[:1])
         hidden = shelf.empty(len(mine), *first.shape[1:], dtype=first.dtype)
         for start in range(0, len(mine), size):
@@ -141,11 +140,3 @@ def check_finite(output: Tensor, index: int) -> None:
     """Raises SnpError if hidden states after a block are not finite."""
     if not torch.isfinite(output).all():
         raise SnpError(f"block {index}: activations hold NaN or Inf. Try --dtype float32.")
-
-
-def attention_pass(block: nn.Module, family: Family, hidden: Tensor, call: BlockCall) -> tuple[Tensor, Any]:
-    """The inputs of the attention out-projection and what the attention module returned, on the block's device."""
-    contexts: list[Tensor] = []
-    with watch_inputs({linear(block, family.attention_out): contexts.append}):
-        returned = output_of(block.get_submodule(family.attention), block, hidden, call)
-    return contexts[0], returned

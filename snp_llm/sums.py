@@ -9,7 +9,16 @@ from torch import Tensor
 
 from snp_llm import ranks
 from snp_llm.device import has_room
-from snp_llm.linalg.gram import Drift, Moments, add_drift, add_moments, empty_drift, empty_moments
+from snp_llm.linalg.gram import (
+    Drift,
+    Moments,
+    TargetSums,
+    add_moments,
+    add_target,
+    drift_from,
+    empty_moments,
+    empty_target_sums,
+)
 from snp_llm.models.families import Projection, weight_of
 from snp_llm.shelf import Files, Shelf
 
@@ -48,28 +57,38 @@ class Sums:
     """Sums of a site over calibration tokens, apart for the windows that are held out.
 
     Attributes:
-        moments, drift: of its inputs, and of what its output lacks (None without targets), over all other windows.
-        held_moments, held_drift: over those held out, or None where nothing is chosen by them.
+        moments, targets: of its inputs, and of what it should put out (None without targets), over all other windows.
+        held_moments, held_targets: over those held out, or None where nothing is chosen by them.
         gradient: moments of the loss gradient at its output, over all windows, or None.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
     moments: Moments
-    drift: Drift | None
+    targets: TargetSums | None
     held_moments: Moments | None
-    held_drift: Drift | None
+    held_targets: TargetSums | None
     gradient: Moments | None = None
     files: Files = ()
 
-    def statistics(self, gradient: Tensor | None) -> Statistics:
-        """With the held-out windows as part of the whole. Sums in place: these sums are used up."""
-        moments, held, drift, held_drift = self.moments, self.held_moments, self.drift, self.held_drift
+    def statistics(self, out: Projection, gradient: Tensor | None) -> Statistics:
+        """With the held-out windows as part of the whole. Sums in place: these sums are used up.
+
+        Args:
+            out: the site's out-projection, as it was while the sums were made.
+            gradient: F, or None where not needed.
+        """
+
+        def lacking(targets: TargetSums | None, over: Moments) -> Drift | None:
+            weight = weight_of(out).to(over.second.device)
+            return None if targets is None else drift_from(targets, over, weight, out.bias)
+
+        moments, held, targets, held_targets = self.moments, self.held_moments, self.targets, self.held_targets
         if held is None or held.tokens == 0:
-            return Statistics(moments, drift, gradient=gradient, files=self.files)
+            return Statistics(moments, lacking(targets, moments), gradient=gradient, files=self.files)
         total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
-        if drift is not None and held_drift is not None:
-            drift = Drift(drift.cross.add_(held_drift.cross), drift.first.add_(held_drift.first))
-        return Statistics(total, drift, held, held_drift, gradient, self.files)
+        if targets is not None and held_targets is not None:
+            targets = TargetSums(targets.cross.add_(held_targets.cross), targets.first.add_(held_targets.first))
+        return Statistics(total, lacking(targets, total), held, lacking(held_targets, held), gradient, self.files)
 
 
 def empty_sums(
@@ -100,9 +119,9 @@ def empty_sums(
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     sums = Sums(
         moments=empty_moments(n, dtype, device),
-        drift=empty_drift(d_out, n, dtype, device) if drifting else None,
+        targets=empty_target_sums(d_out, n, dtype, device) if drifting else None,
         held_moments=empty_moments(n, dtype, device) if holding_out else None,
-        held_drift=empty_drift(d_out, n, dtype, device) if drifting and holding_out else None,
+        held_targets=empty_target_sums(d_out, n, dtype, device) if drifting and holding_out else None,
         gradient=empty_moments(d_out, dtype, device) if with_gradient else None,
     )
     in_files = shelf.device is None and device.type == "cpu" and n >= FILES_FROM
@@ -113,7 +132,7 @@ def _in_files(sums: Sums, shelf: Shelf) -> Sums:
     """The same sums of no tokens, those over pairs of channels in files."""
     files = []
 
-    def moved(part: Moments | Drift | None, name: str) -> Any:
+    def moved(part: Moments | TargetSums | None, name: str) -> Any:
         if part is None:
             return None
         matrix = getattr(part, name)
@@ -125,32 +144,32 @@ def _in_files(sums: Sums, shelf: Shelf) -> Sums:
     return replace(
         sums,
         moments=moved(sums.moments, "second"),
-        drift=moved(sums.drift, "cross"),
+        targets=moved(sums.targets, "cross"),
         held_moments=moved(sums.held_moments, "second"),
-        held_drift=moved(sums.held_drift, "cross"),
+        held_targets=moved(sums.held_targets, "cross"),
         files=files,
     )
 
 
-def add_batch(sums: Sums, inputs: Tensor, lacking: Tensor | None, held: Tensor) -> Sums:
+def add_batch(sums: Sums, inputs: Tensor, target: Tensor | None, held: Tensor) -> Sums:
     """Adds a batch, in place, and returns the sums with the new counts.
 
     Args:
         sums: of the site.
         inputs: of its out-projection, (batch, T, n), or with its windows flattened, as OPT has them.
-        lacking: of its output, (batch, T, d_out), or None without targets.
+        target: of its output, (batch, T, d_out), or None without targets.
         held: which windows are held out, (batch,), bool.
     """
     device = sums.moments.second.device
     held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
-    lacking = None if lacking is None else lacking.to(device)
+    target = None if target is None else target.to(device)
     if sums.held_moments is None or not held.any():
-        if sums.drift is not None and lacking is not None:
-            add_drift(sums.drift, lacking, inputs)
+        if sums.targets is not None and target is not None:
+            add_target(sums.targets, target, inputs)
         return replace(sums, moments=add_moments(sums.moments, inputs))
-    if sums.drift is not None and sums.held_drift is not None and lacking is not None:
-        add_drift(sums.drift, lacking[~held], inputs[~held])
-        add_drift(sums.held_drift, lacking[held], inputs[held])
+    if sums.targets is not None and sums.held_targets is not None and target is not None:
+        add_target(sums.targets, target[~held], inputs[~held])
+        add_target(sums.held_targets, target[held], inputs[held])
     return replace(
         sums,
         moments=add_moments(sums.moments, inputs[~held]),
@@ -199,9 +218,9 @@ def over_all_ranks(sums: Sums, held: Tensor, length: int) -> Sums:
     if ranks.rank_count() == 1:
         return sums
     moments, held_moments = sums.moments, sums.held_moments
-    drifts = [d for d in (sums.drift, sums.held_drift) if d is not None]
+    targets = [t for t in (sums.targets, sums.held_targets) if t is not None]
     parts = [m for m in (moments, held_moments, sums.gradient) if m is not None]
-    ranks.add_up([t for m in parts for t in (m.second, m.first)] + [t for d in drifts for t in (d.cross, d.first)])
+    ranks.add_up([t for m in parts for t in (m.second, m.first)] + [t for s in targets for t in (s.cross, s.first)])
     apart = int(held.sum()) * length if held_moments is not None else 0
     return replace(
         sums,

@@ -38,15 +38,15 @@ class Targets:
     ffn: Tensor
     stream_scale: float | None
 
-    def lacking_attention(self, at: slice, output: Tensor, stream: Tensor) -> Tensor:
-        """What an attention out-projection's output lacks of its target, given the stream before the block."""
-        before = stream / self.stream_scale if self.stream_scale else 0.0
-        return self.attention[at].to(output.device) - output - before
+    def of_attention(self, at: slice, stream: Tensor) -> Tensor:
+        """What the attention out-projection should put out, given the stream before the block."""
+        target = self.attention[at].to(stream.device)
+        return target - stream / self.stream_scale if self.stream_scale else target
 
-    def lacking_ffn(self, at: slice, output: Tensor, stream: Tensor, attended: Tensor) -> Tensor:
+    def of_ffn(self, at: slice, stream: Tensor, attended: Tensor) -> Tensor:
         """The same for the FFN, given the attention's output in this block as well."""
-        before = stream / self.stream_scale + attended if self.stream_scale else 0.0
-        return self.ffn[at].to(output.device) - output - before
+        target = self.ffn[at].to(stream.device)
+        return target - stream / self.stream_scale - attended if self.stream_scale else target
 
 
 def block_targets(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm import ranks
-from snp_llm.device import Clock
+from snp_llm.device import ONCE, Clock
 from snp_llm.errors import SnpError
 from snp_llm.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
@@ -194,7 +194,7 @@ def _there_and_back(
     else:
         gradients = hidden
         mine = tokens[windows.start : windows.stop]
-        with clock.phase("forward passes"), rest_on_device(model, blocks, device):
+        with clock.phase(ONCE), rest_on_device(model, blocks, device):
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
                 states.copy_(loss_gradient(model, blocks, window.to(device), states.to(device)))
     held = held_out(len(tokens), one_of=HELD_OUT_OF)

@@ -102,6 +102,19 @@ def _mostly_zero(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class TargetSums:
+    """Sums over calibration tokens of what a site should put out, `y`, against its inputs `x`.
+
+    Attributes:
+        cross: `sum y x^T`, (d_out, n), float32 or float64.
+        first: `sum y`, (d_out,), same dtype.
+    """
+
+    cross: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True)
 class Drift:
     """Sums over calibration tokens of what a site's output lacks, `e`, against its inputs `x`.
 
@@ -114,24 +127,45 @@ class Drift:
     first: Tensor
 
 
-def empty_drift(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Drift:
-    """Drift of no tokens; sums are kept in `dtype`, raised to float32 at least."""
+def empty_target_sums(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> TargetSums:
+    """Sums of no tokens; they are kept in `dtype`, raised to float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
-    return Drift(torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device))
+    return TargetSums(torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device))
 
 
-def add_drift(drift: Drift, lacking: Tensor, inputs: Tensor) -> None:
+def add_target(sums: TargetSums, target: Tensor, inputs: Tensor) -> None:
     """Adds a batch to the sums, in place.
 
     Args:
-        drift: of d_out and n channels.
-        lacking: e, (..., d_out), any floating dtype, on the sums' device.
+        sums: of d_out and n channels.
+        target: y, (..., d_out), any floating dtype, on the sums' device.
         inputs: x, (..., n), likewise.
     """
-    e = lacking.reshape(-1, lacking.shape[-1]).to(drift.cross.dtype)
-    x = inputs.reshape(-1, inputs.shape[-1]).to(drift.cross.dtype)
-    drift.cross.addmm_(e.T, x)
-    drift.first.add_(e.sum(0))
+    y = target.reshape(-1, target.shape[-1]).to(sums.cross.dtype)
+    x = inputs.reshape(-1, inputs.shape[-1]).to(sums.cross.dtype)
+    sums.cross.addmm_(y.T, x)
+    sums.first.add_(y.sum(0))
+
+
+def drift_from(sums: TargetSums, moments: Moments, W: Tensor, bias: Tensor | None) -> Drift:
+    """What outputs `W x + b` lack of their targets, in place of the sums of those.
+
+    `sum (y - W x - b) x^T = sum y x^T - W sum x x^T - b sum x^T`: no output has to be computed.
+
+    Args:
+        sums: of the targets.
+        moments: of the inputs, over the same tokens.
+        W: out-projection weight, (d_out, n), on the sums' device.
+        bias: b, (d_out,), or None.
+    """
+    W, second = W.to(sums.cross), mirrored(moments.second)
+    sums.cross.addmm_(W, second, alpha=-1)
+    sums.first.addmv_(W, moments.first, alpha=-1)
+    if bias is not None:
+        bias = bias.to(sums.cross)
+        sums.cross.addr_(bias, moments.first, alpha=-1)
+        sums.first.sub_(bias, alpha=moments.tokens)
+    return Drift(sums.cross, sums.first)
 
 
 def gram_matrix(moments: Moments, *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -172,10 +206,15 @@ def completed(moments: Moments) -> Moments:
     """The moments where they can be factored, the upper triangle of the second filled in, in place."""
     if moments.second.device.type == "mps":  # no float64 there
         moments = Moments(moments.second.cpu(), moments.first.cpu(), moments.tokens)
-    second = moments.second
+    mirrored(moments.second)
+    return moments
+
+
+def mirrored(second: Tensor) -> Tensor:
+    """A matrix whose lower triangle is known, (n, n), with the upper one filled in, in place."""
     for start in range(0, len(second), COLUMN_BLOCKS * NARROWEST_BLOCK):
         stop = start + COLUMN_BLOCKS * NARROWEST_BLOCK
         block = second[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).mT)
         second[start:stop, stop:] = second[stop:, start:stop].mT
-    return moments
+    return second

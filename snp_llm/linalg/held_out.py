@@ -4,14 +4,14 @@ A least-squares weight fits the tokens it was computed from better than any othe
 Knows matrices, not layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.ldl import solve_error, try_cholesky
+from snp_llm.linalg.ldl import Probe, probe, solve_error, try_cholesky
 
 SOLVE_TOLERANCE = 1e-3  # relative error of a float32 solution up to which candidates are compared by it
 
@@ -24,7 +24,7 @@ class KeptSums:
     channels P gave to that output, `y = W[:, P] x_P`.
 
     Attributes:
-        gram: `sum x_K x_K^T`, (k, k), float64 or float32.
+        gram: makes `sum x_K x_K^T`, (k, k), float64 or float32, the caller's own: it is large, and used up in a moment.
         taken: `sum y x_K^T = W[:, P] G[P, K]`, (d_out, k), same dtype.
         first: `sum x_K`, (k,); zero over the tokens that the mean is of.
         lost: `sum y`, (d_out,).
@@ -33,7 +33,7 @@ class KeptSums:
         lacking: `sum e`, (d_out,), or None likewise.
     """
 
-    gram: Tensor
+    gram: Callable[[], Tensor]
     taken: Tensor
     first: Tensor
     lost: Tensor
@@ -44,7 +44,7 @@ class KeptSums:
     def to(self, dtype: torch.dtype) -> "KeptSums":
         return replace(
             self,
-            gram=self.gram.to(dtype),
+            gram=lambda: self.gram().to(dtype),
             taken=self.taken.to(dtype),
             first=self.first.to(dtype),
             lost=self.lost.to(dtype),
@@ -107,14 +107,14 @@ def repair(sums: KeptSums, choice: Choice, *, bias: bool, known: Tensor | None =
     Raises:
         SnpError: the matrix is not positive definite at those dampenings.
     """
-    factor = None if known is not None else _factor(sums.gram, choice.dampening)
+    factor = None if known is not None else _factor(sums.gram(), choice.dampening)
     added = known if factor is None else _solve(factor, sums.taken)
     assert added is not None
     if choice.alpha == 0 or sums.cross is None or sums.lacking is None:
         return added, None
     if factor is None or choice.drift_dampening != choice.dampening:
         del factor
-        factor = _factor(sums.gram, choice.drift_dampening)
+        factor = _factor(sums.gram(), choice.drift_dampening)
     shift = sums.lacking / sums.tokens if bias else torch.zeros_like(sums.lacking)
     return added, Repair(_solve(factor, sums.cross).mul_(choice.alpha), choice.alpha * shift)
 
@@ -137,29 +137,34 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
         SnpError: the matrix is positive definite at none of them.
     """
     fitted, judged = fit.to(torch.float32), held.to(torch.float32)
-    best: Choice | None = None
-    least, lack = 0.0, judged.taken
+    cuts: dict[float, Tensor] = {}
     drifts: dict[float, Tensor] = {}
     for dampening in dampenings:
-        factor, pivots = _try_factor(fitted.gram, dampening)
-        if factor is None or solve_error(fitted.gram, factor, pivots) > SOLVE_TOLERANCE:
-            factor, _ = _try_factor(fit.gram.double(), dampening)
+        factor, known = _try_factor(fitted.gram(), dampening)
+        if factor is None or solve_error(factor, known) > SOLVE_TOLERANCE:
+            factor, _ = _try_factor(fit.gram().double(), dampening)
             if factor is None:
                 continue
-        added = _solve(factor, fitted.taken)
-        product = added @ judged.gram
+        cuts[dampening] = _solve(factor, fitted.taken)
+        if fitted.cross is not None:
+            drifts[dampening] = _solve(factor, fitted.cross)
+        del factor, known  # before the next matrix is made
+    if not cuts:
+        raise SnpError(
+            f"Gram matrix of {fit.taken.shape[1]:,} channels is not positive definite (dampening up to "
+            f"{max(dampenings):g}). Use more calibration tokens or a larger --dampening."
+        )
+    gram = judged.gram()
+    best: Choice | None = None
+    least, lack = 0.0, judged.taken
+    for dampening, added in cuts.items():
+        product = added @ gram
         error = _inner(added, product) - 2 * _inner(added, judged.taken)
         if best is None or error < least:
             # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
             best, least, lack = Choice(dampening, dampening, 0.0), error, judged.taken - product
             constant = judged.lost - added @ judged.first
-        if fitted.cross is not None:
-            drifts[dampening] = _solve(factor, fitted.cross)
-    if best is None:
-        raise SnpError(
-            f"Gram matrix of {len(fit.gram):,} channels is not positive definite (dampening up to "
-            f"{max(dampenings):g}). Use more calibration tokens or a larger --dampening."
-        )
+    assert best is not None
     if fitted.lacking is None or judged.cross is None or judged.lacking is None:
         return best
     lack += judged.cross
@@ -168,7 +173,7 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     most = -torch.inf
     for dampening, R in drifts.items():
         gain = _inner(R, lack) + _inner(shift, constant)
-        size = _inner(R, R @ judged.gram)
+        size = _inner(R, R @ gram)
         size += _inner(shift, 2 * (R @ judged.first) + judged.tokens * shift)
         alpha = min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
         saved = 2 * alpha * gain - alpha**2 * size
@@ -177,17 +182,16 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     return best
 
 
-def _try_factor(gram: Tensor, dampening: float) -> tuple[Tensor | None, Tensor]:
-    """Lower Cholesky factor of `G + dampening * diag(G)`, None where that is not definite, and what was added to G.
+def _try_factor(gram: Tensor, dampening: float) -> tuple[Tensor | None, Probe]:
+    """Lower Cholesky factor of `G + dampening * diag(G)`, in place of G, None where that is not definite; and its test.
 
     Dead channels get a pivot of 1: what is solved for them is what they were given, which is nothing.
     """
-    damped = gram.clone()
-    diagonal = damped.diagonal()
-    added = torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal))
-    diagonal.add_(added)
-    factor, info = try_cholesky(damped)
-    return (factor if int(info) == 0 else None), added
+    diagonal = gram.diagonal()
+    diagonal.add_(torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal)))
+    known = probe(gram)
+    factor, info = try_cholesky(gram)
+    return (factor if int(info) == 0 else None), known
 
 
 def _factor(gram: Tensor, dampening: float) -> Tensor:

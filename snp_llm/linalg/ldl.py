@@ -98,24 +98,41 @@ def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     return factor, info
 
 
-def solve_error(gram: Tensor, cholesky: Tensor, added: Tensor | None = None) -> float:
+@dataclass(frozen=True)
+class Probe:
+    """Vectors that a factor of a matrix is tested with; the matrix itself need not be there any more.
+
+    Attributes:
+        known: drawn, (n, 4).
+        scale: of every channel, (n, 1).
+        right: `G (known / scale)`, (n, 4).
+    """
+
+    known: Tensor
+    scale: Tensor
+    right: Tensor
+
+
+def probe(gram: Tensor) -> Probe:
+    """The vectors for a positive definite matrix, (n, n)."""
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
+    scale = gram.diagonal().sqrt()[:, None]
+    return Probe(known, scale, gram @ (known / scale))
+
+
+def solve_error(cholesky: Tensor, probe: Probe) -> float:
     """Relative error with which a factor solves for vectors that are known, each channel in its own scale.
 
     Rounding in the factor and in the right-hand side both count, so that this is nearer twice the error than half.
 
     Args:
-        gram: (n, n), positive definite.
-        cholesky: its lower factor, (n, n).
-        added: to the diagonal of G before it was factored, (n,); that matrix need not be there any more.
+        cholesky: lower factor, (n, n).
+        probe: of the matrix that it is a factor of.
     """
-    generator = torch.Generator().manual_seed(0)
-    known = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
-    added = torch.zeros_like(gram.diagonal()) if added is None else added
-    scale = (gram.diagonal() + added).sqrt()[:, None]
-    right = gram @ (known / scale) + added[:, None] * (known / scale)
-    half = torch.linalg.solve_triangular(cholesky, right, upper=False)
-    found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * scale
-    return float((found - known).norm() / known.norm())
+    half = torch.linalg.solve_triangular(cholesky, probe.right, upper=False)
+    found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * probe.scale
+    return float((found - probe.known).norm() / probe.known.norm())
 
 
 def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def test_candidates_are_compared_in_some_directions_as_in_all(metric):
         lacking = 0.1 * x @ pull.T + 3 * draw(tokens, d_out)
         kept, gone = x[:, :k], x[:, k:] @ W[:, k:].T
         return KeptSums(
-            kept.T @ kept, gone.T @ kept, kept.sum(0), gone.sum(0), tokens, lacking.T @ kept, lacking.sum(0)
+            lambda: kept.T @ kept, gone.T @ kept, kept.sum(0), gone.sum(0), tokens, lacking.T @ kept, lacking.sum(0)
         )
 
     fit, held = sums(200), sums(100)

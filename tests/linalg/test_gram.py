@@ -1,8 +1,17 @@
 import pytest
 import torch
 
-from snp_llm.linalg.gram import add_moments, add_product, add_sparse_product, empty_moments, gram_matrix
-from tests.linalg.problems import make_inputs
+from snp_llm.linalg.gram import (
+    add_moments,
+    add_product,
+    add_sparse_product,
+    add_target,
+    drift_from,
+    empty_moments,
+    empty_target_sums,
+    gram_matrix,
+)
+from tests.linalg.problems import make_inputs, make_weight
 
 
 def moments_of(X, pieces=3):
@@ -68,3 +77,19 @@ def test_the_sparse_product_is_the_product(dtype):
     assert (sparse.double() - exact).tril().abs().max() < bound and (dense.double() - exact).tril().abs().max() < bound
     moments = moments_of(X)  # takes the one or the other
     assert (gram_matrix(moments, centred=False) - exact / 2).abs().max() < bound
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_outputs_lack_is_known_without_computing_any(with_bias):
+    """Against the outputs themselves, token by token."""
+    X, W, targets = make_inputs(), make_weight(), 3 + make_inputs(n=7, seed=9)
+    bias = torch.arange(7, dtype=torch.float64) if with_bias else None
+    moments, sums = empty_moments(12, torch.float64), empty_target_sums(7, 12, torch.float64)
+    for x, y in zip(X.split(17), targets.split(17), strict=True):
+        moments = add_moments(moments, x)
+        add_target(sums, y, x)
+    moments.second.tril_().add_(torch.full((12, 12), 1e9).triu(1))  # nobody says what is above the diagonal
+    drift = drift_from(sums, moments, W, bias)
+    lacking = targets - X @ W.T - (0 if bias is None else bias)
+    torch.testing.assert_close(drift.cross, lacking.T @ X, rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(drift.first, lacking.sum(0), rtol=1e-10, atol=1e-9)

@@ -16,7 +16,7 @@ def sums(X, lacking=None, mean=None, W=None, kept=KEPT, gone=GONE):
     X, W = X if mean is None else X - mean, make_weight() if W is None else W
     stay, lost = X[:, kept], X[:, gone] @ W[:, gone].T
     cross, first = (None, None) if lacking is None else (lacking.T @ stay, lacking.sum(0))
-    return KeptSums(stay.T @ stay, lost.T @ stay, stay.sum(0), lost.sum(0), len(X), cross, first)
+    return KeptSums(lambda: stay.T @ stay, lost.T @ stay, stay.sum(0), lost.sum(0), len(X), cross, first)
 
 
 def cut_repair(sums, dampening):
