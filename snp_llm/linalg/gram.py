@@ -50,10 +50,10 @@ def add_moments(moments: Moments, inputs: Tensor) -> Moments:
         moments: of n channels.
         inputs: (..., n), any floating dtype, on the moments' device.
     """
-    x = inputs.reshape(-1, inputs.shape[-1]).to(moments.second.dtype)
+    x = widened(inputs.reshape(-1, inputs.shape[-1]), moments.second.dtype)
     add = add_sparse_product if _mostly_zero(x) else add_product
     add(moments.second, x)
-    moments.first.add_(x.sum(0))
+    moments.first.add_(x.sum(0, dtype=moments.first.dtype))
     return Moments(moments.second, moments.first, moments.tokens + x.shape[0])
 
 
@@ -62,10 +62,28 @@ def add_product(second: Tensor, x: Tensor) -> None:
 
     Args:
         second: (n, n), float32 or float64.
-        x: (tokens, n), same dtype.
+        x: (tokens, n), `widened`.
     """
     for start, stop in column_blocks(len(second)):
-        second[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+        add_matmul(second[start:, start:stop], x[:, start:].T, x[:, start:stop])
+
+
+def add_matmul(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """`sums += a b`, in place, for `widened` a and b; what they have in half precision goes through tensor cores.
+
+    Products of two such numbers are exact in float32, in which tensor cores add them up as well.
+    """
+    if a.dtype == sums.dtype:
+        sums.addmm_(a, b)
+    else:
+        sums.add_(torch.mm(a, b, out_dtype=sums.dtype))
+
+
+def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs in the type of their sums, unless the device multiplies them as they are and sums in float32 (CUDA)."""
+    halves = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+    cores = x.device.type == "cuda" and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+    return x if halves and cores else x.to(dtype)
 
 
 def add_sparse_product(second: Tensor, x: Tensor) -> None:
@@ -141,10 +159,10 @@ def add_target(sums: TargetSums, target: Tensor, inputs: Tensor) -> None:
         target: y, (..., d_out), any floating dtype, on the sums' device.
         inputs: x, (..., n), likewise.
     """
-    y = target.reshape(-1, target.shape[-1]).to(sums.cross.dtype)
-    x = inputs.reshape(-1, inputs.shape[-1]).to(sums.cross.dtype)
-    sums.cross.addmm_(y.T, x)
-    sums.first.add_(y.sum(0))
+    dtype = sums.cross.dtype
+    y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (target, inputs))
+    add_matmul(sums.cross, y.T, x)
+    sums.first.add_(y.sum(0, dtype=dtype))
 
 
 def drift_from(sums: TargetSums, moments: Moments, W: Tensor, bias: Tensor | None) -> Drift:

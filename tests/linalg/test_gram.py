@@ -52,6 +52,44 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
     assert error < 1e-6
 
 
+def summed(X, targets):
+    """Gram matrix, sum of the inputs, and both sums of the targets."""
+    moments, sums = empty_moments(70, X.dtype, X.device), empty_target_sums(7, 70, X.dtype, X.device)
+    for x, y in zip(X.split(100), targets.split(100), strict=True):
+        moments = add_moments(moments, x.reshape(4, 25, 70))
+        add_target(sums, y.reshape(4, 25, 7), x.reshape(4, 25, 70))
+    return moments.second.tril(), moments.first, sums.cross, sums.first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_sum_in_float32(dtype):
+    X, targets = (make_inputs(500, n).to("cuda", dtype) for n in (70, 7))
+    second, _, cross, _ = summed(X, targets)
+    for found, exact in ((second, (X.double().T @ X.double()).tril()), (cross, targets.double().T @ X.double())):
+        assert (found - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_that_is_not_widened_gives_the_same_sums(dtype, monkeypatch):
+    """The products that a GPU would be asked for, done here."""
+    X, targets = (make_inputs(500, n).to(dtype) for n in (70, 7))
+    asked = []
+
+    def tensor_cores(a, b, *, out_dtype):
+        asked.append((a.dtype, b.dtype, out_dtype))
+        return a.float() @ b.float()
+
+    expected = summed(X, targets)
+    monkeypatch.setattr("snp_llm.linalg.gram.widened", lambda x, _dtype: x)
+    monkeypatch.setattr(torch, "mm", tensor_cores)
+    found = summed(X, targets)
+    assert set(asked) == {(dtype, dtype, torch.float32)}
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
 def test_a_constant_channel_is_dead_once_centred():
     X = make_inputs(300, 12).float()
     X[:, 4] = 3.7
