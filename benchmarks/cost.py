@@ -201,12 +201,13 @@ def measure(
     seconds = {phase: times[phase] * (pruned.seconds[phase] + clock.seconds[phase]) for phase in PHASES}
     needed = estimate(dense, resolve(recipe, dense))
     rates = matmul_rates(device, needed.dtypes)
+    repeated = {work.what: 1.0 if ONCE in work.what else factor for work in needed.work}
     return Cost(
         forward=(forward - rest) * factor + rest,
         seconds=seconds,
         rest=factor * (elapsed - sum(seconds[phase] / times[phase] for phase in PHASES)),
-        flops=factor * needed.flops,
-        at_ceiling=factor * sum(work.flops / rates[work.dtype] for work in needed.work),
+        flops=sum(repeated[work.what] * work.flops for work in needed.work),
+        at_ceiling=sum(repeated[work.what] * work.flops / rates[work.dtype] for work in needed.work),
         memory=(forward_peak[0], prune_peak[0]),
     )
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from snp_llm.device import ONCE, synchronize
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.linalg.gram import multiplied_as
 from snp_llm.linalg.ordering import LEAST_SIGNS, ZCA_EXACT_UP_TO
 from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
@@ -56,7 +57,8 @@ class Part:
     """Bytes of one thing during one phase.
 
     Attributes:
-        phase: "visit" to the dense model, or "prune"; "all" for what is always there.
+        phase: of the run; "all" for what is always there. Sums and algebra of the visit to the dense model, and of the
+            pruned pass, are phases of their own: activations have gone when a site is factored.
         place: "device", "host" or "disk".
         kind: key of `REMEDIES`.
         what: for people.
@@ -374,7 +376,8 @@ def _activations(shapes: _Shapes, *, kept: bool) -> int:
     copies = 2 if shapes.ungated else 4  # of the FFN's width: gate, up, activation, product
     attention = tokens * (2 * shapes.hidden + projections) * shapes.item + scores * (2 * shapes.item + 4)
     ffn = tokens * (3 * shapes.hidden + copies * inner) * shapes.item
-    # Sums are taken in float32: a copy of the inputs, split into windows held out and others.
+    # Sums are taken in float32: a copy of the inputs, split into windows held out and others. (Where half precision is
+    # multiplied as it is, a product of column blocks takes the place of one copy, and is smaller.)
     wide = tokens * max(attended, inner) * (4 + shapes.item)
     return attention + ffn + wide + (attention + ffn if kept else 0) if kept else max(attention, ffn) + wide
 
@@ -396,10 +399,10 @@ def _sums_parts(
     return [Part(phase, place, kinds[place], "sums of inputs", size) for place, size in sizes.items() if size]
 
 
-def _algebra(n: int, d: int, *, metric: bool) -> int:
+def _algebra(n: int, shapes: _Shapes, recipe: Recipe) -> int:
     """Matrices as wide as the site, weights (W, weighted, W L, W'), and the metric with its root."""
-    wide = 4 if n >= SINGLE_PRECISION_FROM else 8
-    return wide * (ALGEBRA_MATRICES * n * n + 4 * d * n + (3 * d * d if metric else 0))
+    wide, d = (4 if n >= SINGLE_PRECISION_FROM else 8), shapes.hidden
+    return wide * (ALGEBRA_MATRICES * n * n + 4 * d * n + (3 * d * d if recipe.needs_gradients else 0))
 
 
 def _prune_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
@@ -408,19 +411,25 @@ def _prune_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     stream = tokens * d * shapes.item
     inputs = tokens * shapes.widths[0] * shapes.item
     widest = max(shapes.widths)
-    parts = [
+    always = [
         Part("prune", "device", "block", "a dense block and its copy", 2 * shapes.block_bytes),
-        Part("prune", "device", "activations", "activations of one batch", _activations(shapes, kept=False)),
         *_sums_parts("prune", [widest], shapes, recipe, drifting=drifting, holding_out=recipe.holds_out),
-        Part(
-            "prune", "device", "algebra", "linear algebra of a site", _algebra(widest, d, metric=recipe.needs_gradients)
-        ),
         _hidden_part("prune", "hidden", "hidden states of the calibration tokens", stream + stream + inputs, recipe),
     ]
     if drifting:
         what = "hidden states of the dense model"
-        parts.append(_hidden_part("prune", "hidden", what, 3 * stream, recipe))
-    return parts
+        always.append(_hidden_part("prune", "hidden", what, 3 * stream, recipe))
+    algebra = _algebra(widest, shapes, recipe)
+    return _summed_and_factored("prune", always, _activations(shapes, kept=False), algebra)
+
+
+def _summed_and_factored(phase: str, always: Sequence[Part], activations: int, algebra: int) -> list[Part]:
+    """The two halves of a phase: activations come in batches, and the algebra of a site after the last of them."""
+    halves = (
+        Part(f"{phase}, sums", "device", "activations", "activations of one batch", activations),
+        Part(f"{phase}, algebra", "device", "algebra", "linear algebra of a site", algebra),
+    )
+    return [part for half in halves for part in (half, *(replace(p, phase=half.phase) for p in always))]
 
 
 def _visit_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
@@ -429,26 +438,24 @@ def _visit_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     stream = tokens * d * shapes.item
     curves = recipe.allocation in NEEDS_CURVES
     widest = max(shapes.widths)
-    parts = [
+    kept = shapes.blocks + 2 if gradients else 1
+    hidden = _hidden_part("visit", "visit", "what enters every block, kept for the way back", kept * stream, recipe)
+    always = [
         Part("visit", "device", "block", "a dense block", shapes.block_bytes),
-        Part("visit", "device", "activations", "activations of one batch", _activations(shapes, kept=gradients)),
         *_sums_parts("visit", shapes.widths, shapes, recipe, drifting=False, holding_out=gradients),
         Part("visit", "device", "sums", "gradient moments of both sites", 2 * 4 * d * d * gradients),
-        Part("visit", "device", "algebra", "linear algebra of a site", _algebra(widest, d, metric=gradients) * curves),
-        # The loss comes when the blocks have gone, and the sums have not come yet.
-        Part("loss", "device", "rest", "embeddings, norms and head", shapes.rest_bytes * (shapes.device != "cpu")),
+        hidden,
+        Part("visit", "host", "gradients", "gradients of a block's sites", 2 * 2 * 4 * d * d * gradients),
     ]
-    kept = shapes.blocks + 2 if gradients else 1
-    parts.append(
-        _hidden_part("visit", "visit", "what enters every block, kept for the way back", kept * stream, recipe)
-    )
-    if gradients:
+    algebra = _algebra(widest, shapes, recipe) * curves
+    parts = _summed_and_factored("visit", always, _activations(shapes, kept=gradients), algebra)
+    if gradients:  # the loss comes when the blocks have gone, and the sums have not come yet
         logits = shapes.seq_len * shapes.vocabulary * (shapes.item + 3 * 4)
-        parts.append(Part("loss", "device", "logits", "logits of one window and their gradient", logits))
-        parts.append(
-            _hidden_part("loss", "visit", "what enters every block, kept for the way back", kept * stream, recipe)
-        )
-        parts.append(Part("visit", "host", "gradients", "gradients of a block's sites", 2 * 2 * 4 * d * d))
+        parts += [
+            Part("loss", "device", "rest", "embeddings, norms and head", shapes.rest_bytes * (shapes.device != "cpu")),
+            Part("loss", "device", "logits", "logits of one window and their gradient", logits),
+            replace(hidden, phase="loss"),
+        ]
     return parts
 
 
@@ -498,7 +505,7 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     forward = 2.0 * shapes.size.block_linear + scores
     ffn = 2.0 * sum(s.parameters for _, s in sites if s.kind == "ffn")
     out_ffn = sum(2.0 * d * n for n, s in sites if s.kind == "ffn")
-    wide = torch.promote_types(shapes.dtype, torch.float32)
+    wide = multiplied_as(shapes.dtype, torch.promote_types(shapes.dtype, torch.float32), shapes.device)
     holding = len(DAMPENINGS) if recipe.dampening is None else 1
     drifting = recipe.target != "self"
     work = []
@@ -527,6 +534,9 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     work.append(Work("pruned pass", passes * tokens, shapes.dtype))
     cross = sum(2.0 * d * n for n, _ in sites) if drifting else 0.0
     work.append(Work("sums", (gram + cross) * tokens, wide))
+    if drifting:  # outputs, taken off their targets in the sums
+        outputs = sum(2.0 * d * n * n for n, _ in sites) * (1 + recipe.holds_out)
+        work.append(Work("sums of outputs", outputs, torch.promote_types(shapes.dtype, torch.float32)))
     cuts = []
     for n, site in sites:
         k = (1 - recipe.sparsity_of(site.kind)) * n
@@ -534,8 +544,8 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
         repairs = 2 if drifting else 1
         chosen = holding * (k**3 / 3 + repairs * 4 * rows * k * k) if recipe.holds_out else 0.0
         chosen += repairs * (k**3 / 3 + 2 * d * k * k)  # what is chosen, from all tokens
-        drift = 4.0 * d * n * n if drifting else 0.0  # out of the sums of targets, twice
-        cuts.append((n, _factor_flops(n, d, recipe, k) + chosen + drift + 6.0 * d * n * n))
+        kept = 0.0 if site.groups else k  # of groups some go that are not among the worst
+        cuts.append((n, _factor_flops(n, d, recipe, kept) + chosen + 6.0 * d * n * n))
     work += _algebra_work("linear algebra", cuts)
     return [replace(w, flops=w.flops * rounds) for w in work]
 
@@ -555,7 +565,8 @@ def _factor_flops(n: int, d: int, recipe: Recipe, kept: float = 0.0) -> float:
         flops += 2 * n**3 / 3  # the inverse
     if recipe.ordering == "greedy":
         # Inverse and weights brought up to date for everything that goes, a new inverse at every halving.
-        flops += 2 * (n**3 - kept**3) / 3 + n**3 / 7 + 2 * d * (n * n - kept * kept)
+        flops += 2 * (n**3 - kept**3) / 3 + d * (n * n - kept * kept)
+        flops += sum((n / 2**halvings) ** 3 for halvings in range(1, 8) if n / 2**halvings >= max(kept, 1))
     if recipe.ordering == "zca-exact" or (recipe.ordering == "zca" and n <= ZCA_EXACT_UP_TO):
         flops += EIGENDECOMPOSITION * n**3
     elif recipe.ordering == "zca":

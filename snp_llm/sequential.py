@@ -84,8 +84,11 @@ def prune_blocks(
     for index in range(first, len(blocks)):
         old_block, dense_block = blocks[index], reference[index]
         here = slice(2 * index, 2 * index + 2)
-        uncut = all(w == s.units for s, w in zip(sites[: here.stop], widths, strict=False))
-        untouched = uncut and old_block is dense_block  # so far the streams are the same
+        # So far the streams are the same: before the block, and after it.
+        entered, untouched = (
+            old_block is dense_block and all(w == s.units for s, w in zip(sites[:end], widths, strict=False))
+            for end in (here.start, here.stop)
+        )
         home = next(old_block.parameters()).device
         with on_device(old_block, clock.device), on_device(dense_block, clock.device):
             targets = None
@@ -93,6 +96,8 @@ def prune_blocks(
                 with clock.phase("forward passes"):
                     targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
                 residual = targets.stream_scale is not None
+                if entered:
+                    targets = replace(targets, attention=None)
             block = remove_hook_from_module(copy.deepcopy(old_block), recurse=True)
             found = prune_block(
                 block, family, sites[here], stream, widths[here], gradients, targets, recipe, clock, on_step
@@ -137,9 +142,7 @@ def prune_block(
     held = held_out(stream.total)
     held_here = held[stream.windows.start : stream.windows.stop]
     length = hidden.shape[1]
-    new_sums = partial(
-        empty_sums, device=device, shelf=stream.shelf, drifting=targets is not None, holding_out=recipe.holds_out
-    )
+    new_sums = partial(empty_sums, device=device, shelf=stream.shelf, holding_out=recipe.holds_out)
 
     def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
         with clock.phase("Gram matrices"):
@@ -149,43 +152,57 @@ def prune_block(
             with clock.phase("Gram matrices"):
                 gradient = gradients(2 * index + (site is ffn_site))
                 statistics = sums.statistics(linear(block, site.out_projection), gradient)
-            statistics = for_algebra(site.name, statistics)
+                statistics = for_algebra(site.name, statistics)
             return cut(block, family, site, statistics, width, recipe, clock, start)
 
         result = cut_on_one_rank(block, family, site, cut_here)
         on_step(str(result))
         return result
 
-    start = time.perf_counter()
     contexts = stream.shelf.empty(windows, length, weight_of(attention_out).shape[1], dtype=hidden.dtype)
     attended = stream.like_hidden()
-    with clock.phase("forward passes"), torch.no_grad():
-        sums = new_sums(attention_site.name, attention_out)
-        form = output_of(attention, block, hidden[:1], call)  # a tensor, or what else there is beside it
-        to_attention_out = partial(input_of, attention_out, block)
-        for at, context in in_batches(windows, stream.batch, lambda at: to_attention_out(hidden[at], call)):
-            target = None if targets is None else targets.of_attention(at, hidden[at].to(device))
+
+    def to_attention_out(at: slice) -> Tensor:
+        return input_of(attention_out, block, hidden[at], call)
+
+    def attention_sums() -> Sums:
+        drifting = targets is not None and targets.attention is not None
+        sums = new_sums(attention_site.name, attention_out, drifting=drifting)
+        for at, context in in_batches(windows, stream.batch, to_attention_out):
+            target = targets.of_attention(at, hidden[at].to(device)) if targets is not None else None
             with clock.phase("Gram matrices"):
                 sums = add_batch(sums, context, target, held_here[at])
             contexts[at] = context
+        return sums  # and nothing of the last batch: its memory goes to the algebra
+
+    start = time.perf_counter()
+    with clock.phase("forward passes"), torch.no_grad():
+        _, returned = next(in_batches(1, stream.batch, lambda at: output_of(attention, block, hidden[at], call)))
+        form = with_first_tensor(returned, hidden.new_empty(0))  # a tensor, or what else there is beside it
+        del returned
+        sums = attention_sums()
     attention_result = cut_site(attention_site, sums, widths[0], start)
 
     start = time.perf_counter()
     channels = unit_channels(attention_result.kept, attention_site.unit_size).to(device)
-    attention_out = linear(block, family.attention_out)
+    pruned_out = linear(block, family.attention_out)
 
-    def to_ffn(at: slice) -> tuple[Tensor, Tensor]:
-        output = attention_out(contexts[at].to(device)[..., channels])
+    def to_ffn_out(at: slice) -> tuple[Tensor, Tensor]:
+        output = pruned_out(contexts[at].to(device)[..., channels])
         with fixed_output(attention, with_first_tensor(form, output)):
             return output, input_of(ffn_out, block, hidden[at], call)
 
-    with clock.phase("forward passes"), torch.no_grad():
-        sums = new_sums(ffn_site.name, ffn_out)
-        for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn):
+    def ffn_sums() -> Sums:
+        sums = new_sums(ffn_site.name, ffn_out, drifting=targets is not None)
+        for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn_out):
             attended[at] = output
             target = None if targets is None else targets.of_ffn(at, hidden[at].to(device), output)
             with clock.phase("Gram matrices"):
                 sums = add_batch(sums, inputs, target, held_here[at])
+        return sums
+
+    with clock.phase("forward passes"), torch.no_grad():
+        sums = ffn_sums()
     ffn_result = cut_site(ffn_site, sums, widths[1], start)
 
     def run_ffn(at: slice) -> Tensor:

@@ -15,6 +15,7 @@ from snp_llm.linalg.gram import (
     TargetSums,
     add_moments,
     add_target,
+    completed,
     drift_from,
     empty_moments,
     empty_target_sums,
@@ -22,7 +23,7 @@ from snp_llm.linalg.gram import (
 from snp_llm.models.families import Projection, weight_of
 from snp_llm.shelf import Files, Shelf
 
-ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at once where it is factorised
+ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at most where it is factorised, in float64 if need be
 # From so many channels on a site is ordered and factored in float32: half the memory and half the time on a CPU, a
 # fraction of it on GPUs that have little float64. Smaller ones cost next to nothing anyway.
 SINGLE_PRECISION_FROM = 1024
@@ -70,6 +71,7 @@ class Sums:
     gradient: Moments | None = None
     files: Files = ()
 
+    @torch.no_grad()
     def statistics(self, out: Projection, gradient: Tensor | None) -> Statistics:
         """With the held-out windows as part of the whole. Sums in place: these sums are used up.
 
@@ -79,13 +81,14 @@ class Sums:
         """
 
         def lacking(targets: TargetSums | None, over: Moments) -> Drift | None:
-            weight = weight_of(out).to(over.second.device)
-            return None if targets is None else drift_from(targets, over, weight, out.bias)
+            return None if targets is None else drift_from(targets, over, weight_of(out), out.bias)
 
         moments, held, targets, held_targets = self.moments, self.held_moments, self.targets, self.held_targets
         if held is None or held.tokens == 0:
+            moments = completed(moments)
             return Statistics(moments, lacking(targets, moments), gradient=gradient, files=self.files)
         total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
+        total, held = completed(total), completed(held)
         if targets is not None and held_targets is not None:
             targets = TargetSums(targets.cross.add_(held_targets.cross), targets.first.add_(held_targets.first))
         return Statistics(total, lacking(targets, total), held, lacking(held_targets, held), gradient, self.files)
@@ -179,6 +182,11 @@ def add_batch(sums: Sums, inputs: Tensor, target: Tensor | None, held: Tensor) -
 
 def for_algebra(name: str, statistics: Statistics) -> Statistics:
     """Statistics on the device where they are if there is room for factorising them, else on the CPU."""
+    statistics = replace(
+        statistics,
+        moments=completed(statistics.moments),
+        held_moments=None if statistics.held_moments is None else completed(statistics.held_moments),
+    )
     second = statistics.moments.second
     wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
     if _where(name, "algebra", ALGEBRA_MATRICES * second.numel() * wide, second.device) == second.device:

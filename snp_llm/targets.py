@@ -30,16 +30,19 @@ class Targets:
     """Targets of one block's sites, where the hidden states wait.
 
     Attributes:
-        attention, ffn: (windows, T, d) each. With `stream_scale` they include the stream before the site.
+        attention, ffn: (windows, T, d) each. With `stream_scale` they include the stream before the site. None of
+            attention where its inputs are those of the dense model: then it gives what it should until it is cut.
         stream_scale: what the stream is divided by to be in the measure of a site's output; None under `dense`.
     """
 
-    attention: Tensor
+    attention: Tensor | None
     ffn: Tensor
     stream_scale: float | None
 
-    def of_attention(self, at: slice, stream: Tensor) -> Tensor:
+    def of_attention(self, at: slice, stream: Tensor) -> Tensor | None:
         """What the attention out-projection should put out, given the stream before the block."""
+        if self.attention is None:
+            return None
         target = self.attention[at].to(stream.device)
         return target - stream / self.stream_scale if self.stream_scale else target
 

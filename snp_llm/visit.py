@@ -155,6 +155,7 @@ def _there(
                     with clock.phase("Gram matrices"):
                         sums = [add_batch(s, seen[out], None, none_held) for s, out in zip(sums, outs, strict=True)]
                     stream.hidden[at] = output
+                seen.clear()  # its memory goes to the algebra
                 sums = [over_all_ranks(s, torch.zeros(len(tokens), dtype=torch.bool), tokens.shape[1]) for s in sums]
             _settle(summed, index, sums, index == len(blocks) - 1, blocks, family, sites, recipe, clock, journal)
         if not summed:
@@ -220,6 +221,8 @@ def _there_and_back(
                         sums = [add_batch(s, seen[o], None, held_here[at]) for s, o in zip(sums, outs, strict=True)]
                         sums = [add_gradient(s, backwards[o]) for s, o in zip(sums, outs, strict=True)]
                     gradients[at] = gradient
+                for last in (seen, backwards):
+                    last.clear()  # its memory goes to the algebra
                 sums = [over_all_ranks(s, held, tokens.shape[1]) for s in sums]
             _settle(summed, index, sums, index == 0, blocks, family, sites, recipe, clock, journal)
         if not summed:

@@ -1,7 +1,7 @@
 """First and second moments of a site's inputs. Knows tensors, not where they come from or what is done with them."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ NARROWEST_BLOCK = 64
 # 10 % it is level or slower. Small sites are not worth the conversion.
 SPARSE_DENSITY = 1 / 16
 SPARSE_FROM = 512
+ROWS_AT_ONCE = 512  # of outputs, so that weights need not be widened as a whole
+SUMMED_AT_ONCE = 4096  # tokens that tensor cores sum
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class Moments:
         second: lower triangle (the rest is undefined) of `sum x x^T`, (n, n), float32 or float64.
         first: `sum x`, (n,), same dtype.
         tokens: how many were summed.
+        whole: whether the upper triangle is there as well.
     """
 
     second: Tensor
     first: Tensor
     tokens: int
+    whole: bool = False
 
 
 def empty_moments(n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Moments:
@@ -71,19 +75,27 @@ def add_product(second: Tensor, x: Tensor) -> None:
 def add_matmul(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """`sums += a b`, in place, for `widened` a and b; what they have in half precision goes through tensor cores.
 
-    Products of two such numbers are exact in float32, in which tensor cores add them up as well.
+    Products of two such numbers are exact in float32. Tensor cores add them up in float32 too, but may truncate where
+    others round, so that not too many are left to them at once.
     """
     if a.dtype == sums.dtype:
         sums.addmm_(a, b)
-    else:
-        sums.add_(torch.mm(a, b, out_dtype=sums.dtype))
+        return
+    for start in range(0, a.shape[1], SUMMED_AT_ONCE):
+        part = slice(start, start + SUMMED_AT_ONCE)
+        sums.add_(torch.mm(a[:, part], b[part], out_dtype=sums.dtype))
 
 
 def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inputs in the type of their sums, unless the device multiplies them as they are and sums in float32 (CUDA)."""
-    halves = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-    cores = x.device.type == "cuda" and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
-    return x if halves and cores else x.to(dtype)
+    """Inputs in the type in which they are multiplied, for sums of type `dtype`."""
+    return x.to(multiplied_as(x.dtype, dtype, x.device.type))
+
+
+def multiplied_as(inputs: torch.dtype, sums: torch.dtype, device: str) -> torch.dtype:
+    """That of the sums, unless the device multiplies half precision as it is and sums in float32 (CUDA)."""
+    halves = inputs in (torch.float16, torch.bfloat16) and sums == torch.float32
+    cores = device == "cuda" and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+    return inputs if halves and cores else sums
 
 
 def add_sparse_product(second: Tensor, x: Tensor) -> None:
@@ -161,6 +173,8 @@ def add_target(sums: TargetSums, target: Tensor, inputs: Tensor) -> None:
     """
     dtype = sums.cross.dtype
     y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (target, inputs))
+    if y.dtype != x.dtype:
+        y, x = y.to(dtype), x.to(dtype)
     add_matmul(sums.cross, y.T, x)
     sums.first.add_(y.sum(0, dtype=dtype))
 
@@ -173,14 +187,17 @@ def drift_from(sums: TargetSums, moments: Moments, W: Tensor, bias: Tensor | Non
     Args:
         sums: of the targets.
         moments: of the inputs, over the same tokens.
-        W: out-projection weight, (d_out, n), on the sums' device.
+        W: out-projection weight, (d_out, n).
         bias: b, (d_out,), or None.
     """
-    W, second = W.to(sums.cross), mirrored(moments.second)
-    sums.cross.addmm_(W, second, alpha=-1)
-    sums.first.addmv_(W, moments.first, alpha=-1)
+    moments = completed(moments)
+    for start in range(0, len(W), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        some = W[rows].to(moments.second)
+        sums.cross[rows] -= (some @ moments.second).to(sums.cross)
+        sums.first[rows] -= (some @ moments.first).to(sums.first)
     if bias is not None:
-        bias = bias.to(sums.cross)
+        bias = bias.detach().to(sums.cross)
         sums.cross.addr_(bias, moments.first, alpha=-1)
         sums.first.sub_(bias, alpha=moments.tokens)
     return Drift(sums.cross, sums.first)
@@ -222,17 +239,14 @@ def alive_channels(energy: Tensor, first: Tensor, tokens: int) -> Tensor:
 
 def completed(moments: Moments) -> Moments:
     """The moments where they can be factored, the upper triangle of the second filled in, in place."""
+    if moments.whole:
+        return moments
     if moments.second.device.type == "mps":  # no float64 there
-        moments = Moments(moments.second.cpu(), moments.first.cpu(), moments.tokens)
-    mirrored(moments.second)
-    return moments
-
-
-def mirrored(second: Tensor) -> Tensor:
-    """A matrix whose lower triangle is known, (n, n), with the upper one filled in, in place."""
+        moments = replace(moments, second=moments.second.cpu(), first=moments.first.cpu())
+    second = moments.second
     for start in range(0, len(second), COLUMN_BLOCKS * NARROWEST_BLOCK):
         stop = start + COLUMN_BLOCKS * NARROWEST_BLOCK
         block = second[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).mT)
         second[start:stop, stop:] = second[stop:, start:stop].mT
-    return second
+    return replace(moments, whole=True)

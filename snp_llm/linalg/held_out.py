@@ -142,6 +142,7 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     for dampening in dampenings:
         factor, known = _try_factor(fitted.gram(), dampening)
         if factor is None or solve_error(factor, known) > SOLVE_TOLERANCE:
+            del factor  # before the next is made
             factor, _ = _try_factor(fit.gram().double(), dampening)
             if factor is None:
                 continue

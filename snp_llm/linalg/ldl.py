@@ -103,12 +103,12 @@ class Probe:
     """Vectors that a factor of a matrix is tested with; the matrix itself need not be there any more.
 
     Attributes:
-        known: drawn, (n, 4).
+        vectors: drawn, (n, 4).
         scale: of every channel, (n, 1).
-        right: `G (known / scale)`, (n, 4).
+        right: `G (vectors / scale)`, (n, 4).
     """
 
-    known: Tensor
+    vectors: Tensor
     scale: Tensor
     right: Tensor
 
@@ -116,23 +116,23 @@ class Probe:
 def probe(gram: Tensor) -> Probe:
     """The vectors for a positive definite matrix, (n, n)."""
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
+    vectors = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
     scale = gram.diagonal().sqrt()[:, None]
-    return Probe(known, scale, gram @ (known / scale))
+    return Probe(vectors, scale, gram @ (vectors / scale))
 
 
-def solve_error(cholesky: Tensor, probe: Probe) -> float:
+def solve_error(cholesky: Tensor, known: Probe) -> float:
     """Relative error with which a factor solves for vectors that are known, each channel in its own scale.
 
     Rounding in the factor and in the right-hand side both count, so that this is nearer twice the error than half.
 
     Args:
         cholesky: lower factor, (n, n).
-        probe: of the matrix that it is a factor of.
+        known: of the matrix that it is a factor of.
     """
-    half = torch.linalg.solve_triangular(cholesky, probe.right, upper=False)
-    found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * probe.scale
-    return float((found - probe.known).norm() / probe.known.norm())
+    half = torch.linalg.solve_triangular(cholesky, known.right, upper=False)
+    found = torch.linalg.solve_triangular(cholesky.mT, half, upper=True) * known.scale
+    return float((found - known.vectors).norm() / known.vectors.norm())
 
 
 def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:

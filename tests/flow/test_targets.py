@@ -108,3 +108,26 @@ def test_the_held_out_choice_is_better_on_unseen_text_than_the_extremes(tokenize
 def test_one_window_leaves_nothing_to_hold_out(tokenizer):
     pruned = prune(small_model("llama"), tokenizer, small_recipe(sparsity=0.3, num_samples=1, round_to=4))
     assert all(r.target_weight == 0 for r in pruned.sites)
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+def test_attention_that_stays_whole_before_the_first_cut_stays_to_the_bit(target, tokenizer):
+    """Its inputs are the dense model's own, so that there is nothing for it to make good."""
+    dense = small_model("opt")
+    pruned = prune(dense, tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.0, target=target, round_to=4))
+    family = find_family(dense.config)
+    before, after = (find_blocks(model, family) for model in (dense, pruned.model))
+    attention = [linear(block, family.attention_out) for block in (before[0], after[0])]
+    assert torch.equal(attention[0].weight, attention[1].weight) and torch.equal(attention[0].bias, attention[1].bias)
+    assert pruned.sites[0].target_weight == 0 and pruned.sites[1].kept.numel() < pruned.sites[1].site.units
+    if target == "residual":  # later ones have something to make good
+        assert any(result.target_weight > 0 for result in pruned.sites[2::2])
+
+
+def test_a_model_to_be_trained_is_pruned_like_any_other(tokenizer):
+    trainable, frozen = (small_model("opt").requires_grad_(flag) for flag in (True, False))
+    recipe = small_recipe(sparsity=0.3, round_to=4)
+    one, other = (prune(model, tokenizer, recipe) for model in (trainable, frozen))
+    tokens = one.calibration.tokens[:1]
+    assert torch.equal(one.model(tokens).logits, other.model(tokens).logits)
+    assert all(p.requires_grad for p in trainable.parameters())
