@@ -16,20 +16,26 @@ PHASES = (
 )
 
 
+def devices_here() -> list[str]:
+    """Kinds of device that can compute on this machine, the fastest first."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, there in present.items() if there]
+
+
+def device_name(name: str) -> str:
+    """The kind of device that a recipe's `device` stands for, here or not."""
+    return devices_here()[0] if name == "auto" else name
+
+
 def compute_device(name: str) -> torch.device:
     """The device a recipe's `device` stands for.
 
     Raises:
         SnpError: it is not there.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present[name]:
-        raise SnpError(
-            f"--device {name}: not available here; expected one of {', '.join(k for k in present if present[k])}."
-        )
-    return torch.device(name)
+    if device_name(name) not in devices_here():
+        raise SnpError(f"--device {name}: not available here; expected one of {', '.join(devices_here())}.")
+    return torch.device(device_name(name))
 
 
 def describe_device(device: torch.device) -> str:

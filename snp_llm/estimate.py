@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.device import ONCE, synchronize
+from snp_llm.device import ONCE, device_name, synchronize
 from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import multiplied_as
@@ -235,13 +235,6 @@ def human_time(seconds: float) -> str:
     limits = ((90, 1, "seconds"), (5400, 60, "minutes"), (48 * 3600, 3600, "hours"), (float("inf"), 86_400, "days"))
     size, name = next((size, name) for limit, size, name in limits if seconds < limit)
     return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"
-
-
-def device_name(name: str) -> str:
-    """The kind of device that a recipe's `device` means."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 # What follows is one function for each phase; all sizes are in bytes or in elements, as their names say.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.device import compute_device
+from snp_llm.device import device_name, devices_here
 from snp_llm.estimate import Estimate, estimate, human_bytes, human_flops, human_time, matmul_rates
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.measure import ModelSize, model_size
@@ -40,7 +40,6 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     assert resolved.seq_len is not None and resolved.round_to is not None
     size = model_size(model, resolved.seq_len)
     needed = estimate(model, resolved)
-    device = compute_device(recipe.device)
     return {
         "model": recipe.model,
         "family": family.name,
@@ -58,7 +57,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "layouts": {
             layout: describe_layout(model, sites, layout, _resolved_round(model, recipe, layout)) for layout in LAYOUTS
         },
-        "prune": _resource_facts(needed, device, resolved),
+        "prune": _resource_facts(needed, resolved),
     }
 
 
@@ -153,23 +152,24 @@ def _site_facts(site: Site) -> dict[str, Any]:
     }
 
 
-def _resource_facts(needed: Estimate, device: torch.device, recipe: Recipe) -> dict[str, Any]:
+def _resource_facts(needed: Estimate, recipe: Recipe) -> dict[str, Any]:
+    name = device_name(recipe.device)
     return {
         "windows": recipe.num_samples,
         "seq_len": recipe.seq_len,
-        "device": device.type,
-        **estimate_facts(needed, device),
+        "device": name,
+        **estimate_facts(needed, torch.device(name) if name in devices_here() else None),
     }
 
 
-def estimate_facts(needed: Estimate, device: torch.device) -> dict[str, Any]:
-    """An estimate ready for JSON, with a rough time for this device."""
+def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, Any]:
+    """An estimate ready for JSON, with a rough time for this device; without one that is here, without a time."""
     return {
         "device_bytes": needed.device_bytes,
         "host_bytes": needed.host_bytes,
         "disk_bytes": needed.disk_bytes,
         "flops": needed.flops,
-        "seconds_roughly": needed.seconds(matmul_rates(device, needed.dtypes)),
+        "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
         "breakdown": {
             place: {part.what: part.bytes for part in needed.parts(place)} for place in ("device", "host", "disk")
         },
@@ -241,8 +241,9 @@ def print_estimate(facts: dict[str, Any], device: str) -> None:
             print(
                 f"  {name:16s} {human_bytes(count):>8s}: {parts}{', ...' if len(facts['breakdown'][place]) > 3 else ''}"
             )
-    roughly = human_time(facts["seconds_roughly"])
-    print(f"  {'work':16s} {human_flops(facts['flops'])}: {roughly} on {device}, very roughly")
+    seconds = facts["seconds_roughly"]
+    roughly = f"no time, for there is no {device} here" if seconds is None else f"{human_time(seconds)} on {device}"
+    print(f"  {'work':16s} {human_flops(facts['flops'])}: {roughly}{'' if seconds is None else ', very roughly'}")
 
 
 def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -48,7 +48,8 @@ class InspectRecipe:
     hidden_device: HiddenDevice = "cpu"
     """As for prune: where hidden states wait between blocks."""
     device: Device = "auto"
-    """On which a prune would compute, and whose speed is probed for a fifth of a second."""
+    """On which a prune would compute. Its speed is probed for a fifth of a second; of one that is not here only memory
+    is estimated."""
     dtype: Dtype = "auto"
     """Type of the weights. auto: as in the checkpoint."""
     trust_remote_code: bool = False

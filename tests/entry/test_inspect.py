@@ -98,6 +98,16 @@ def test_heads_that_stay_are_said_to(tokenizer, tmp_path, capsys):
     assert "they stay, since a norm over all of them" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is here")
+def test_a_device_that_is_not_here_is_estimated_without_a_time(capsys):
+    assert inspect_main(["tiny-opt", "--device", "mps", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["prune"]
+    assert facts["device"] == "mps" and facts["device_bytes"] > 0 and facts["seconds_roughly"] is None
+    assert inspect_main(["tiny-opt", "--device", "mps"]) == 0
+    printed = capsys.readouterr().out
+    assert "memory of mps" in printed and "no time, for there is no mps here" in printed
+
+
 def test_inspect_refuses(tmp_path, capsys):
     refuse(capsys, ["./nowhere"], "no such folder", inspect_main)
     refuse(capsys, [str(tmp_path)], "no config.json in that folder", inspect_main)
