@@ -4,7 +4,7 @@ Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -31,7 +31,7 @@ from snp_llm.models.blocks import (
 from snp_llm.models.families import Family, Site, linear
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
-from snp_llm.stream import advance, capture, check_finite, in_batches
+from snp_llm.stream import Stream, advance, capture, check_finite, in_batches
 from snp_llm.sums import Statistics, Sums, add_batch, add_gradient, empty_sums, for_algebra, held_out, over_all_ranks
 
 TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
@@ -104,7 +104,7 @@ def visit_dense(
     tokens = tokens[: max(enough, ranks.rank_count())]
     way = _there_and_back if recipe.needs_gradients else _there
     with frozen(model):
-        way(model, family, blocks, sites, tokens, recipe, clock, journal, on_step)
+        way(_Visit(model, family, blocks, sites, tokens, recipe, clock, journal, on_step))
     return [
         SiteCurves(
             energy=journal.get(site.block, f"{site.kind} energy"),
@@ -115,29 +115,50 @@ def visit_dense(
     ]
 
 
-def _there(
-    model: PreTrainedModel,
-    family: Family,
-    blocks: nn.ModuleList,
-    sites: Sequence[Site],
-    tokens: Tensor,
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-    on_step: OnStep,
-) -> None:
+@dataclass(frozen=True)
+class _Visit:
+    """What `visit_dense` was given, with the tokens that it takes of it; and blocks that wait to be factorised.
+
+    Attributes:
+        summed: by number of the block; of other ranks' blocks nothing is held.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    blocks: nn.ModuleList
+    sites: Sequence[Site]
+    tokens: Tensor
+    recipe: Recipe
+    clock: Clock
+    journal: Journal
+    on_step: OnStep
+    summed: dict[int, list[Sums]] = field(default_factory=dict)
+
+    @property
+    def windows(self) -> range:
+        """Those of this rank."""
+        return ranks.share(len(self.tokens))
+
+    def start(self) -> Stream:
+        """The tokens before the first block."""
+        return capture(self.model, self.blocks, self.tokens, self.recipe, self.clock, self.journal.folder)
+
+    def sites_of(self, index: int) -> list[Site]:
+        return [s for s in self.sites if s.block == index]
+
+
+def _there(visit: _Visit) -> None:
     """Curves without gradients, in one pass."""
-    windows = ranks.share(len(tokens))
+    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
     first, state = journal.last_state(windows)
     if first == len(blocks):
         return
-    stream = capture(model, blocks, tokens, recipe, clock, journal.folder)
+    stream = visit.start()
     if first:
         stream.hidden.copy_(state["hidden"])
-    summed: list[tuple[int, list[Sums]]] = []
+    nothing_held = torch.zeros(len(visit.tokens), dtype=torch.bool)
     for index in range(first, len(blocks)):
-        block = blocks[index]
-        here = [s for s in sites if s.block == index]
+        block, here = blocks[index], visit.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
             empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=False)
@@ -151,36 +172,27 @@ def _there(
             with clock.phase("forward passes"), watch_inputs(keepers):
                 for at, output in in_batches(len(windows), stream.batch, run):
                     check_finite(output, index)
-                    none_held = torch.zeros(at.stop - at.start, dtype=torch.bool)
                     with clock.phase("Gram matrices"):
-                        sums = [add_batch(s, seen[out], None, none_held) for s, out in zip(sums, outs, strict=True)]
+                        sums = [
+                            add_batch(s, seen[out], None, nothing_held[at]) for s, out in zip(sums, outs, strict=True)
+                        ]
                     stream.hidden[at] = output
                 seen.clear()  # its memory goes to the algebra
-                sums = [over_all_ranks(s, torch.zeros(len(tokens), dtype=torch.bool), tokens.shape[1]) for s in sums]
-            _settle(summed, index, sums, index == len(blocks) - 1, blocks, family, sites, recipe, clock, journal)
-        if not summed:
+            _settle(visit, index, sums, nothing_held, last=index == len(blocks) - 1)
+        if not visit.summed:
             done = index + 1
             journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
-        on_step(f"block {index}: curves of the dense model")
+        visit.on_step(f"block {index}: curves of the dense model")
 
 
-def _there_and_back(
-    model: PreTrainedModel,
-    family: Family,
-    blocks: nn.ModuleList,
-    sites: Sequence[Site],
-    tokens: Tensor,
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-    on_step: OnStep,
-) -> None:
+def _there_and_back(visit: _Visit) -> None:
     """Curves and gradients, in a pass forwards that keeps what enters each block, and one back."""
-    windows, device = ranks.share(len(tokens)), clock.device
+    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
+    device = clock.device
     done, state = journal.last_state(windows)
     if done == len(blocks):
         return
-    stream = capture(model, blocks, tokens, recipe, clock, journal.folder)
+    stream = visit.start()
     inputs: list[Tensor] = []
     hidden = stream.hidden
     for index, block in enumerate(blocks[: len(blocks) - done]):
@@ -194,16 +206,14 @@ def _there_and_back(
         gradients = stream.like_hidden().copy_(state["gradients"])
     else:
         gradients = hidden
-        mine = tokens[windows.start : windows.stop]
-        with clock.phase(ONCE), rest_on_device(model, blocks, device):
+        mine = visit.tokens[windows.start : windows.stop]
+        with clock.phase(ONCE), rest_on_device(visit.model, blocks, device):
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
-                states.copy_(loss_gradient(model, blocks, window.to(device), states.to(device)))
-    held = held_out(len(tokens), one_of=HELD_OUT_OF)
+                states.copy_(loss_gradient(visit.model, blocks, window.to(device), states.to(device)))
+    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF)
     held_here = held[windows.start : windows.stop]
-    summed: list[tuple[int, list[Sums]]] = []
     for index in range(len(blocks) - done - 1, -1, -1):
-        block, entering = blocks[index], inputs.pop()
-        here = [s for s in sites if s.block == index]
+        block, entering, here = blocks[index], inputs.pop(), visit.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
             empty_sums(s.name, out, device, stream.shelf, drifting=False, holding_out=True, with_gradient=True)
@@ -223,11 +233,10 @@ def _there_and_back(
                     gradients[at] = gradient
                 for last in (seen, backwards):
                     last.clear()  # its memory goes to the algebra
-                sums = [over_all_ranks(s, held, tokens.shape[1]) for s in sums]
-            _settle(summed, index, sums, index == 0, blocks, family, sites, recipe, clock, journal)
-        if not summed:
+            _settle(visit, index, sums, held, last=index == 0)
+        if not visit.summed:
             journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
-        on_step(f"block {index}: curves and gradients of the dense model")
+        visit.on_step(f"block {index}: curves and gradients of the dense model")
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
@@ -246,46 +255,41 @@ def _back(
     return input_gradient(block, entering[at], call, gradients[at].to(device), watchers)
 
 
-def _settle(
-    summed: list[tuple[int, list[Sums]]],
-    index: int,
-    sums: list[Sums],
-    last: bool,
-    blocks: nn.ModuleList,
-    family: Family,
-    sites: Sequence[Site],
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-) -> None:
-    """Factorises blocks once there is one for each rank, so that all ranks do so at the same time.
+def _settle(visit: _Visit, index: int, sums: list[Sums], held: Tensor, *, last: bool) -> None:
+    """Adds a block's sums up over all ranks, and factorises blocks once there is one for each rank, all at a time.
 
     Args:
-        summed: blocks that wait for it; of other ranks' blocks nothing is held.
-        index: of the block that is added.
+        visit: the sums go to those that wait.
+        index: of the block.
         sums: of its sites.
+        held: which of all windows are held out, (windows,), bool.
         last: no other block will come.
     """
+    clock, summed = visit.clock, visit.summed
+    with clock.phase("Gram matrices"):
+        sums = [over_all_ranks(s, held, visit.tokens.shape[1]) for s in sums]
     owner = index % ranks.rank_count()
-    summed.append((index, sums if owner == ranks.rank() else []))
+    summed[index] = sums if owner == ranks.rank() else []
     if len(summed) < ranks.rank_count() and not last:
         return
     curves: dict[int, dict[str, Tensor]] = {}
     with clock.phase("factorisation"):
-        for block_index, found in summed:
+        for block_index, found in summed.items():
             if found:
-                here = [s for s in sites if s.block == block_index]
-                with on_device(blocks[block_index], clock.device):
-                    curves[block_index] = _curves(blocks[block_index], family, here, found, recipe, clock)
+                block = visit.blocks[block_index]
+                with on_device(block, clock.device):
+                    curves[block_index] = _curves(
+                        block, visit.family, visit.sites_of(block_index), found, visit.recipe, clock
+                    )
     for block_index, tensors in curves.items():
-        journal.put(block_index, tensors)
-    if journal.folder is None:  # on disk all ranks can read them
+        visit.journal.put(block_index, tensors)
+    if visit.journal.folder is None:  # on disk all ranks can read them
         for others in ranks.from_all(
             {i: {k: t for k, t in c.items() if not k.endswith("gradient")} for i, c in curves.items()}
         ):
             for block_index, tensors in others.items():
                 if block_index not in curves:
-                    journal.put(block_index, tensors)
+                    visit.journal.put(block_index, tensors)
     ranks.wait()
     summed.clear()
 

@@ -198,7 +198,7 @@ def drift_from(sums: TargetSums, moments: Moments, W: Tensor, bias: Tensor | Non
         sums.first[rows] -= (some @ moments.first).to(sums.first)
     if bias is not None:
         bias = bias.detach().to(sums.cross)
-        sums.cross.addr_(bias, moments.first, alpha=-1)
+        sums.cross.addr_(bias, moments.first.to(bias), alpha=-1)
         sums.first.sub_(bias, alpha=moments.tokens)
     return Drift(sums.cross, sums.first)
 
