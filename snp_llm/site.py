@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
-from snp_llm.linalg.gram import Drift, Moments, alive_channels, completed, gram_matrix, random_signs
+from snp_llm.linalg.gram import ROWS_AT_ONCE, Drift, Moments, alive_channels, completed, gram_matrix, random_signs
 from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
 from snp_llm.linalg.ldl import (
+    SOLVE_TOLERANCE,
     DefiniteGram,
     Subspace,
     build_subspace,
@@ -38,10 +39,8 @@ METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradie
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
 DAMPENINGS = (0.03, 0.1, 0.3, 1.0, 3.0)  # of repairs, from which held-out windows choose
 
-ROWS_AT_ONCE = 512  # of a matrix that is put together from others
 VIEWS = 512  # directions of wider outputs in which candidates for a repair are compared
 
-SOLVE_TOLERANCE = 1e-3  # what float32 cannot factor or solve this well is done in float64 after all
 CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ NARROWEST_BLOCK = 64
 # 10 % it is level or slower. Small sites are not worth the conversion.
 SPARSE_DENSITY = 1 / 16
 SPARSE_FROM = 512
-ROWS_AT_ONCE = 512  # of outputs, so that weights need not be widened as a whole
+ROWS_AT_ONCE = 512  # of a matrix that is not worth a copy as a whole
 SUMMED_AT_ONCE = 4096  # tokens that tensor cores sum
 
 

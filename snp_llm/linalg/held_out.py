@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.ldl import Probe, probe, solve_error, try_cholesky
-
-SOLVE_TOLERANCE = 1e-3  # relative error of a float32 solution up to which candidates are compared by it
+from snp_llm.linalg.ldl import SOLVE_TOLERANCE, probe, solve_error, try_cholesky
 
 
 @dataclass(frozen=True)
@@ -140,16 +138,20 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     cuts: dict[float, Tensor] = {}
     drifts: dict[float, Tensor] = {}
     for dampening in dampenings:
-        factor, known = _try_factor(fitted.gram(), dampening)
-        if factor is None or solve_error(factor, known) > SOLVE_TOLERANCE:
+        gram = _damped(fitted.gram(), dampening)
+        known = probe(gram)
+        factor, info = try_cholesky(gram)
+        del gram  # it has become the factor
+        if int(info) != 0 or solve_error(factor, known) > SOLVE_TOLERANCE:
             del factor  # before the next is made
-            factor, _ = _try_factor(fit.gram().double(), dampening)
-            if factor is None:
+            factor, info = try_cholesky(_damped(fit.gram().double(), dampening))
+            if int(info) != 0:
+                del factor
                 continue
         cuts[dampening] = _solve(factor, fitted.taken)
         if fitted.cross is not None:
             drifts[dampening] = _solve(factor, fitted.cross)
-        del factor, known  # before the next matrix is made
+        del factor  # before the next is made
     if not cuts:
         raise SnpError(
             f"Gram matrix of {fit.taken.shape[1]:,} channels is not positive definite (dampening up to "
@@ -183,21 +185,19 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
     return best
 
 
-def _try_factor(gram: Tensor, dampening: float) -> tuple[Tensor | None, Probe]:
-    """Lower Cholesky factor of `G + dampening * diag(G)`, in place of G, None where that is not definite; and its test.
+def _damped(gram: Tensor, dampening: float) -> Tensor:
+    """`G + dampening * diag(G)`, in place of G.
 
     Dead channels get a pivot of 1: what is solved for them is what they were given, which is nothing.
     """
     diagonal = gram.diagonal()
     diagonal.add_(torch.where(diagonal > 0, dampening * diagonal, torch.ones_like(diagonal)))
-    known = probe(gram)
-    factor, info = try_cholesky(gram)
-    return (factor if int(info) == 0 else None), known
+    return gram
 
 
 def _factor(gram: Tensor, dampening: float) -> Tensor:
-    factor, _ = _try_factor(gram, dampening)
-    if factor is None:
+    factor, info = try_cholesky(_damped(gram, dampening))
+    if int(info) != 0:
         raise SnpError(f"Gram matrix of {len(gram):,} channels is not positive definite (dampening {dampening:g}).")
     return factor
 
