@@ -28,7 +28,7 @@ from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRe
 from snp_llm.recipe_file import RECIPE, save_recipe
 from snp_llm.skeleton import load_skeleton
 from snp_llm.terminal import print_json, print_table, progress
-from snp_llm.visit import needs_visit
+from snp_llm.visit import visit_passes
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
@@ -87,7 +87,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
     journal = Journal(partial / checkpoint.JOURNAL, recipe.save_every)
-    steps = recipe.steps * (2 + needs_visit(recipe)) * dense.config.num_hidden_layers
+    steps = recipe.steps * (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
     with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]

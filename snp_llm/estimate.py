@@ -25,7 +25,7 @@ from snp_llm.models.families import Site, embedding_rows, find_blocks, find_fami
 from snp_llm.recipe import Recipe
 from snp_llm.site import DAMPENINGS, VIEWS
 from snp_llm.sums import ALGEBRA_MATRICES, FILES_FROM, SINGLE_PRECISION_FROM
-from snp_llm.visit import GRADIENT_TOKENS, HELD_OUT_OF, TOKENS_A_CHANNEL, needs_visit
+from snp_llm.visit import curve_windows, gradient_windows
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
 SHARE_OF_GRAM = 9 / 16  # of the products of a Gram matrix, those that are computed
@@ -127,8 +127,10 @@ def estimate(model: PreTrainedModel, recipe: Recipe) -> Estimate:
     assert recipe.seq_len is not None
     shapes = _shapes(model, recipe)
     parts = [*_always(shapes, recipe), *_prune_memory(shapes, recipe), *_disk(shapes, recipe)]
-    if needs_visit(recipe):
-        parts += _visit_memory(shapes, recipe)
+    if recipe.needs_gradients:
+        parts += _gradient_memory(shapes, recipe)
+    if recipe.allocation in NEEDS_CURVES:
+        parts += _curve_memory(shapes, recipe)
     parts = [part for part in parts if part.bytes]
     on_cpu = shapes.device == "cpu"
     if on_cpu:
@@ -260,7 +262,7 @@ class _Shapes:
         eager: whether attention scores are materialised.
         device: kind.
         windows, seq_len, batch: of calibration.
-        visit_windows: of the visit.
+        curve_windows, gradient_windows: of the visit, 0 where it reads no such thing.
     """
 
     size: ModelSize
@@ -280,7 +282,8 @@ class _Shapes:
     windows: int
     seq_len: int
     batch: int
-    visit_windows: int
+    curve_windows: int
+    gradient_windows: int
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -304,9 +307,9 @@ def _shapes(model: PreTrainedModel, recipe: Recipe) -> _Shapes:
     assert heads is not None
     size = model_size(model, recipe.seq_len)
     widest = max(s.units * s.unit_size for s in sites)
-    visit = -(-TOKENS_A_CHANNEL * widest // recipe.seq_len)
-    if recipe.needs_gradients:
-        visit = min(visit, max(HELD_OUT_OF, GRADIENT_TOKENS // recipe.seq_len))
+    hidden = int(model.config.hidden_size)
+    curves = curve_windows(widest, recipe.seq_len) if recipe.allocation in NEEDS_CURVES else 0
+    gradients = gradient_windows(hidden, recipe.seq_len) if recipe.needs_gradients else 0
     each = [_bytes(block) for block in blocks]
     return _Shapes(
         size=size,
@@ -315,7 +318,7 @@ def _shapes(model: PreTrainedModel, recipe: Recipe) -> _Shapes:
         blocks=len(blocks),
         block_bytes=max(each),
         rest_bytes=size.bytes - sum(each),
-        hidden=int(model.config.hidden_size),
+        hidden=hidden,
         vocabulary=embedding_rows(model),
         query_heads=heads.query,
         kv_channels=heads.key_value * heads.size,
@@ -326,7 +329,8 @@ def _shapes(model: PreTrainedModel, recipe: Recipe) -> _Shapes:
         windows=recipe.num_samples,
         seq_len=recipe.seq_len,
         batch=min(recipe.batch_size, recipe.num_samples),
-        visit_windows=min(visit, recipe.num_samples),
+        curve_windows=min(curves, recipe.num_samples),
+        gradient_windows=min(gradients, recipe.num_samples),
     )
 
 
@@ -425,31 +429,33 @@ def _summed_and_factored(phase: str, always: Sequence[Part], activations: int, a
     return [part for half in halves for part in (half, *(replace(p, phase=half.phase) for p in always))]
 
 
-def _visit_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
-    d, tokens = shapes.hidden, shapes.visit_windows * shapes.seq_len
-    gradients = recipe.needs_gradients
-    stream = tokens * d * shapes.item
-    curves = recipe.allocation in NEEDS_CURVES
-    widest = max(shapes.widths)
-    kept = shapes.blocks + 2 if gradients else 1
-    hidden = _hidden_part("visit", "visit", "what enters every block, kept for the way back", kept * stream, recipe)
-    always = [
-        Part("visit", "device", "block", "a dense block", shapes.block_bytes),
-        *_sums_parts("visit", shapes.widths, shapes, recipe, drifting=False, holding_out=gradients),
-        Part("visit", "device", "sums", "gradient moments of both sites", 2 * 4 * d * d * gradients),
+def _gradient_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
+    d, tokens = shapes.hidden, shapes.gradient_windows * shapes.seq_len
+    kept = (shapes.blocks + 2) * tokens * d * shapes.item
+    hidden = _hidden_part("gradients", "visit", "what enters every block, kept for the way back", kept, recipe)
+    logits = shapes.seq_len * shapes.vocabulary * (shapes.item + 3 * 4)
+    return [
+        Part("gradients", "device", "block", "a dense block", shapes.block_bytes),
+        Part("gradients", "device", "sums", "gradient moments of both sites", 2 * 4 * d * d),
+        Part("gradients", "device", "activations", "activations of one batch", _activations(shapes, kept=True)),
+        Part("gradients", "host", "gradients", "gradients of a block's sites", 2 * 2 * 4 * d * d),
         hidden,
-        Part("visit", "host", "gradients", "gradients of a block's sites", 2 * 2 * 4 * d * d * gradients),
+        # The loss comes between the ways there and back, when no block is there.
+        Part("loss", "device", "rest", "embeddings, norms and head", shapes.rest_bytes * (shapes.device != "cpu")),
+        Part("loss", "device", "logits", "logits of one window and their gradient", logits),
+        replace(hidden, phase="loss"),
     ]
-    algebra = _algebra(widest, shapes, recipe) * curves
-    parts = _summed_and_factored("visit", always, _activations(shapes, kept=gradients), algebra)
-    if gradients:  # the loss comes when the blocks have gone, and the sums have not come yet
-        logits = shapes.seq_len * shapes.vocabulary * (shapes.item + 3 * 4)
-        parts += [
-            Part("loss", "device", "rest", "embeddings, norms and head", shapes.rest_bytes * (shapes.device != "cpu")),
-            Part("loss", "device", "logits", "logits of one window and their gradient", logits),
-            replace(hidden, phase="loss"),
-        ]
-    return parts
+
+
+def _curve_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
+    stream = shapes.curve_windows * shapes.seq_len * shapes.hidden * shapes.item
+    always = [
+        Part("curves", "device", "block", "a dense block", shapes.block_bytes),
+        *_sums_parts("curves", shapes.widths, shapes, recipe, drifting=False, holding_out=recipe.needs_gradients),
+        _hidden_part("curves", "visit", "hidden states of the visit", stream, recipe),
+    ]
+    algebra = _algebra(max(shapes.widths), shapes, recipe)
+    return _summed_and_factored("curves", always, _activations(shapes, kept=False), algebra)
 
 
 def _disk(shapes: _Shapes, recipe: Recipe) -> list[Part]:
@@ -492,7 +498,7 @@ def pruned_bytes(size: ModelSize, recipe: Recipe) -> int:
 def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     """FLOPs of every step; a product of (a, b) and (b, c) is 2abc."""
     d, T = shapes.hidden, shapes.seq_len
-    tokens, seen = shapes.windows * T, shapes.visit_windows * T
+    tokens, seen, back = (n * T for n in (shapes.windows, shapes.curve_windows, shapes.gradient_windows))
     sites = [(s.units * s.unit_size, s) for s in shapes.all_sites]
     scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.kind == "attention")
     forward = 2.0 * shapes.size.block_linear + scores
@@ -504,22 +510,19 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     work = []
     rounds = recipe.steps
     gram = sum(2.0 * n * n * SHARE_OF_GRAM for n, _ in sites)
-    if needs_visit(recipe):
+    if recipe.needs_gradients:
+        moments = 2.0 * d * d * SHARE_OF_GRAM * len(sites)
+        work += [
+            Work("visit: there and back", 3 * forward * back, shapes.dtype),
+            Work(f"visit: {ONCE}", 4.0 * d * shapes.vocabulary * back, shapes.dtype),
+            Work("visit: sums of gradients", moments * back, wide),
+        ]
+    if recipe.allocation in NEEDS_CURVES:
         curves = [(n, _factor_flops(n, d, recipe) + 2.0 * d * n * n) for n, _ in sites]
         if recipe.needs_gradients:
             curves += [(n, 2.0 * n**3 + 2 * d * d * n + 2 * d * n * n) for n, _ in sites]
-            work += [
-                Work("visit: forwards and back", 3 * forward * seen, shapes.dtype),
-                Work(f"visit: {ONCE}", 4.0 * d * shapes.vocabulary * seen, shapes.dtype),
-                Work("visit: sums", (gram + 2.0 * d * d * SHARE_OF_GRAM * len(sites)) * seen, wide),
-            ]
-        else:
-            work += [
-                Work("visit: forwards", forward * seen, shapes.dtype),
-                Work("visit: sums", gram * seen, wide),
-            ]
-        if recipe.allocation in NEEDS_CURVES:
-            work += _algebra_work("visit: linear algebra", curves)
+        work += [Work("visit: forwards", forward * seen, shapes.dtype), Work("visit: sums", gram * seen, wide)]
+        work += _algebra_work("visit: linear algebra", curves)
     if drifting:
         work.append(Work("targets of the dense model", forward * tokens, shapes.dtype))
     # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.

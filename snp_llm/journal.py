@@ -5,7 +5,6 @@ hidden states between two blocks. Files appear under their names when they are c
 every moment the folder holds what can be gone on from.
 """
 
-import copy
 import json
 import os
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from snp_llm import ranks
 from snp_llm.errors import SnpError
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.families import Family, Site, linear, weight_of
-from snp_llm.models.on_disk import leave_on_disk
+from snp_llm.models.on_disk import copy_unhooked, leave_on_disk
 from snp_llm.models.surgery import prune_site
 from snp_llm.site import Curve, SiteResult
 
@@ -126,7 +124,7 @@ class Journal:
             index: its number.
         """
         assert self.folder is not None
-        pruned = remove_hook_from_module(copy.deepcopy(block), recurse=True)
+        pruned = copy_unhooked(block)
         for result in results:
             site, out = result.site, linear(pruned, result.site.out_projection)
             weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]

@@ -28,7 +28,7 @@ from snp_llm.sequential import prune_blocks
 from snp_llm.site import SiteResult
 from snp_llm.stream import capture
 from snp_llm.version import __version__
-from snp_llm.visit import OnStep, SiteCurves, needs_visit, visit_dense
+from snp_llm.visit import OnStep, SiteCurves, visit_dense, visit_passes
 from snp_llm.widths import find_target, plan_widths
 
 LONGEST_DEFAULT_WINDOW = 2048
@@ -184,7 +184,7 @@ def visit(
     check_weights(model, blocks)
     announce_heads(sites, recipe)
     curves: Sequence[SiteCurves | None] = [None] * len(sites)
-    if windows is not None and needs_visit(recipe):
+    if windows is not None and visit_passes(recipe):
         curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, journal, on_step)
     return Visited(model, family, blocks, sites, windows, curves)
 

@@ -1,13 +1,11 @@
 """The sequential loop: statistics, ordering, reconstruction, surgery, block after block. Chooses no widths."""
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from snp_llm import ranks
@@ -24,6 +22,7 @@ from snp_llm.models.blocks import (
     with_first_tensor,
 )
 from snp_llm.models.families import Family, Site, linear, weight_of
+from snp_llm.models.on_disk import copy_unhooked
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
@@ -98,7 +97,7 @@ def prune_blocks(
                 residual = targets.stream_scale is not None
                 if entered:
                     targets = replace(targets, attention=None)
-            block = remove_hook_from_module(copy.deepcopy(old_block), recurse=True)
+            block = copy_unhooked(old_block)
             found = prune_block(
                 block, family, sites[here], stream, widths[here], gradients, targets, recipe, clock, on_step
             )

@@ -60,7 +60,6 @@ class Sums:
     Attributes:
         moments, targets: of its inputs, and of what it should put out (None without targets), over all other windows.
         held_moments, held_targets: over those held out, or None where nothing is chosen by them.
-        gradient: moments of the loss gradient at its output, over all windows, or None.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
@@ -68,7 +67,6 @@ class Sums:
     targets: TargetSums | None
     held_moments: Moments | None
     held_targets: TargetSums | None
-    gradient: Moments | None = None
     files: Files = ()
 
     @torch.no_grad()
@@ -102,7 +100,6 @@ def empty_sums(
     *,
     drifting: bool,
     holding_out: bool,
-    with_gradient: bool = False,
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
@@ -115,17 +112,15 @@ def empty_sums(
         shelf: for what does not have to be in memory all the time.
         drifting: whether there is a target that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
-        with_gradient: whether the loss gradient at its output is summed as well.
     """
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
-    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + with_gradient * d_out * (d_out + 1)
+    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1))
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     sums = Sums(
         moments=empty_moments(n, dtype, device),
         targets=empty_target_sums(d_out, n, dtype, device) if drifting else None,
         held_moments=empty_moments(n, dtype, device) if holding_out else None,
         held_targets=empty_target_sums(d_out, n, dtype, device) if drifting and holding_out else None,
-        gradient=empty_moments(d_out, dtype, device) if with_gradient else None,
     )
     in_files = shelf.device is None and device.type == "cpu" and n >= FILES_FROM
     return _in_files(sums, shelf) if in_files else sums
@@ -209,12 +204,6 @@ def _where(name: str, what: str, size: int, device: torch.device) -> torch.devic
     return torch.device("cpu")
 
 
-def add_gradient(sums: Sums, gradient: Tensor) -> Sums:
-    """Adds the loss gradient at the site's output, (..., d_out), in place."""
-    assert sums.gradient is not None
-    return replace(sums, gradient=add_moments(sums.gradient, gradient.to(sums.gradient.second.device)))
-
-
 def over_all_ranks(sums: Sums, held: Tensor, length: int) -> Sums:
     """Sums over the calibration tokens of all ranks, in place.
 
@@ -227,14 +216,13 @@ def over_all_ranks(sums: Sums, held: Tensor, length: int) -> Sums:
         return sums
     moments, held_moments = sums.moments, sums.held_moments
     targets = [t for t in (sums.targets, sums.held_targets) if t is not None]
-    parts = [m for m in (moments, held_moments, sums.gradient) if m is not None]
+    parts = [m for m in (moments, held_moments) if m is not None]
     ranks.add_up([t for m in parts for t in (m.second, m.first)] + [t for s in targets for t in (s.cross, s.first)])
     apart = int(held.sum()) * length if held_moments is not None else 0
     return replace(
         sums,
         moments=replace(moments, tokens=len(held) * length - apart),
         held_moments=None if held_moments is None else replace(held_moments, tokens=apart),
-        gradient=None if sums.gradient is None else replace(sums.gradient, tokens=len(held) * length),
     )
 
 

@@ -4,7 +4,7 @@ Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from snp_llm.device import ONCE, Clock
 from snp_llm.errors import SnpError
 from snp_llm.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.linalg.gram import Moments, gram_matrix
+from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.blocks import (
     BlockCall,
@@ -28,14 +28,15 @@ from snp_llm.models.blocks import (
     run_block,
     watch_inputs,
 )
-from snp_llm.models.families import Family, Site, linear
+from snp_llm.models.families import Family, Site, linear, weight_of
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
 from snp_llm.stream import Stream, advance, capture, check_finite, in_batches
-from snp_llm.sums import Statistics, Sums, add_batch, add_gradient, empty_sums, for_algebra, held_out, over_all_ranks
+from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
 
-TOKENS_A_CHANNEL = 16  # of the widest site, from which curves and gradients are read
-GRADIENT_TOKENS = 32_768  # at most, with gradients: what enters every block is kept for the way back
+TOKENS_A_CHANNEL = 16  # of the widest site, from which curves are read
+TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
+GRADIENT_TOKENS = 32_768  # at most: what of these enters every block is kept for the way back
 HELD_OUT_OF = 4  # one window of so many is held out
 
 OnStep = Callable[[str], None]
@@ -62,9 +63,29 @@ class SiteCurves:
         return self.read_gradient()
 
 
-def needs_visit(recipe: Recipe) -> bool:
-    """Whether anything has to be known of the whole dense model before the first cut."""
-    return recipe.needs_gradients or recipe.allocation in NEEDS_CURVES
+def visit_passes(recipe: Recipe) -> int:
+    """How many times the dense model's blocks are visited before the first cut: for gradients, for curves, or both."""
+    return recipe.needs_gradients + (recipe.allocation in NEEDS_CURVES)
+
+
+def curve_windows(widest: int, seq_len: int) -> int:
+    """Windows that curves are read from, where there are as many: they need fewer tokens than the repair of a site.
+
+    Args:
+        widest: channels of the widest site.
+        seq_len: tokens a window has.
+    """
+    return -(-TOKENS_A_CHANNEL * widest // seq_len)
+
+
+def gradient_windows(hidden: int, seq_len: int) -> int:
+    """The same for gradients, of which the moments are over pairs of a block's output channels, so many fewer.
+
+    Args:
+        hidden: channels that a block puts out.
+        seq_len: tokens a window has.
+    """
+    return max(1, min(-(-TOKENS_AN_OUTPUT * hidden // seq_len), GRADIENT_TOKENS // seq_len))
 
 
 def visit_dense(
@@ -78,13 +99,13 @@ def visit_dense(
     journal: Journal,
     on_step: OnStep,
 ) -> list[SiteCurves]:
-    """Curves and gradients of every site, in the order of `find_sites`.
+    """Curves and gradients of every site, in the order of `find_sites`, each only where the recipe needs them.
 
-    The model is visited block by block and one block's moments are held at a time. With gradients there are two ways:
-    forwards, keeping what enters each block, and backwards, where each block runs once more to pass the gradient on
-    while its inputs are summed. Losses are predicted on windows that are held out: on those that a repair was computed
-    from its error looks smaller than it is, the more so the more channels a site has for its tokens.
-    Curves need fewer tokens than the matrix that repairs a site: the first windows of the draw are enough.
+    The model is visited block by block, on the first windows of the draw. For gradients there and back: forwards,
+    keeping what enters each block, and backwards, where each block runs once more to pass the gradient on. For curves
+    forwards, with one block's moments held at a time. Where there are gradients, losses are predicted on windows that
+    are held out: on those that a repair was computed from its error looks smaller than it is, the more so the more
+    channels a site has for its tokens.
 
     Args:
         model: dense model; left as it was.
@@ -95,21 +116,26 @@ def visit_dense(
         recipe: all settings, resolved.
         clock: of the compute device.
         journal: of this phase; keeps curves and gradients.
-        on_step: called with a line a block.
+        on_step: called with a line a block, twice where there are both.
     """
-    widest = max(s.units * s.unit_size for s in sites)
-    enough = -(-TOKENS_A_CHANNEL * widest // tokens.shape[1])
-    if recipe.needs_gradients:
-        enough = min(enough, max(HELD_OUT_OF, GRADIENT_TOKENS // tokens.shape[1]))
-    tokens = tokens[: max(enough, ranks.rank_count())]
-    way = _there_and_back if recipe.needs_gradients else _there
+    gradients, curves = journal.phase("gradients"), journal.phase("curves")
+
+    def first_windows(count: int, journal: Journal) -> _Visit:
+        some = tokens[: max(count, ranks.rank_count())]
+        return _Visit(model, family, blocks, sites, some, recipe, clock, journal, on_step)
+
     with frozen(model):
-        way(_Visit(model, family, blocks, sites, tokens, recipe, clock, journal, on_step))
+        if recipe.needs_gradients:
+            hidden = weight_of(linear(blocks[0], sites[0].out_projection)).shape[0]
+            _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
+        if recipe.allocation in NEEDS_CURVES:
+            widest = max(s.units * s.unit_size for s in sites)
+            _read_curves(first_windows(curve_windows(widest, tokens.shape[1]), curves), gradients)
     return [
         SiteCurves(
-            energy=journal.get(site.block, f"{site.kind} energy"),
-            loss=journal.get(site.block, f"{site.kind} loss"),
-            read_gradient=partial(journal.get, site.block, f"{site.kind} gradient"),
+            energy=curves.get(site.block, f"{site.kind} energy"),
+            loss=curves.get(site.block, f"{site.kind} loss"),
+            read_gradient=partial(gradients.get, site.block, site.kind),
         )
         for site in sites
     ]
@@ -117,11 +143,7 @@ def visit_dense(
 
 @dataclass(frozen=True)
 class _Visit:
-    """What `visit_dense` was given, with the tokens that it takes of it; and blocks that wait to be factorised.
-
-    Attributes:
-        summed: by number of the block; of other ranks' blocks nothing is held.
-    """
+    """What `visit_dense` was given, with the tokens and the journal of one of its passes."""
 
     model: PreTrainedModel
     family: Family
@@ -132,7 +154,6 @@ class _Visit:
     clock: Clock
     journal: Journal
     on_step: OnStep
-    summed: dict[int, list[Sums]] = field(default_factory=dict)
 
     @property
     def windows(self) -> range:
@@ -147,46 +168,8 @@ class _Visit:
         return [s for s in self.sites if s.block == index]
 
 
-def _there(visit: _Visit) -> None:
-    """Curves without gradients, in one pass."""
-    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
-    first, state = journal.last_state(windows)
-    if first == len(blocks):
-        return
-    stream = visit.start()
-    if first:
-        stream.hidden.copy_(state["hidden"])
-    nothing_held = torch.zeros(len(visit.tokens), dtype=torch.bool)
-    for index in range(first, len(blocks)):
-        block, here = blocks[index], visit.sites_of(index)
-        outs = [linear(block, s.out_projection) for s in here]
-        sums = [
-            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=False)
-            for s, out in zip(here, outs, strict=True)
-        ]
-        seen: dict[nn.Module, Tensor] = {}
-
-        run = partial(_run, block, stream.hidden, stream.calls[index])
-        keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
-        with on_device(block, clock.device):
-            with clock.phase("forward passes"), watch_inputs(keepers):
-                for at, output in in_batches(len(windows), stream.batch, run):
-                    check_finite(output, index)
-                    with clock.phase("Gram matrices"):
-                        sums = [
-                            add_batch(s, seen[out], None, nothing_held[at]) for s, out in zip(sums, outs, strict=True)
-                        ]
-                    stream.hidden[at] = output
-                seen.clear()  # its memory goes to the algebra
-            _settle(visit, index, sums, nothing_held, last=index == len(blocks) - 1)
-        if not visit.summed:
-            done = index + 1
-            journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
-        visit.on_step(f"block {index}: curves of the dense model")
-
-
-def _there_and_back(visit: _Visit) -> None:
-    """Curves and gradients, in a pass forwards that keeps what enters each block, and one back."""
+def _read_gradients(visit: _Visit) -> None:
+    """F of every site, in a pass forwards that keeps what enters each block, and one back."""
     blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
     device = clock.device
     done, state = journal.last_state(windows)
@@ -210,33 +193,81 @@ def _there_and_back(visit: _Visit) -> None:
         with clock.phase(ONCE), rest_on_device(visit.model, blocks, device):
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
                 states.copy_(loss_gradient(visit.model, blocks, window.to(device), states.to(device)))
-    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF)
-    held_here = held[windows.start : windows.stop]
     for index in range(len(blocks) - done - 1, -1, -1):
         block, entering, here = blocks[index], inputs.pop(), visit.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
+        sums = [empty_moments(len(weight_of(out)), out.weight.dtype, device) for out in outs]
+        seen: dict[nn.Module, Tensor] = {}
+        watchers: Watchers = {out: partial(_keep, seen, out) for out in outs}
+        back = partial(_back, block, entering, stream.calls[index], gradients, watchers, device)
+        with on_device(block, device), clock.phase("forward passes"):
+            for at, gradient in in_batches(len(windows), stream.batch, back):
+                with clock.phase("Gram matrices"):
+                    sums = [add_moments(s, seen[out]) for s, out in zip(sums, outs, strict=True)]
+                gradients[at] = gradient
+        with clock.phase("Gram matrices"):
+            ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
+            if _owner(index) == ranks.rank():
+                count = visit.tokens.numel()
+                journal.put(index, {s.kind: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
+        journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
+        visit.on_step(f"block {index}: gradients of the dense model")
+    ranks.wait()
+
+
+def _read_curves(visit: _Visit, gradients: Journal) -> None:
+    """Energy and loss curves of every site, in one pass.
+
+    Args:
+        visit: of the model.
+        gradients: has F of the sites, or nothing.
+    """
+    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
+    first, state = journal.last_state(windows)
+    if first == len(blocks):
+        return
+    stream = visit.start()
+    if first:
+        stream.hidden.copy_(state["hidden"])
+    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF)
+    if not visit.recipe.needs_gradients:
+        held[:] = False
+    held_here = held[windows.start : windows.stop]
+    summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
+    for index in range(first, len(blocks)):
+        block, here = blocks[index], visit.sites_of(index)
+        outs = [linear(block, s.out_projection) for s in here]
+        holding_out = bool(held.any())
         sums = [
-            empty_sums(s.name, out, device, stream.shelf, drifting=False, holding_out=True, with_gradient=True)
+            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=holding_out)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[nn.Module, Tensor] = {}
-        backwards: dict[nn.Module, Tensor] = {}
-        watchers: Watchers = {out: partial(_keep, backwards, out) for out in outs}
+
+        run = partial(_run, block, stream.hidden, stream.calls[index])
         keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
-        back = partial(_back, block, entering, stream.calls[index], gradients, watchers, device)
-        with on_device(block, device):
+        with on_device(block, clock.device):
             with clock.phase("forward passes"), watch_inputs(keepers):
-                for at, gradient in in_batches(len(windows), stream.batch, back):
+                for at, output in in_batches(len(windows), stream.batch, run):
+                    check_finite(output, index)
                     with clock.phase("Gram matrices"):
-                        sums = [add_batch(s, seen[o], None, held_here[at]) for s, o in zip(sums, outs, strict=True)]
-                        sums = [add_gradient(s, backwards[o]) for s, o in zip(sums, outs, strict=True)]
-                    gradients[at] = gradient
-                for last in (seen, backwards):
-                    last.clear()  # its memory goes to the algebra
-            _settle(visit, index, sums, held, last=index == 0)
-        if not visit.summed:
-            journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
-        visit.on_step(f"block {index}: curves and gradients of the dense model")
+                        sums = [add_batch(s, seen[out], None, held_here[at]) for s, out in zip(sums, outs, strict=True)]
+                    stream.hidden[at] = output
+            seen.clear()  # its memory goes to the algebra
+            with clock.phase("Gram matrices"):
+                sums = [over_all_ranks(s, held, visit.tokens.shape[1]) for s in sums]
+            if _owner(index) == ranks.rank():
+                summed[index] = sums
+            done = index + 1
+            if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
+                _factorise(visit, summed, gradients)
+                journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
+        visit.on_step(f"block {index}: curves of the dense model")
+
+
+def _owner(index: int) -> int:
+    """The rank that a block's algebra is done on."""
+    return index % ranks.rank_count()
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
@@ -255,64 +286,42 @@ def _back(
     return input_gradient(block, entering[at], call, gradients[at].to(device), watchers)
 
 
-def _settle(visit: _Visit, index: int, sums: list[Sums], held: Tensor, *, last: bool) -> None:
-    """Adds a block's sums up over all ranks, and factorises blocks once there is one for each rank, all at a time.
+def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
+    """Puts the curves of the blocks that all ranks have summed into the journal.
 
     Args:
-        visit: the sums go to those that wait.
-        index: of the block.
-        sums: of its sites.
-        held: which of all windows are held out, (windows,), bool.
-        last: no other block will come.
+        visit: of the model.
+        summed: this rank's blocks; emptied.
+        gradients: has F of the sites, or nothing.
     """
-    clock, summed = visit.clock, visit.summed
-    with clock.phase("Gram matrices"):
-        sums = [over_all_ranks(s, held, visit.tokens.shape[1]) for s in sums]
-    owner = index % ranks.rank_count()
-    summed[index] = sums if owner == ranks.rank() else []
-    if len(summed) < ranks.rank_count() and not last:
-        return
     curves: dict[int, dict[str, Tensor]] = {}
-    with clock.phase("factorisation"):
-        for block_index, found in summed.items():
-            if found:
-                block = visit.blocks[block_index]
-                with on_device(block, clock.device):
-                    curves[block_index] = _curves(
-                        block, visit.family, visit.sites_of(block_index), found, visit.recipe, clock
-                    )
-    for block_index, tensors in curves.items():
-        visit.journal.put(block_index, tensors)
+    while summed:
+        index, sums = summed.popitem()
+        with on_device(visit.blocks[index], visit.clock.device), visit.clock.phase("factorisation"):
+            curves[index] = _curves(visit, index, sums, gradients)
     if visit.journal.folder is None:  # on disk all ranks can read them
-        for others in ranks.from_all(
-            {i: {k: t for k, t in c.items() if not k.endswith("gradient")} for i, c in curves.items()}
-        ):
-            for block_index, tensors in others.items():
-                if block_index not in curves:
-                    visit.journal.put(block_index, tensors)
+        curves = {index: found for others in ranks.from_all(curves) for index, found in others.items()}
+    for index, found in curves.items():
+        visit.journal.put(index, found)
     ranks.wait()
-    summed.clear()
 
 
-def _curves(
-    block: nn.Module, family: Family, sites: Sequence[Site], sums: Sequence[Sums], recipe: Recipe, clock: Clock
-) -> dict[str, Tensor]:
-    """By kind of site and name: what `SiteCurves` holds."""
+def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> dict[str, Tensor]:
+    """By kind of site and name: the curves that `SiteCurves` holds; sums are used up."""
     found: dict[str, Tensor] = {}
-    for site, site_sums in reversed([*zip(sites, sums, strict=True)]):
-        gradient = None
-        if site_sums.gradient is not None:
-            gradient = _per_token(site_sums.gradient, site)
-            found[f"{site.kind} gradient"] = gradient.float().cpu()
-        if recipe.allocation not in NEEDS_CURVES:
-            continue
+    block, recipe = visit.blocks[index], visit.recipe
+    for site in reversed(visit.sites_of(index)):  # the wider one first, whose sums are then gone
+        of_site = sums.pop()
         apart = for_algebra(
             site.name,
             Statistics(
-                site_sums.moments, held_moments=site_sums.held_moments, gradient=gradient, files=site_sums.files
+                of_site.moments,
+                held_moments=of_site.held_moments,
+                gradient=gradients.get(index, site.kind),
+                files=of_site.files,
             ),
         )
-        factored = factor_site(block, family, site, apart, recipe, clock)[0]
+        factored = factor_site(block, visit.family, site, apart, recipe, visit.clock)[0]
         found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
         loss = factored.loss_curve(apart)
         if loss is not None:
@@ -320,10 +329,11 @@ def _curves(
     return found
 
 
-def _per_token(moments: Moments, site: Site) -> Tensor:
+def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
+    """F, on the CPU, from the sums over so many tokens."""
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
-    return gram_matrix(moments, centred=False) / moments.tokens
+    return (gram_matrix(moments, centred=False) / tokens).float().cpu()
 
 
 def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, values: Tensor) -> None:

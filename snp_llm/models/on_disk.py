@@ -3,12 +3,13 @@
 A module on disk has meta tensors and one of accelerate's hooks, which knows the file; `blocks.on_device` reads it.
 """
 
+import copy
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 
@@ -49,6 +50,16 @@ def wait_on_disk(module: nn.Module, index: Index) -> None:
         if any(parameter is not None and parameter.is_meta for parameter in part._parameters.values()):
             weights = PrefixedDataset(loader, f"{path}." if path else "")
             add_hook_to_module(part, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+
+
+def copy_unhooked(block: nn.Module) -> nn.Module:
+    """A copy of a block with the tensors that it has now, which nothing will be read into any more."""
+    copied: nn.Module = remove_hook_from_module(copy.deepcopy(block), recurse=True)
+    for part in copied.modules():
+        # Left there with the hook; a module that refers to itself keeps its weights until Python looks for cycles.
+        if getattr(part.__dict__.get("forward"), "__func__", None) is type(part).forward:
+            del part.__dict__["forward"]
+    return copied
 
 
 def leave_on_disk(module: nn.Module, file: Path) -> None:

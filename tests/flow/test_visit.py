@@ -8,7 +8,7 @@ from snp_llm.device import Clock
 from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites, linear
 from snp_llm.pipeline import resolve
-from snp_llm.visit import needs_visit, visit_dense
+from snp_llm.visit import curve_windows, gradient_windows, visit_dense, visit_passes
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -69,17 +69,17 @@ def test_without_gradients_the_model_is_visited_once_forwards():
 
 
 @pytest.mark.parametrize(
-    ("settings", "visited"),
+    ("settings", "passes"),
     [
-        ({"allocation": "uniform", "metric": "error"}, False),
-        ({"allocation": "uniform", "ordering": "zca"}, False),  # no metric in it
-        ({"allocation": "uniform", "ordering": "obs"}, True),
-        ({"allocation": "variance", "ordering": "zca"}, True),
-        ({"allocation": "loss", "metric": "error"}, True),
+        ({"allocation": "uniform", "metric": "error"}, 0),
+        ({"allocation": "uniform", "ordering": "zca"}, 0),  # no metric in it
+        ({"allocation": "uniform", "ordering": "obs"}, 1),
+        ({"allocation": "variance", "ordering": "zca"}, 1),
+        ({"allocation": "loss", "metric": "error"}, 2),
     ],
 )
-def test_the_model_is_visited_only_where_something_needs_it(settings, visited):
-    assert needs_visit(small_recipe(**settings)) == visited
+def test_the_model_is_visited_only_where_something_needs_it(settings, passes):
+    assert visit_passes(small_recipe(**settings)) == passes
 
 
 def test_a_wide_site_is_visited_with_enough_windows_and_no_more():
@@ -90,10 +90,18 @@ def test_a_wide_site_is_visited_with_enough_windows_and_no_more():
     assert sum(seen) == len(TOKENS)
 
 
-def test_the_way_back_keeps_no_more_tokens_than_said(monkeypatch):
+def test_gradients_are_read_from_no_more_tokens_than_said(monkeypatch):
     model = small_model("llama")
     monkeypatch.setattr("snp_llm.visit.GRADIENT_TOKENS", 4 * TOKENS.shape[1])
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
-    visit(model, batch_size=1)
+    visit(model, batch_size=1, allocation="uniform")
     assert sum(seen) == 2 * 4  # there and back
+    visit(model, batch_size=1)
+    assert sum(seen) == 4 * 4 + len(TOKENS)  # and once for curves
+
+
+def test_gradients_take_tokens_by_outputs_and_curves_by_the_widest_site():
+    assert [gradient_windows(hidden, 512) for hidden in (256, 4096, 8192)] == [4, 64, 64]
+    assert gradient_windows(16, 512) == gradient_windows(16, 100_000) == 1
+    assert [curve_windows(widest, 512) for widest in (1, 1024, 16_384)] == [1, 32, 512]

@@ -1,14 +1,18 @@
 """Weights that wait in their files: the same model, without ever being all in memory."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from snp_llm import checkpoint, prune
+from snp_llm.journal import Journal
 from snp_llm.measure import logits_block_by_block, model_size
 from snp_llm.models.blocks import on_device
 from snp_llm.models.families import find_blocks, find_family
-from snp_llm.models.on_disk import disk_index, fingerprint, is_on_disk
+from snp_llm.models.on_disk import copy_unhooked, disk_index, fingerprint, is_on_disk
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -30,6 +34,27 @@ def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_p
         assert is_on_disk(dense) == (where is not None)
         assert model_size(pruned.model, 24) == model_size(models[-1], 24)
     assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path, monkeypatch):
+    """And not when Python next looks for modules that refer to themselves."""
+    weights = []
+
+    def copied(block):
+        copy = copy_unhooked(block)
+        weights.extend(weakref.ref(parameter) for parameter in copy.parameters())
+        return copy
+
+    monkeypatch.setattr("snp_llm.sequential.copy_unhooked", copied)
+    save_model(small_model(model_type), tokenizer, tmp_path / "dense")
+    dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=tmp_path / "scratch")
+    gc.disable()
+    try:
+        prune(dense, tokenizer, small_recipe(), journal=Journal(tmp_path / "journal"))
+        assert weights and not [weight for weight in weights if weight() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
