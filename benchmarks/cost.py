@@ -3,30 +3,28 @@
     python benchmarks/cost.py MODEL --num-samples 128 --seq-len 512
     python benchmarks/cost.py --shape opt-1.3b --dtype bfloat16 --blocks 2 --num-samples 8 --seq-len 128
 
-Forward pass and pruning take turns in one process, so that drift of the machine cancels in the ratio. A prune is all of
-it: the checkpoint is read block by block from disk, blocks and gradients are written as they are finished, and the
-model is saved. Evaluation and reloading in a fresh process are apart.
+Forward pass and pruning take turns, so that drift of the machine cancels in the ratio, each in a process of its own,
+whose peak memory is then its own. A prune is all of it: the checkpoint is read block by block from disk, blocks and
+gradients are written when they are finished, and the model is saved. Evaluation and the reloading check are apart.
 
 A shape is that of a published OPT with random weights, which costs the same. With `--blocks k` the model has only its
 first k blocks: all seconds and FLOPs but those of embeddings and head, which a model has once however deep it is, are
 multiplied by what is missing, and the table says so. (What else there is once, reading the text for instance, is
-multiplied as well.) Peak memory is that of the process: sampled resident set, or of the GPU; with fewer blocks it is a
-lower bound.
+multiplied as well.) Peak memory is that of the process: its resident set, or of the GPU; with fewer blocks it is less.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import psutil
 import torch
 import transformers
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +36,11 @@ from snp_llm.estimate import estimate, matmul_rates
 from snp_llm.journal import Journal
 from snp_llm.models.blocks import run_without_blocks
 from snp_llm.models.families import find_blocks, find_family
+from snp_llm.peak import resident_peak
 from snp_llm.pipeline import read_calibration, resolve
+from snp_llm.skeleton import load_skeleton
+
+T = TypeVar("T")
 
 # Hidden size, blocks, heads; the FFN is four times as wide.
 SHAPES = {
@@ -85,9 +87,7 @@ class Cost:
 
 def main() -> None:
     args = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.get_logger("accelerate.big_modeling").setLevel("ERROR")
+    quieten()
     device = compute_device(args.device)
     print(f"    python {' '.join(['benchmarks/cost.py', *map(printable, sys.argv[1:])])}\n")
     with tempfile.TemporaryDirectory(prefix="cost-", dir=args.scratch) as scratch:
@@ -171,7 +171,7 @@ def load(
 def measure(
     args: argparse.Namespace, folder: str, name: str, count: int, factor: float, device: torch.device, scratch: Path
 ) -> Cost:
-    """A forward pass, then a prune."""
+    """A forward pass, then a prune, each in a process of its own."""
     recipe = Recipe(
         model=folder,
         sparsity=args.sparsity,
@@ -183,33 +183,53 @@ def measure(
         hidden_device=args.hidden_device,
         **CHOICES[name],
     )
-    dense, tokenizer = load(args, folder, None)
-    tokens = read_calibration(tokenizer, resolve(recipe, dense), dense).tokens
-    with peak_memory(device) as forward_peak:
-        forward, rest = forward_seconds(dense, tokens, args.batch_size, device)
-    del dense
-    clock = Clock(device)
-    with tempfile.TemporaryDirectory(dir=scratch) as work, peak_memory(device) as prune_peak:
-        start = time.perf_counter()
-        with clock.phase("loading"):
-            dense, tokenizer = load(args, folder, Path(work) / "dense")
-        pruned = prune(dense, tokenizer, recipe, journal=Journal(Path(work) / "journal"))
-        with clock.phase("saving"):
-            checkpoint.save(pruned.model, tokenizer, Path(work) / "pruned")
-        elapsed = time.perf_counter() - start
+    forward, rest, forward_peak = in_own_process(run_forward, args, recipe, device)
+    seconds, elapsed, prune_peak = in_own_process(run_prune, args, recipe, device, scratch)
     times = {phase: 1.0 if phase == ONCE else factor for phase in PHASES}
-    seconds = {phase: times[phase] * (pruned.seconds[phase] + clock.seconds[phase]) for phase in PHASES}
-    needed = estimate(dense, resolve(recipe, dense))
+    skeleton = load_skeleton(folder, "auto" if args.shape else args.dtype)
+    needed = estimate(skeleton, resolve(recipe, skeleton))
     rates = matmul_rates(device, needed.dtypes)
     repeated = {work.what: 1.0 if ONCE in work.what else factor for work in needed.work}
     return Cost(
         forward=(forward - rest) * factor + rest,
-        seconds=seconds,
-        rest=factor * (elapsed - sum(seconds[phase] / times[phase] for phase in PHASES)),
+        seconds={phase: times[phase] * seconds[phase] for phase in PHASES},
+        rest=factor * (elapsed - sum(seconds.values())),
         flops=sum(repeated[work.what] * work.flops for work in needed.work),
         at_ceiling=sum(repeated[work.what] * work.flops / rates[work.dtype] for work in needed.work),
-        memory=(forward_peak[0], prune_peak[0]),
+        memory=(forward_peak, prune_peak),
     )
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of this module returns in a fresh process, whose memory is then its alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=quieten) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run_forward(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of one plain pass over all calibration tokens, those of embeddings and head, and peak memory."""
+    dense, tokenizer = load(args, recipe.model, None)
+    tokens = read_calibration(tokenizer, resolve(recipe, dense), dense).tokens
+    forward, rest = forward_seconds(dense, tokens, args.batch_size, device)
+    return forward, rest, peak_memory(device)
+
+
+def run_prune(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device, scratch: Path
+) -> tuple[dict[str, float], float, float]:
+    """Seconds of a whole prune by phase and in all, and peak memory."""
+    clock = Clock(device)
+    matmul_rates(device, [torch.float32])  # warms up
+    with tempfile.TemporaryDirectory(dir=scratch) as work:
+        start = time.perf_counter()
+        with clock.phase("loading"):
+            dense, tokenizer = load(args, recipe.model, Path(work) / "dense")
+        pruned = prune(dense, tokenizer, recipe, journal=Journal(Path(work) / "journal"))
+        with clock.phase("saving"):
+            checkpoint.save(pruned.model, tokenizer, Path(work) / "pruned")
+        elapsed = time.perf_counter() - start
+    seconds = {phase: pruned.seconds[phase] + clock.seconds[phase] for phase in PHASES}
+    return seconds, elapsed, peak_memory(device)
 
 
 def row(name: str, count: int, costs: list[Cost]) -> str:
@@ -250,30 +270,15 @@ def forward_seconds(
     return seconds[0], seconds[1]
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[float]]:
-    """Bytes at the peak while the context lasts, in the list's only element: on a GPU its, else the resident set."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        peak = [0.0]
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device)
-        return
-    process = psutil.Process()
-    peak, done = [float(process.memory_info().rss)], threading.Event()
+def peak_memory(device: torch.device) -> float:
+    """Most bytes that this process has held: on a GPU of its memory, else resident."""
+    return float(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak())
 
-    def sample() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], process.memory_info().rss)
 
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
+def quieten() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.get_logger("accelerate.big_modeling").setLevel("ERROR")
 
 
 def printable(argument: str) -> str:
@@ -281,7 +286,7 @@ def printable(argument: str) -> str:
     return Path(argument).name if "/" in argument and Path(argument).exists() else argument
 
 
-IMPORTED = psutil.Process().memory_info().rss
+IMPORTED = resident_peak()
 
 if __name__ == "__main__":
     main()
