@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ class Source:
     """Where the documents of a dataset come from.
 
     Attributes:
-        path: hub id, or the name of a `datasets` builder for local files.
+        path: hub id, the name of a `datasets` builder for local files, or "text" for one that is a single document.
         options: further arguments of `datasets.load_dataset`.
         column: holds the text.
         joiner: stands between two documents.
@@ -165,7 +165,7 @@ def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iter
         files = {"train": "calibration.txt", "test": "evaluation.txt"}
         if split not in files:
             raise SnpError(f"dataset bundled: unknown split {split!r}; expected one of {', '.join(files)}.")
-        source = Source("text", {"data_files": str(BUNDLED / files[split]), "sample_by": "document"})
+        source = Source("text", {"data_files": str(BUNDLED / files[split])})
         return _read(name, source, "train"), source, f"{name} ({split})"
     if name in NAMED:
         source = NAMED[name]
@@ -193,19 +193,19 @@ def _local(name: str, column: str) -> Source:
     builder = BUILDERS.get(path.suffix)
     if builder is None:
         raise SnpError(f"dataset {name}: expected one of {', '.join(BUILDERS)}, got {path.suffix or 'no ending'!r}.")
-    source = Source(builder, {"data_files": str(path)}, column=column)
-    if builder == "text":  # the whole file is one string, blank lines and all
-        return replace(source, options={**source.options, "sample_by": "document"}, column="text")
-    return source
+    return Source(builder, {"data_files": str(path)}, column=column)
 
 
 def _read(name: str, source: Source, split: str) -> Iterator[str]:
     """The documents of a split, streamed.
 
     Raises:
-        SnpError: whatever `datasets` could not do, in one line.
+        SnpError: what cannot be read, whatever `datasets` says of it, in one line.
     """
-    from datasets import load_dataset  # importing it takes a second that --help need not pay
+    if source.path == "text":  # the whole file is one document, blank lines and all
+        yield _explained(name, lambda: Path(source.options["data_files"]).read_text(encoding="utf-8"))
+        return
+    from datasets import load_dataset  # importing it takes a second that --help and plain text need not pay
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
