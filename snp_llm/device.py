@@ -1,5 +1,7 @@
 """Where a run computes, and how long each phase of it takes. Knows torch only."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +54,15 @@ def has_room(device: torch.device, size: int) -> bool:
         return True
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size <= torch.cuda.mem_get_info(device)[0] + reserved
+
+
+def trim_host_memory() -> None:
+    """Hands memory that was freed back to the system, where the C library (glibc) would keep it.
+
+    What lies below something that is still used it keeps for good: a block's worth of holes for every block.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -24,8 +24,8 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import Site, embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.recipe import Recipe
 from snp_llm.site import DAMPENINGS, VIEWS
-from snp_llm.sums import ALGEBRA_MATRICES, FILES_FROM, SINGLE_PRECISION_FROM
-from snp_llm.visit import curve_windows, gradient_windows
+from snp_llm.sums import ALGEBRA_MATRICES, FILES_FROM, SINGLE_PRECISION_FROM, enough_windows
+from snp_llm.visit import gradient_windows
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
 SHARE_OF_GRAM = 9 / 16  # of the products of a Gram matrix, those that are computed
@@ -262,6 +262,7 @@ class _Shapes:
         eager: whether attention scores are materialised.
         device: kind.
         windows, seq_len, batch: of calibration.
+        target_windows: those with targets, of the first ones; 0 without targets.
         curve_windows, gradient_windows: of the visit, 0 where it reads no such thing.
     """
 
@@ -282,13 +283,14 @@ class _Shapes:
     windows: int
     seq_len: int
     batch: int
+    target_windows: int
     curve_windows: int
     gradient_windows: int
 
     @property
     def widths(self) -> tuple[int, int]:
         """Channels of the out-projections' inputs."""
-        return self.sites[0].units * self.sites[0].unit_size, self.sites[1].units * self.sites[1].unit_size
+        return self.sites[0].channels, self.sites[1].channels
 
     @property
     def ungated(self) -> bool:
@@ -306,9 +308,10 @@ def _shapes(model: PreTrainedModel, recipe: Recipe) -> _Shapes:
     heads = attention.heads
     assert heads is not None
     size = model_size(model, recipe.seq_len)
-    widest = max(s.units * s.unit_size for s in sites)
+    enough = enough_windows(max(s.channels for s in sites), recipe.seq_len)
     hidden = int(model.config.hidden_size)
-    curves = curve_windows(widest, recipe.seq_len) if recipe.allocation in NEEDS_CURVES else 0
+    curves = enough if recipe.allocation in NEEDS_CURVES else 0
+    targeted = enough if recipe.target != "self" else 0
     gradients = gradient_windows(hidden, recipe.seq_len) if recipe.needs_gradients else 0
     each = [_bytes(block) for block in blocks]
     return _Shapes(
@@ -329,6 +332,7 @@ def _shapes(model: PreTrainedModel, recipe: Recipe) -> _Shapes:
         windows=recipe.num_samples,
         seq_len=recipe.seq_len,
         batch=min(recipe.batch_size, recipe.num_samples),
+        target_windows=min(targeted, recipe.num_samples),
         curve_windows=min(curves, recipe.num_samples),
         gradient_windows=min(gradients, recipe.num_samples),
     )
@@ -379,8 +383,8 @@ def _activations(shapes: _Shapes, *, kept: bool) -> int:
     return attention + ffn + wide + (attention + ffn if kept else 0) if kept else max(attention, ffn) + wide
 
 
-def _sums(n: int, d: int, *, drifting: bool, holding_out: bool) -> int:
-    return 4 * (n * n + (d * n if drifting else 0)) * (2 if holding_out else 1)
+def _sums(n: int, d: int, *, drifting: bool, holding_out: bool, untargeted: bool) -> int:
+    return 4 * ((n * n + (d * n if drifting else 0)) * (2 if holding_out else 1) + n * n * untargeted)
 
 
 def _sums_parts(
@@ -390,7 +394,8 @@ def _sums_parts(
     sizes = {"device": 0, "disk": 0}
     for n in widths:
         in_files = recipe.hidden_device == "disk" and shapes.device == "cpu" and n >= FILES_FROM
-        size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out)
+        untargeted = drifting and shapes.target_windows < shapes.windows
+        size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out, untargeted=untargeted)
         sizes["disk" if in_files else "device"] += size
     kinds = {"device": "sums", "disk": "hidden on disk"}
     return [Part(phase, place, kinds[place], "sums of inputs", size) for place, size in sizes.items() if size]
@@ -415,7 +420,8 @@ def _prune_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     ]
     if drifting:
         what = "hidden states of the dense model"
-        always.append(_hidden_part("prune", "hidden", what, 3 * stream, recipe))
+        of_targets = 3 * stream * shapes.target_windows // shapes.windows
+        always.append(_hidden_part("prune", "hidden", what, of_targets, recipe))
     algebra = _algebra(widest, shapes, recipe)
     return _summed_and_factored("prune", always, _activations(shapes, kept=False), algebra)
 
@@ -461,7 +467,7 @@ def _curve_memory(shapes: _Shapes, recipe: Recipe) -> list[Part]:
 def _disk(shapes: _Shapes, recipe: Recipe) -> list[Part]:
     d = shapes.hidden
     stream = shapes.windows * shapes.seq_len * d * shapes.item
-    snapshots = stream * (1 if recipe.target == "self" else 2)
+    snapshots = stream + stream * shapes.target_windows // shapes.windows
     parts = [
         Part(
             "all",
@@ -498,8 +504,10 @@ def pruned_bytes(size: ModelSize, recipe: Recipe) -> int:
 def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
     """FLOPs of every step; a product of (a, b) and (b, c) is 2abc."""
     d, T = shapes.hidden, shapes.seq_len
-    tokens, seen, back = (n * T for n in (shapes.windows, shapes.curve_windows, shapes.gradient_windows))
-    sites = [(s.units * s.unit_size, s) for s in shapes.all_sites]
+    tokens, targeted, seen, back = (
+        n * T for n in (shapes.windows, shapes.target_windows, shapes.curve_windows, shapes.gradient_windows)
+    )
+    sites = [(s.channels, s) for s in shapes.all_sites]
     scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.kind == "attention")
     forward = 2.0 * shapes.size.block_linear + scores
     ffn = 2.0 * sum(s.parameters for _, s in sites if s.kind == "ffn")
@@ -524,12 +532,12 @@ def _work(shapes: _Shapes, recipe: Recipe) -> list[Work]:
         work += [Work("visit: forwards", forward * seen, shapes.dtype), Work("visit: sums", gram * seen, wide)]
         work += _algebra_work("visit: linear algebra", curves)
     if drifting:
-        work.append(Work("targets of the dense model", forward * tokens, shapes.dtype))
+        work.append(Work("targets of the dense model", forward * targeted, shapes.dtype))
     # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.
     passes = forward + ffn - out_ffn
     work.append(Work("pruned pass", passes * tokens, shapes.dtype))
     cross = sum(2.0 * d * n for n, _ in sites) if drifting else 0.0
-    work.append(Work("sums", (gram + cross) * tokens, wide))
+    work.append(Work("sums", gram * tokens + cross * targeted, wide))
     if drifting:  # outputs, taken off their targets in the sums
         outputs = sum(2.0 * d * n * n for n, _ in sites) * (1 + recipe.holds_out)
         work.append(Work("sums of outputs", outputs, torch.promote_types(shapes.dtype, torch.float32)))

@@ -139,7 +139,8 @@ class Journal:
 
         Args:
             done: blocks in a row.
-            state: tensors of this rank's windows, (windows, ...), or scalars that are the same on all ranks.
+            state: tensors of this rank's windows, (windows, ...), or of the first of them, or scalars that are the same
+                on all ranks.
             windows: of all calibration windows those.
             last: nothing follows in this phase, so that there is nothing to go on from.
         """
@@ -160,15 +161,20 @@ class Journal:
                     file.unlink()
         self.saved = (time.monotonic(), time.monotonic() - start)
 
-    def last_state(self, windows: range) -> tuple[int, dict[str, Tensor]]:
+    def last_state(self, windows: range, total: int) -> tuple[int, dict[str, Tensor]]:
         """How many blocks are done, and the state after them; no tensors where nothing follows.
+
+        None are where the state is of more or fewer windows, as those of a visit may be with another number of ranks.
 
         Args:
             windows: of all calibration windows those whose state this rank needs; other ranks may have written it.
+            total: how many windows all ranks have.
         """
         if self.folder is None or not (self.folder / STATE).exists():
             return 0, {}
         found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        if not found["last"] and max(part["stop"] for part in found["parts"]) != total:
+            return 0, {}
         pieces: dict[str, list[Tensor]] = {}
         for part in [] if found["last"] else found["parts"]:
             start, stop = max(part["start"], windows.start), min(part["stop"], windows.stop)

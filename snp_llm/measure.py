@@ -54,7 +54,7 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
     blocks = find_blocks(model, family)
     unique = {id(p): p for p in model.parameters()}.values()
     linear = sum(_weights(block) for block in blocks)
-    attended = sum(s.units * s.unit_size for s in find_sites(blocks, family) if s.kind == "attention")
+    attended = sum(s.channels for s in find_sites(blocks, family) if s.kind == "attention")
     return ModelSize(
         parameters=sum(p.numel() for p in unique),
         block_linear=linear,

@@ -1,9 +1,9 @@
 """The sequential loop: statistics, ordering, reconstruction, surgery, block after block. Chooses no widths."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,17 @@ from snp_llm.models.blocks import (
     run_block,
     with_first_tensor,
 )
-from snp_llm.models.families import Family, Site, linear, weight_of
+from snp_llm.models.families import Family, Projection, Site, linear, weight_of
 from snp_llm.models.on_disk import copy_unhooked
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 from snp_llm.site import SiteResult, cut
 from snp_llm.stream import Stream, check_finite, in_batches
-from snp_llm.sums import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
-from snp_llm.targets import Targets, block_targets
+from snp_llm.sums import Sums, add_batch, empty_sums, enough_windows, for_algebra, held_out, over_all_ranks
+from snp_llm.targets import Targets, adds_to_stream, block_targets
 from snp_llm.visit import OnStep
+
+log = logging.getLogger(__name__)
 
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
@@ -65,14 +67,16 @@ def prune_blocks(
         journal: keeps finished blocks, and knows those that an interrupted run has finished.
         on_step: called with a line a site.
     """
-    residual = recipe.target == "residual"
-    dense = stream if recipe.target == "self" else replace(stream, hidden=stream.copy())
-    first, state = journal.last_state(stream.windows)
+    residual: bool | None = None if recipe.target == "residual" else False  # not known before a block is looked at
+    dense = stream
+    if recipe.target != "self":
+        dense = stream.first(enough_windows(max(site.channels for site in sites), stream.hidden.shape[1]))
+    first, state = journal.last_state(stream.windows, stream.total)
     if state:
         stream.hidden.copy_(state["hidden"])
         if dense is not stream:
             dense.hidden.copy_(state["dense"])
-        residual = bool(state["residual"])
+        residual = bool(state["residual"]) if "residual" in state else residual
     pruned_blocks: list[nn.Module] = []
     results: list[SiteResult] = []
     for index in range(first):
@@ -93,8 +97,13 @@ def prune_blocks(
             targets = None
             if recipe.target != "self" and not untouched:
                 with clock.phase("forward passes"):
+                    if residual is None:
+                        residual = adds_to_stream(dense_block, family, index, dense)
+                        if not residual:
+                            log.warning(
+                                "target residual: blocks of this model normalise what is added; target dense instead"
+                            )
                     targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
-                residual = targets.stream_scale is not None
                 if entered:
                     targets = replace(targets, attention=None)
             block = copy_unhooked(old_block)
@@ -104,12 +113,14 @@ def prune_blocks(
             if finish is not None:
                 finish(block, dense_block, found)
         if recipe.target != "self" and targets is None:
-            dense.hidden.copy_(stream.hidden)
+            dense.hidden.copy_(stream.hidden[: len(dense.hidden)])
         results += found
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
             pruned_blocks.append(journal.finish_block(block, found, index))
-            state = {"hidden": stream.hidden, "residual": torch.tensor(residual)}
+            state = {"hidden": stream.hidden}
+            if residual is not None:
+                state["residual"] = torch.tensor(residual)
             if dense is not stream:
                 state["dense"] = dense.hidden
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
@@ -138,14 +149,24 @@ def prune_block(
     index, device, attention = attention_site.block, clock.device, block.get_submodule(family.attention)
     attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
     hidden, call, windows = stream.hidden, stream.calls[index], len(stream.windows)
-    held = held_out(stream.total)
-    held_here = held[stream.windows.start : stream.windows.stop]
-    length = hidden.shape[1]
-    new_sums = partial(empty_sums, device=device, shelf=stream.shelf, holding_out=recipe.holds_out)
+    targeted = stream.total if targets is None else targets.windows  # the first of all windows
+    held = held_out(targeted)[stream.windows.start : stream.windows.stop]
+    held = nn.functional.pad(held, (0, windows - len(held)))
+
+    def new_sums(site: Site, out: Projection, *, drifting: bool) -> Sums:
+        return empty_sums(
+            site.name,
+            out,
+            device,
+            stream.shelf,
+            drifting=drifting,
+            holding_out=recipe.holds_out,
+            some_untargeted=drifting and targeted < stream.total,
+        )
 
     def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
         with clock.phase("Gram matrices"):
-            sums = over_all_ranks(sums, held, length)
+            sums = over_all_ranks(sums)
 
         def cut_here() -> SiteResult:
             with clock.phase("Gram matrices"):
@@ -158,7 +179,7 @@ def prune_block(
         on_step(str(result))
         return result
 
-    contexts = stream.shelf.empty(windows, length, weight_of(attention_out).shape[1], dtype=hidden.dtype)
+    contexts = stream.shelf.empty(windows, hidden.shape[1], weight_of(attention_out).shape[1], dtype=hidden.dtype)
     attended = stream.like_hidden()
 
     def to_attention_out(at: slice) -> Tensor:
@@ -166,11 +187,11 @@ def prune_block(
 
     def attention_sums() -> Sums:
         drifting = targets is not None and targets.attention is not None
-        sums = new_sums(attention_site.name, attention_out, drifting=drifting)
+        sums = new_sums(attention_site, attention_out, drifting=drifting)
         for at, context in in_batches(windows, stream.batch, to_attention_out):
-            target = targets.of_attention(at, hidden[at].to(device)) if targets is not None else None
+            target = targets.of_attention(at, hidden, device) if targets is not None else None
             with clock.phase("Gram matrices"):
-                sums = add_batch(sums, context, target, held_here[at])
+                sums = add_batch(sums, context, target, held[at])
             contexts[at] = context
         return sums  # and nothing of the last batch: its memory goes to the algebra
 
@@ -192,12 +213,12 @@ def prune_block(
             return output, input_of(ffn_out, block, hidden[at], call)
 
     def ffn_sums() -> Sums:
-        sums = new_sums(ffn_site.name, ffn_out, drifting=targets is not None)
+        sums = new_sums(ffn_site, ffn_out, drifting=targets is not None)
         for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn_out):
             attended[at] = output
-            target = None if targets is None else targets.of_ffn(at, hidden[at].to(device), output)
+            target = None if targets is None else targets.of_ffn(at, hidden, output)
             with clock.phase("Gram matrices"):
-                sums = add_batch(sums, inputs, target, held_here[at])
+                sums = add_batch(sums, inputs, target, held[at])
         return sums
 
     with clock.phase("forward passes"), torch.no_grad():

@@ -40,7 +40,9 @@ class Shelf:
             SnpError: the folder cannot be written, or has no room.
         """
         count = torch.Size(shape).numel()
-        size = max(1, count) * dtype.itemsize
+        if count == 0:  # no file has a map of nothing
+            return torch.empty(shape, dtype=dtype), mmap.mmap(-1, 1)
+        size = count * dtype.itemsize
         try:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from snp_llm.device import Clock
 from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import ROWS_AT_ONCE, Drift, Moments, alive_channels, completed, gram_matrix, random_signs
-from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
+from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair_cut, repair_drift
 from snp_llm.linalg.ldl import (
     SOLVE_TOLERANCE,
     DefiniteGram,
@@ -355,8 +355,9 @@ def repair_site(
 ) -> RepairedSite:
     """Least squares on the kept channels: of the cut, and of the drift where there is any.
 
-    Dampening and the share of the drift are what serves the held-out windows best, when computed from the others,
-    unless the recipe fixes them; the repair itself is then computed from all.
+    Dampening and the share of the drift are what serves the held-out windows best, when computed from the others that
+    have targets, unless the recipe fixes them. The repairs themselves are then computed from all windows, that of the
+    drift from all that have targets.
 
     Args:
         W: out-projection weight, (d_out, n), float64 or float32: so is everything here.
@@ -371,12 +372,13 @@ def repair_site(
         centred: whether the bias absorbs the mean.
     """
     total, held, drift, files = statistics.moments, statistics.held_moments, statistics.drift, statistics.files
+    targeted = statistics.targeted or total
     choice = Choice(used, used, 0.0 if drift is None else recipe.target_weight or 0.0)
     if at_once is None:
         assert held is not None
-        fit_first, fit_tokens = (total.first - held.first).to(W), total.tokens - held.tokens
+        fit_first, fit_tokens = (targeted.first - held.first).to(W), targeted.tokens - held.tokens
         fit_mean = fit_first / fit_tokens if centred else None
-        fit = kept_sums(W, kept, gone, total, drift, fit_mean, less=(held, statistics.held_drift), files=files)
+        fit = kept_sums(W, kept, gone, targeted, drift, fit_mean, less=(held, statistics.held_drift), files=files)
         judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False, files=files)
         view = viewed(root, W)
         if view is not None:
@@ -386,13 +388,18 @@ def repair_site(
         if recipe.target_weight is not None:
             choice = replace(choice, alpha=recipe.target_weight)
         del fit, judged
-    sums = kept_sums(W, kept, gone, total, drift, mean if centred else None, files=files)
-    added, drifted = repair(sums, choice, bias=centred, known=None if at_once is None else at_once - W[:, kept])
+    sums = kept_sums(W, kept, gone, total, None, mean if centred else None, files=files)
+    added = repair_cut(sums, choice.dampening) if at_once is None else at_once - W[:, kept]
     change = output_energy(added, sums.gram()) - 2 * float((added * sums.taken).sum(dtype=torch.float64))
-    W_new = (W[:, kept] + added) if at_once is None else at_once
-    if drifted is not None:
+    W_new, shift = (W[:, kept] + added) if at_once is None else at_once, torch.zeros_like(W[:, 0])
+    if drift is not None and choice.alpha > 0:
+        del sums
+        own_mean = targeted.first.to(W) / targeted.tokens
+        sums = kept_sums(W, kept, kept[:0], targeted, drift, own_mean if centred else None, files=files)
+        drifted = repair_drift(sums, choice, bias=centred)
         W_new = W_new + drifted.weight
-    shift = torch.zeros_like(W[:, 0]) if drifted is None else drifted.shift
+        if centred:  # as seen from the mean that the bias absorbs
+            shift = drifted.shift + drifted.weight @ (mean - own_mean)[kept]
     return RepairedSite(W_new, shift, change, choice.dampening, choice.alpha)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,9 +53,11 @@ class Stream:
         """Room for as many hidden states."""
         return self.shelf.empty(*self.hidden.shape, dtype=self.hidden.dtype)
 
-    def copy(self) -> Tensor:
-        """The hidden states once more, to be overwritten."""
-        return self.like_hidden().copy_(self.hidden)
+    def first(self, count: int) -> "Stream":
+        """The first so many of all windows, this rank's among them, with hidden states of their own."""
+        mine = range(self.windows.start, max(self.windows.start, min(self.windows.stop, count)))
+        hidden = self.shelf.empty(len(mine), *self.hidden.shape[1:], dtype=self.hidden.dtype)
+        return replace(self, hidden=hidden.copy_(self.hidden[: len(mine)]), windows=mine, total=min(self.total, count))
 
 
 def capture(

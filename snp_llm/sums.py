@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from snp_llm import ranks
-from snp_llm.device import has_room
+from snp_llm.device import has_room, trim_host_memory
 from snp_llm.linalg.gram import (
     Drift,
     Moments,
@@ -29,6 +29,9 @@ ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at most where it is f
 SINGLE_PRECISION_FROM = 1024
 FILES_FROM = 4096  # channels, from which on sums are worth a file
 HELD_OUT_EVERY = 8  # one window of so many is held out
+TOKENS_A_CHANNEL = 16  # of the widest site: what is read from these is hardly better read from more
+
+MOMENTS = ("moments", "held_moments", "untargeted")  # of `Sums`
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +42,9 @@ class Statistics:
 
     Attributes:
         moments: of its inputs, all tokens.
-        drift: what its output lacks of its target, all tokens; None where the target is its own dense output.
-        held_moments, held_drift: the same over the windows that were held out; None without.
+        drift: what its output lacks of its target; None where the target is its own dense output.
+        targeted: of its inputs over the tokens that drift is known for; None where that is all.
+        held_moments, held_drift: over the windows that were held out, which have targets if any have; None without.
         gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
         files: that the sums of a wide site are in; none where they are in memory.
     """
@@ -50,6 +54,7 @@ class Statistics:
     held_moments: Moments | None = None
     held_drift: Drift | None = None
     gradient: Tensor | None = None
+    targeted: Moments | None = None
     files: Files = ()
 
 
@@ -58,8 +63,10 @@ class Sums:
     """Sums of a site over calibration tokens, apart for the windows that are held out.
 
     Attributes:
-        moments, targets: of its inputs, and of what it should put out (None without targets), over all other windows.
+        moments, targets: of its inputs, and of what it should put out (None without targets), over all windows that
+            are in none of the following.
         held_moments, held_targets: over those held out, or None where nothing is chosen by them.
+        untargeted: of its inputs over windows without a target, or None where all have one, or none has.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
@@ -67,6 +74,7 @@ class Sums:
     targets: TargetSums | None
     held_moments: Moments | None
     held_targets: TargetSums | None
+    untargeted: Moments | None = None
     files: Files = ()
 
     @torch.no_grad()
@@ -82,14 +90,19 @@ class Sums:
             return None if targets is None else drift_from(targets, over, weight_of(out), out.bias)
 
         moments, held, targets, held_targets = self.moments, self.held_moments, self.targets, self.held_targets
-        if held is None or held.tokens == 0:
-            moments = completed(moments)
-            return Statistics(moments, lacking(targets, moments), gradient=gradient, files=self.files)
-        total = Moments(moments.second.add_(held.second), moments.first.add_(held.first), moments.tokens + held.tokens)
-        total, held = completed(total), completed(held)
+        if held is not None and held.tokens == 0:
+            held = held_targets = None
+        if held is not None:
+            moments, held = completed(added_to(moments, held)), completed(held)
         if targets is not None and held_targets is not None:
             targets = TargetSums(targets.cross.add_(held_targets.cross), targets.first.add_(held_targets.first))
-        return Statistics(total, lacking(targets, total), held, lacking(held_targets, held), gradient, self.files)
+        moments = completed(moments)
+        drift = lacking(targets, moments)
+        held_drift = None if held is None else lacking(held_targets, held)
+        if self.untargeted is None:
+            return Statistics(moments, drift, held, held_drift, gradient, files=self.files)
+        everything = added_to(completed(self.untargeted), moments)
+        return Statistics(everything, drift, held, held_drift, gradient, moments, self.files)
 
 
 def empty_sums(
@@ -100,6 +113,7 @@ def empty_sums(
     *,
     drifting: bool,
     holding_out: bool,
+    some_untargeted: bool = False,
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
@@ -112,15 +126,17 @@ def empty_sums(
         shelf: for what does not have to be in memory all the time.
         drifting: whether there is a target that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
+        some_untargeted: whether sums over windows without a target are.
     """
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
-    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1))
+    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_untargeted * n * (n + 1)
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     sums = Sums(
         moments=empty_moments(n, dtype, device),
         targets=empty_target_sums(d_out, n, dtype, device) if drifting else None,
         held_moments=empty_moments(n, dtype, device) if holding_out else None,
         held_targets=empty_target_sums(d_out, n, dtype, device) if drifting and holding_out else None,
+        untargeted=empty_moments(n, dtype, device) if some_untargeted else None,
     )
     in_files = shelf.device is None and device.type == "cpu" and n >= FILES_FROM
     return _in_files(sums, shelf) if in_files else sums
@@ -145,6 +161,7 @@ def _in_files(sums: Sums, shelf: Shelf) -> Sums:
         targets=moved(sums.targets, "cross"),
         held_moments=moved(sums.held_moments, "second"),
         held_targets=moved(sums.held_targets, "cross"),
+        untargeted=moved(sums.untargeted, "second"),
         files=files,
     )
 
@@ -155,12 +172,20 @@ def add_batch(sums: Sums, inputs: Tensor, target: Tensor | None, held: Tensor) -
     Args:
         sums: of the site.
         inputs: of its out-projection, (batch, T, n), or with its windows flattened, as OPT has them.
-        target: of its output, (batch, T, d_out), or None without targets.
+        target: of its output, (batch, T, d_out), or None without targets. Of fewer windows where only the first of the
+            batch have one.
         held: which windows are held out, (batch,), bool.
     """
     device = sums.moments.second.device
     held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
     target = None if target is None else target.to(device)
+    if sums.untargeted is not None:
+        targeted = 0 if target is None else len(target)
+        if targeted < len(inputs):
+            sums = replace(sums, untargeted=add_moments(sums.untargeted, inputs[targeted:]))
+        if not targeted:
+            return sums
+        held, inputs = held[:targeted], inputs[:targeted]
     if sums.held_moments is None or not held.any():
         if sums.targets is not None and target is not None:
             add_target(sums.targets, target, inputs)
@@ -176,11 +201,16 @@ def add_batch(sums: Sums, inputs: Tensor, target: Tensor | None, held: Tensor) -
 
 
 def for_algebra(name: str, statistics: Statistics) -> Statistics:
-    """Statistics on the device where they are if there is room for factorising them, else on the CPU."""
+    """Statistics on the device where they are if there is room for factorising them, else on the CPU.
+
+    What the batches before took of host memory is handed back first.
+    """
+    trim_host_memory()
     statistics = replace(
         statistics,
         moments=completed(statistics.moments),
         held_moments=None if statistics.held_moments is None else completed(statistics.held_moments),
+        targeted=None if statistics.targeted is None else completed(statistics.targeted),
     )
     second = statistics.moments.second
     wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
@@ -204,26 +234,32 @@ def _where(name: str, what: str, size: int, device: torch.device) -> torch.devic
     return torch.device("cpu")
 
 
-def over_all_ranks(sums: Sums, held: Tensor, length: int) -> Sums:
-    """Sums over the calibration tokens of all ranks, in place.
-
-    Args:
-        sums: over this rank's.
-        held: which of all calibration windows are held out, (windows,), bool.
-        length: tokens in each.
-    """
+def over_all_ranks(sums: Sums) -> Sums:
+    """Sums over the calibration tokens of all ranks, in place."""
     if ranks.rank_count() == 1:
         return sums
-    moments, held_moments = sums.moments, sums.held_moments
+    parts = {name: part for name in MOMENTS if (part := getattr(sums, name)) is not None}
     targets = [t for t in (sums.targets, sums.held_targets) if t is not None]
-    parts = [m for m in (moments, held_moments) if m is not None]
-    ranks.add_up([t for m in parts for t in (m.second, m.first)] + [t for s in targets for t in (s.cross, s.first)])
-    apart = int(held.sum()) * length if held_moments is not None else 0
-    return replace(
-        sums,
-        moments=replace(moments, tokens=len(held) * length - apart),
-        held_moments=None if held_moments is None else replace(held_moments, tokens=apart),
-    )
+    tensors = [t for part in parts.values() for t in (part.second, part.first)]
+    ranks.add_up(tensors + [t for part in targets for t in (part.cross, part.first)])
+    counts = ranks.from_all([part.tokens for part in parts.values()])
+    counted: dict[str, Any] = {
+        name: replace(part, tokens=sum(tokens))
+        for (name, part), tokens in zip(parts.items(), zip(*counts, strict=True), strict=True)
+    }
+    return replace(sums, **counted)
+
+
+def added_to(moments: Moments, other: Moments) -> Moments:
+    """Moments over the tokens of both, in place of the first; of both the upper triangle is there, or of neither."""
+    assert moments.whole == other.whole
+    tokens = moments.tokens + other.tokens
+    return Moments(moments.second.add_(other.second), moments.first.add_(other.first), tokens, moments.whole)
+
+
+def enough_windows(widest: int, seq_len: int) -> int:
+    """Windows of `TOKENS_A_CHANNEL` tokens for each channel of the widest site, and enough to hold one out."""
+    return max(HELD_OUT_EVERY, -(-TOKENS_A_CHANNEL * widest // seq_len))
 
 
 def held_out(count: int, *, one_of: int = HELD_OUT_EVERY) -> Tensor:

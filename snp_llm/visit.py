@@ -32,11 +32,11 @@ from snp_llm.models.families import Family, Site, linear, weight_of
 from snp_llm.recipe import Recipe
 from snp_llm.site import factor_site
 from snp_llm.stream import Stream, advance, capture, check_finite, in_batches
-from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
+from snp_llm.sums import Statistics, Sums, add_batch, empty_sums, enough_windows, for_algebra, held_out, over_all_ranks
 
-TOKENS_A_CHANNEL = 16  # of the widest site, from which curves are read
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
 GRADIENT_TOKENS = 32_768  # at most: what of these enters every block is kept for the way back
+FEWEST_WINDOWS = 4  # at least, so that up to so many ranks read the same
 HELD_OUT_OF = 4  # one window of so many is held out
 
 OnStep = Callable[[str], None]
@@ -59,7 +59,7 @@ class SiteCurves:
 
     @property
     def gradient(self) -> Tensor | None:
-        """F, or None where no gradients were asked for."""
+        """F, or None where no gradients were asked for; without files, only on the rank that cuts the block."""
         return self.read_gradient()
 
 
@@ -68,24 +68,14 @@ def visit_passes(recipe: Recipe) -> int:
     return recipe.needs_gradients + (recipe.allocation in NEEDS_CURVES)
 
 
-def curve_windows(widest: int, seq_len: int) -> int:
-    """Windows that curves are read from, where there are as many: they need fewer tokens than the repair of a site.
-
-    Args:
-        widest: channels of the widest site.
-        seq_len: tokens a window has.
-    """
-    return -(-TOKENS_A_CHANNEL * widest // seq_len)
-
-
 def gradient_windows(hidden: int, seq_len: int) -> int:
-    """The same for gradients, of which the moments are over pairs of a block's output channels, so many fewer.
+    """Windows that gradients are read from: of these there are moments over pairs of a block's output channels alone.
 
     Args:
         hidden: channels that a block puts out.
         seq_len: tokens a window has.
     """
-    return max(1, min(-(-TOKENS_AN_OUTPUT * hidden // seq_len), GRADIENT_TOKENS // seq_len))
+    return max(FEWEST_WINDOWS, min(-(-TOKENS_AN_OUTPUT * hidden // seq_len), GRADIENT_TOKENS // seq_len))
 
 
 def visit_dense(
@@ -129,8 +119,8 @@ def visit_dense(
             hidden = weight_of(linear(blocks[0], sites[0].out_projection)).shape[0]
             _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
         if recipe.allocation in NEEDS_CURVES:
-            widest = max(s.units * s.unit_size for s in sites)
-            _read_curves(first_windows(curve_windows(widest, tokens.shape[1]), curves), gradients)
+            widest = max(site.channels for site in sites)
+            _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients)
     return [
         SiteCurves(
             energy=curves.get(site.block, f"{site.kind} energy"),
@@ -172,7 +162,7 @@ def _read_gradients(visit: _Visit) -> None:
     """F of every site, in a pass forwards that keeps what enters each block, and one back."""
     blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
     device = clock.device
-    done, state = journal.last_state(windows)
+    done, state = journal.last_state(windows, len(visit.tokens))
     if done == len(blocks):
         return
     stream = visit.start()
@@ -223,7 +213,7 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         gradients: has F of the sites, or nothing.
     """
     blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
-    first, state = journal.last_state(windows)
+    first, state = journal.last_state(windows, len(visit.tokens))
     if first == len(blocks):
         return
     stream = visit.start()
@@ -255,7 +245,7 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
                     stream.hidden[at] = output
             seen.clear()  # its memory goes to the algebra
             with clock.phase("Gram matrices"):
-                sums = [over_all_ranks(s, held, visit.tokens.shape[1]) for s in sums]
+                sums = [over_all_ranks(s) for s in sums]
             if _owner(index) == ranks.rank():
                 summed[index] = sums
             done = index + 1

@@ -89,32 +89,39 @@ class Choice:
     alpha: float
 
 
-def repair(sums: KeptSums, choice: Choice, *, bias: bool, known: Tensor | None = None) -> tuple[Tensor, Repair | None]:
-    """What is added on the kept channels for the cut, and for the drift (None at a share of 0).
+def repair_cut(sums: KeptSums, dampening: float) -> Tensor:
+    """What is added on the kept channels for the cut, (d_out, k).
 
-    For the cut `W' - W[:, K] = W[:, P] G[P, K] (G[K, K] + dampening * diag)^-1`, (d_out, k). For the drift a share of
-    `R = C[:, K] (G[K, K] + dampening * diag)^-1`, which moves the output towards what the dense weight gives on these
-    inputs plus `e`, and of the mean of `e` for the bias where there is one.
+    `W' - W[:, K] = W[:, P] G[P, K] (G[K, K] + dampening * diag)^-1`.
 
     Args:
         sums: that it is computed from.
-        choice: dampenings and share.
-        bias: whether there is one that takes up means.
-        known: what is added for the cut, where it was computed already.
+        dampening: relative.
 
     Raises:
-        SnpError: the matrix is not positive definite at those dampenings.
+        SnpError: the matrix is not positive definite at that dampening.
     """
-    factor = None if known is not None else _factor(sums.gram(), choice.dampening)
-    added = known if factor is None else _solve(factor, sums.taken)
-    assert added is not None
-    if choice.alpha == 0 or sums.cross is None or sums.lacking is None:
-        return added, None
-    if factor is None or choice.drift_dampening != choice.dampening:
-        del factor
-        factor = _factor(sums.gram(), choice.drift_dampening)
+    return _solve(_factor(sums.gram(), dampening), sums.taken)
+
+
+def repair_drift(sums: KeptSums, choice: Choice, *, bias: bool) -> Repair:
+    """What is added on the kept channels, and to the bias, for the drift.
+
+    A share alpha of `R = C[:, K] (G[K, K] + dampening * diag)^-1`, which moves the output towards what the dense weight
+    gives on these inputs plus `e`, and of the mean of `e` for the bias where there is one.
+
+    Args:
+        sums: that it is computed from, with those of what is lacking.
+        choice: dampening and share.
+        bias: whether there is one that takes up means.
+
+    Raises:
+        SnpError: the matrix is not positive definite at that dampening.
+    """
+    assert sums.cross is not None and sums.lacking is not None
+    factor = _factor(sums.gram(), choice.drift_dampening)
     shift = sums.lacking / sums.tokens if bias else torch.zeros_like(sums.lacking)
-    return added, Repair(_solve(factor, sums.cross).mul_(choice.alpha), choice.alpha * shift)
+    return Repair(_solve(factor, sums.cross).mul_(choice.alpha), choice.alpha * shift)
 
 
 def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *, bias: bool) -> Choice:

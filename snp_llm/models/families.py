@@ -189,6 +189,11 @@ class Site:
         return f"block {self.block} {self.out_projection}"
 
     @property
+    def channels(self) -> int:
+        """Inputs of the out-projection."""
+        return self.units * self.unit_size
+
+    @property
     def unit(self) -> str:
         """What one unit is, in the plural."""
         if self.heads is None:

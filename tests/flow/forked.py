@@ -35,6 +35,7 @@ def run(
     arguments: list[str],
     kill_after: float | None = None,
     die_at: tuple[str, int] | None = None,
+    die_by: int = signal.SIGKILL,
     ranks: int = 1,
     doomed: int = 0,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def run(
         arguments: of `snp-llm prune`.
         kill_after: seconds until SIGKILL.
         die_at: a phase, and the blocks done in it after which a process kills itself.
+        die_by: the signal for that.
         ranks: processes that prune together.
         doomed: the one that is killed.
     """
@@ -53,7 +55,7 @@ def run(
     start, codes = time.monotonic(), {}
     with tempfile.TemporaryFile("w+") as stderr:
         children = {
-            fork(arguments, stderr.fileno(), rank, ranks, port, die_at if rank == doomed else None): rank
+            fork(arguments, stderr.fileno(), rank, ranks, port, die_at if rank == doomed else None, die_by): rank
             for rank in range(ranks)
         }
         while len(codes) < ranks:
@@ -71,7 +73,9 @@ def run(
     return {"codes": [codes[rank] for rank in range(ranks)], "stderr": text, "seconds": time.monotonic() - start}
 
 
-def fork(arguments: list[str], stderr: int, rank: int, ranks: int, port: int, die_at: tuple[str, int] | None) -> int:
+def fork(
+    arguments: list[str], stderr: int, rank: int, ranks: int, port: int, die_at: tuple[str, int] | None, die_by: int
+) -> int:
     child = os.fork()
     if child:
         return child
@@ -89,7 +93,7 @@ def fork(arguments: list[str], stderr: int, rank: int, ranks: int, port: int, di
         def save_and_die(journal: Journal, done: int, *rest: Any, **options: Any) -> None:
             save_state(journal, done, *rest, **options)
             if (journal.folder.name, done) == tuple(die_at):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), die_by)
 
         Journal.save_state = save_and_die
     code = prune_main(arguments)

@@ -36,12 +36,20 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("model_type", ["opt", "llama"])
-@pytest.mark.parametrize("options", [{}, {"metric": "error", "target": "self", "allocation": "variance"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 8},
+        {"num_samples": 200},  # more than have targets
+        {"num_samples": 8, "metric": "error", "target": "self", "allocation": "variance"},
+    ],
+    ids=["default", "many windows", "paper"],
+)
 def test_flops_of_a_run_are_what_torch_counts(model_type, options, tokenizer):
     size = {"hidden_size": 96, "num_attention_heads": 6, "vocab_size": 2048}
     size |= {"ffn_dim": 256, "word_embed_proj_dim": 96} if model_type == "opt" else {"intermediate_size": 256}
     model = small_model(model_type, torch.float32, **size)
-    recipe = pipeline.resolve(small_recipe(num_samples=8, **options), model)
+    recipe = pipeline.resolve(small_recipe(**options), model)
     work = [w for w in estimate.estimate(model, recipe).work if not w.algebra]
     with Products() as products:
         prune(model, tokenizer, recipe)

@@ -14,7 +14,8 @@ from snp_llm import ranks
 from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
-SETTINGS = ("--num-samples", 10, "--seq-len", 32, "--batch-size", 4, "--calibration", "bundled", "--no-eval")
+# The first 32 windows have targets: of four ranks the last has none of them.
+SETTINGS = ("--num-samples", 44, "--seq-len", 32, "--batch-size", 4, "--calibration", "bundled", "--no-eval")
 SETTINGS = (*SETTINGS, "--sparsity", 0.4, "--round-to", 4, "--device", "cpu")
 
 

@@ -64,6 +64,7 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
 
 def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr("snp_llm.sequential.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
     monkeypatch.setattr(sums, "has_room", lambda _device, size: size < 10_000)
@@ -77,14 +78,16 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
 
 @pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
+    monkeypatch.setattr("snp_llm.sequential.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
     monkeypatch.setattr(sums, "FILES_FROM", 1)
     released = []
     monkeypatch.setattr(site, "let_go", lambda files: released.append(len(files)) or let_go(files))
     found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
-    # Second moments, those of held-out windows, and what outputs lack of their targets, likewise; the visit has none.
-    assert set(released) == ({1, 2} if choices else {2, 4})
+    # Second moments, those of held-out windows, and what outputs lack of their targets, likewise, and second moments
+    # where there are no targets; the visit has none.
+    assert set(released) == ({1, 2} if choices else {2, 5})
     for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -4,12 +4,15 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from snp_llm.journal import Journal
 from tests.conftest import small_model
 from tests.flow.forked import Runner, runner
 
@@ -28,8 +31,6 @@ def prune():
 def dense(tokenizer, tmp_path_factory) -> Path:
     """Six blocks with grouped heads, in several shards."""
     folder = tmp_path_factory.mktemp("dense") / "small-llama"
-    import torch
-
     model = small_model("llama", torch.float32, num_hidden_layers=6)
     model.save_pretrained(folder, max_shard_size="200KB")
     tokenizer.save_pretrained(folder)
@@ -83,10 +84,11 @@ def test_several_rounds_and_a_padded_layout(prune, dense, tmp_path):
     kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=1)
 
 
-def test_what_is_gone_on_with_is_not_done_again(prune, dense, finished, tmp_path):
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished, tmp_path):
     """Of a run that stopped after its third block, the first three are taken from its journal."""
     out = tmp_path / "out"
-    partial = interrupted(prune, dense, out, after=3)
+    partial = interrupted(prune, dense, out, after=3, by=by, code=code)
     assert json.loads((partial / "journal/cut/state.json").read_text())["done"] == 3
     result = prune(dense, *SETTINGS, "--output", out, "--resume")
     assert result["codes"] == [0] and weights(out) == weights(finished)
@@ -102,10 +104,13 @@ def test_without_targets_there_is_one_stream_to_go_on_with(prune, dense, tmp_pat
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def interrupted(prune: Runner, dense: Path, out: Path, *more: object, after: int) -> Path:
+def interrupted(
+    prune: Runner, dense: Path, out: Path, *more: object, after: int, by: int = signal.SIGKILL, code: int = -9
+) -> Path:
     """The temporary folder of a run that was killed once so many blocks were cut."""
     partial = out.with_name(f".{out.name}.partial")
-    assert prune(dense, *SETTINGS, *more, "--output", out, die_at=("cut", after))["codes"] == [-9]
+    result = prune(dense, *SETTINGS, *more, "--output", out, die_at=("cut", after), die_by=by)
+    assert result["codes"] == [code]
     return partial
 
 
@@ -131,6 +136,17 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(prune, dense, 
     assert result["codes"] == [2] and "weights" in result["stderr"]
     assert prune(dense, *SETTINGS, "--sparsity", 0.3, "--output", out, "--overwrite")["codes"] == [0]
     assert not partial.exists()
+
+
+def test_a_state_of_other_windows_is_not_gone_on_from(tmp_path):
+    """With more ranks than a visit took windows it takes more of them."""
+    journal, state = Journal(tmp_path, 0), torch.randn(3, 5)
+    journal.save_state(2, {"hidden": state}, range(3))
+    done, found = Journal(tmp_path).last_state(range(1, 3), 3)
+    assert done == 2 and torch.equal(found["hidden"], state[1:])
+    assert Journal(tmp_path).last_state(range(3, 4), 4) == (0, {})
+    journal.save_state(6, {"hidden": state}, range(3), last=True)
+    assert Journal(tmp_path).last_state(range(3, 4), 4) == (6, {})
 
 
 def test_two_runs_do_not_write_the_same_folder(prune, dense, tmp_path):

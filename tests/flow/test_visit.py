@@ -8,7 +8,8 @@ from snp_llm.device import Clock
 from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites, linear
 from snp_llm.pipeline import resolve
-from snp_llm.visit import curve_windows, gradient_windows, visit_dense, visit_passes
+from snp_llm.sums import enough_windows
+from snp_llm.visit import gradient_windows, visit_dense, visit_passes
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -102,6 +103,6 @@ def test_gradients_are_read_from_no_more_tokens_than_said(monkeypatch):
 
 
 def test_gradients_take_tokens_by_outputs_and_curves_by_the_widest_site():
-    assert [gradient_windows(hidden, 512) for hidden in (256, 4096, 8192)] == [4, 64, 64]
-    assert gradient_windows(16, 512) == gradient_windows(16, 100_000) == 1
-    assert [curve_windows(widest, 512) for widest in (1, 1024, 16_384)] == [1, 32, 512]
+    assert [gradient_windows(hidden, 512) for hidden in (512, 4096, 8192)] == [8, 64, 64]
+    assert gradient_windows(16, 512) == gradient_windows(16, 100_000) == 4
+    assert [enough_windows(widest, 512) for widest in (1, 1024, 16_384)] == [8, 32, 512]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from snp_llm.errors import SnpError
-from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair
+from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair_cut, repair_drift
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 KEPT = torch.tensor([0, 2, 5, 7, 8])
@@ -19,12 +19,8 @@ def sums(X, lacking=None, mean=None, W=None, kept=KEPT, gone=GONE):
     return KeptSums(lambda: stay.T @ stay, lost.T @ stay, stay.sum(0), lost.sum(0), len(X), cross, first)
 
 
-def cut_repair(sums, dampening):
-    return repair(sums, Choice(dampening, dampening, 0.0), bias=False)[0]
-
-
 def drift_repair(sums, dampening, *, bias):
-    return repair(sums, Choice(dampening, dampening, 1.0), bias=bias)[1]
+    return repair_drift(sums, Choice(3.0, dampening, 1.0), bias=bias)
 
 
 def ridge(X, target, penalty):
@@ -39,12 +35,12 @@ def test_what_is_taken_over_is_a_ridge_regression_on_what_went(dampening):
     gone = [i for i in range(12) if i not in KEPT]
     penalty = dampening * X[:, KEPT].square().sum(0)
     expected = ridge(X[:, KEPT], X[:, gone] @ W[:, gone].T, penalty)
-    torch.testing.assert_close(cut_repair(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(repair_cut(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_without_dampening_cut_and_drift_together_are_least_squares_on_the_target():
     X, W, lacking = make_inputs(), make_weight(), make_inputs(n=7, seed=9)
-    found = W[:, KEPT] + cut_repair(sums(X), 0.0)
+    found = W[:, KEPT] + repair_cut(sums(X), 0.0)
     found = found + drift_repair(sums(X, lacking), 0.0, bias=False).weight
     torch.testing.assert_close(found, least_squares(X, X @ W.T + lacking, KEPT), rtol=1e-9, atol=1e-9)
 
@@ -77,7 +73,7 @@ def test_the_choice_is_what_a_search_over_held_out_tokens_finds(bias, weighted):
         return (others - mean)[:, KEPT] @ weight.T
 
     wanted = (others - mean) @ W.T
-    cuts = {d: W[:, KEPT] + cut_repair(fit, d) for d in dampenings}
+    cuts = {d: W[:, KEPT] + repair_cut(fit, d) for d in dampenings}
     best = min(dampenings, key=lambda d: float(((wanted - output(cuts[d])) @ root).square().sum()))
     assert choice.dampening == best
     left = missing + wanted - output(cuts[best])
@@ -113,17 +109,14 @@ def test_dampenings_at_which_nothing_can_be_solved_are_left_out():
 def test_dead_channels_get_nothing():
     X = make_inputs()
     X[:, 5] = 0
-    added = cut_repair(sums(X), 0.1)
+    added = repair_cut(sums(X), 0.1)
     assert torch.isfinite(added).all() and not added[:, 2].any()
 
 
-def test_repairs_of_one_dampening_share_a_factor_and_others_do_not():
-    X, lacking = make_inputs(), make_inputs(n=7, seed=9)
-    both = sums(X, lacking)
-    for drift_dampening in (0.1, 1.0):
-        cut, drift = repair(both, Choice(0.1, drift_dampening, 0.5), bias=False)
-        torch.testing.assert_close(cut, cut_repair(both, 0.1))
-        torch.testing.assert_close(drift.weight, 0.5 * drift_repair(both, drift_dampening, bias=False).weight)
-        known, again = repair(both, Choice(0.1, drift_dampening, 0.5), bias=False, known=cut)
-        assert known is cut
-        torch.testing.assert_close(again.weight, drift.weight)
+def test_a_share_of_the_drifts_repair_is_that_of_all_of_it():
+    whole, half = (
+        repair_drift(sums(make_inputs(), make_inputs(n=7, seed=9)), Choice(0.1, 1.0, share), bias=True)
+        for share in (1.0, 0.5)
+    )
+    torch.testing.assert_close(half.weight, whole.weight / 2)
+    torch.testing.assert_close(half.shift, whole.shift / 2)
