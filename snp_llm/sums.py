@@ -93,7 +93,7 @@ class Sums:
         if held is not None and held.tokens == 0:
             held = held_targets = None
         if held is not None:
-            moments, held = completed(added_to(moments, held)), completed(held)
+            moments, held = added_to(moments, held), completed(held)
         if targets is not None and held_targets is not None:
             targets = TargetSums(targets.cross.add_(held_targets.cross), targets.first.add_(held_targets.first))
         moments = completed(moments)
