@@ -69,6 +69,11 @@ def share(count: int) -> range:
     return range(count * rank() // rank_count(), count * (rank() + 1) // rank_count())
 
 
+def owner(index: int) -> int:
+    """The rank that a block's algebra is done on."""
+    return index % rank_count()
+
+
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replaces tensors of one dtype and device by their sums over ranks, in place, with one all-reduce."""
     if rank_count() > 1:

@@ -1,6 +1,5 @@
 """The sequential loop: statistics, ordering, reconstruction, surgery, block after block. Chooses no widths."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,8 +29,6 @@ from snp_llm.stream import Stream, check_finite, in_batches
 from snp_llm.sums import Sums, add_batch, empty_sums, enough_windows, for_algebra, held_out, over_all_ranks
 from snp_llm.targets import Targets, adds_to_stream, block_targets
 from snp_llm.visit import OnStep
-
-log = logging.getLogger(__name__)
 
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
@@ -99,10 +96,6 @@ def prune_blocks(
                 with clock.phase("forward passes"):
                     if residual is None:
                         residual = adds_to_stream(dense_block, family, index, dense)
-                        if not residual:
-                            log.warning(
-                                "target residual: blocks of this model normalise what is added; target dense instead"
-                            )
                     targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
                 if entered:
                     targets = replace(targets, attention=None)
@@ -244,7 +237,7 @@ def cut_on_one_rank(block: nn.Module, family: Family, site: Site, cut_here: Call
         out = linear(block, site.out_projection)
         return result, weight_of(out), None if out.bias is None else out.bias.detach()
 
-    owner = site.block % ranks.rank_count()
+    owner = ranks.owner(site.block)
     result, weight, bias = ranks.from_rank(owner, here)
     if ranks.rank() != owner:
         prune_site(block, family, site, result.kept, weight, bias)

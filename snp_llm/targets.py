@@ -5,6 +5,7 @@ A site's output is added to the stream. Under `dense` it should be what the dens
 good as far as this site can.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from snp_llm.stream import Stream, check_finite, in_batches
 # Relative distance between what a block adds to its stream and its sites' outputs, up to which they are the same: in
 # bfloat16 an update of a stream a hundred times its size is only known to a few percent.
 SAME_STREAM = 0.25
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def block_targets(
 def adds_to_stream(block: nn.Module, family: Family, index: int, dense: Stream) -> bool:
     """Whether a dense block puts out the sum of its stream and of what its sites put out, as the first window has it.
 
-    A block that normalises what its sites put out, or the sum, has no stream that they could repair.
+    A block that normalises what its sites put out, or the sum, has no stream that they could repair. A log line
+    says that dense outputs take its place.
     """
 
     def same() -> bool:
@@ -94,7 +98,10 @@ def adds_to_stream(block: nn.Module, family: Family, index: int, dense: Stream) 
         sites = (attended + fed) * _stream_scale(block)
         return bool((sites.double() - added.double()).norm() <= SAME_STREAM * added.double().norm())
 
-    return ranks.from_rank(0, same)
+    adds = ranks.from_rank(0, same)
+    if not adds:
+        log.warning("target residual: blocks of this model normalise what is added; target dense instead")
+    return adds
 
 
 def _stream_scale(block: nn.Module) -> float:

@@ -197,7 +197,7 @@ def _read_gradients(visit: _Visit) -> None:
                 gradients[at] = gradient
         with clock.phase("Gram matrices"):
             ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
-            if _owner(index) == ranks.rank():
+            if ranks.owner(index) == ranks.rank():
                 count = visit.tokens.numel()
                 journal.put(index, {s.kind: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
         journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
@@ -219,15 +219,12 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
     stream = visit.start()
     if first:
         stream.hidden.copy_(state["hidden"])
-    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF)
-    if not visit.recipe.needs_gradients:
-        held[:] = False
-    held_here = held[windows.start : windows.stop]
+    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.recipe.needs_gradients
+    holding_out, held_here = bool(held.any()), held[windows.start : windows.stop]
     summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
     for index in range(first, len(blocks)):
         block, here = blocks[index], visit.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
-        holding_out = bool(held.any())
         sums = [
             empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=holding_out)
             for s, out in zip(here, outs, strict=True)
@@ -246,18 +243,13 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
             seen.clear()  # its memory goes to the algebra
             with clock.phase("Gram matrices"):
                 sums = [over_all_ranks(s) for s in sums]
-            if _owner(index) == ranks.rank():
+            if ranks.owner(index) == ranks.rank():
                 summed[index] = sums
             done = index + 1
             if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
                 _factorise(visit, summed, gradients)
                 journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
         visit.on_step(f"block {index}: curves of the dense model")
-
-
-def _owner(index: int) -> int:
-    """The rank that a block's algebra is done on."""
-    return index % ranks.rank_count()
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
