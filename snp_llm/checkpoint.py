@@ -3,21 +3,19 @@
 import logging
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,21 +25,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from snp_llm import ranks
 from snp_llm.data import BUNDLED
 from snp_llm.errors import SnpError
 from snp_llm.measure import logits_block_by_block
 from snp_llm.models.families import embedding_rows, find_family
 from snp_llm.models.layouts import needs_code
+from snp_llm.models.on_disk import complete_index, disk_index, other_shapes, read_tensor
+from snp_llm.tokenizer_files import carry_over, find_tokenizer_files, without_code
 
 TINY_OPT = "tiny-opt"
 LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
 # Largest difference of a logit after reloading, relative to the largest logit. The same kernels on the same device give
 # the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
 LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-JOURNAL = "journal"  # what an unfinished run has done
-DENSE = "dense"  # weights that are in no safetensors file
-UNFINISHED = (JOURNAL, DENSE)  # parts of a temporary folder that do not belong to the finished one
 RELOAD = Path(__file__).with_name("reload.py")
 
 log = logging.getLogger(__name__)
@@ -81,7 +77,8 @@ def load(
             **({} if on_disk is None else {"device_map": {"": "disk"}, "offload_folder": str(on_disk)}),
         )
     model, info = loaded
-    if mismatched := sorted(info["mismatched_keys"]):
+    complete_index(model)
+    if mismatched := sorted([*info["mismatched_keys"], *other_shapes(model)]):
         key, found, expected = mismatched[0]
         raise SnpError(
             f"model {name}: {len(mismatched)} tensors disagree with its config; {key} is {tuple(found)}, expected "
@@ -90,19 +87,34 @@ def load(
     for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
         if keys:
             raise SnpError(f"model {name}: the checkpoint {verb} {len(keys)} tensors, {sorted(keys)[0]} first.")
+    return model.eval().requires_grad_(False), load_tokenizer(name, model, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, model: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        SnpError: there is none, it cannot be loaded, or it is another model's.
+    """
+    path = find_model(name)
     with explained(name, "tokenizer of "):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if not trust_remote_code:  # else the pruned model, whose own code its users do trust, would point to that code
-        tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        missing = not find_tokenizer_files(path, tokenizer)
+    if missing:
+        raise SnpError(
+            f"tokenizer of {name}: there is none; expected tokenizer.json, tokenizer.model or vocab.json beside the "
+            "weights. Copy the tokenizer's files from the model that this one was made from."
+        )
     rows = embedding_rows(model)
-    ids = set(tokenizer.get_vocab().values())
-    # Embeddings are often padded to a round number, never to twice the vocabulary.
+    # Embeddings are often padded to a round number, never to twice the vocabulary. Tokens that were added may lie past
+    # them, as that for images does in models for text alone; they are an error where a text has them.
+    ids = {id for token, id in tokenizer.get_vocab().items() if id < rows or token not in tokenizer.get_added_vocab()}
     if len(ids) < rows / 2 or max(ids) >= rows:
         raise SnpError(
             f"tokenizer of {name}: expected about {rows:,} tokens, as many as the model embeds, with ids below that; "
             f"it has {len(ids):,}, up to id {max(ids, default=-1):,}. They do not belong together."
         )
-    return model.eval().requires_grad_(False), tokenizer
+    return tokenizer
 
 
 def find_model(name: str) -> str:
@@ -139,141 +151,51 @@ def check_config(name: str, config: PretrainedConfig) -> None:
     find_family(config)
 
 
-def check_output(folder: Path, *, overwrite: bool) -> None:
-    """Raises SnpError if the finished model could not be put there, before hours are spent on it."""
-    if folder.exists() and not overwrite:
-        raise SnpError(f"output {folder}: exists. Choose another --output, or replace it with --overwrite.")
-    if folder.is_file():
-        raise SnpError(f"output {folder}: is a file; expected a folder or nothing.")
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
-
-
-@contextmanager
-def finished_folder(folder: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `folder` to write into, renamed to it when the context ends well, else removed.
-
-    What the run has put into its `UNFINISHED` parts stays out of the finished folder. If there is something in them
-    that a later run can go on from, the temporary folder outlives this one.
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, tokenizer_of: str | None = None
+) -> None:
+    """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one.
 
     Args:
-        folder: to be.
-        overwrite: replace it if it is there, and forget an unfinished run.
-        resume: go on with an unfinished run, if there is one.
-
-    Raises:
-        SnpError: it cannot be written, or is being written by another process; an unfinished run is there, unasked for.
+        model: pruned.
+        tokenizer: its.
+        folder: to write into.
+        tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
     """
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    if ranks.rank():  # rank 0 writes
-        yield ranks.from_rank(0, lambda: partial)
-        return
-    try:
-        with ExitStack() as stack:
-
-            def open_it() -> Path:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(partial))
-                if partial.exists() and not resume:
-                    if can_resume(partial) and not overwrite:
-                        raise SnpError(
-                            f"output {folder}: an unfinished run is there, in {partial.name}. Go on with it with "
-                            "--resume, or forget it with --overwrite."
-                        )
-                    shutil.rmtree(partial)
-                partial.mkdir(exist_ok=True)
-                return partial
-
-            try:
-                ranks.from_rank(0, open_it)
-                yield partial
-                for file in partial.rglob("*"):  # safetensors makes its files readable by their owner only
-                    file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-                partial.chmod(0o777 & ~_umask())
-                if not overwrite:
-                    check_output(folder, overwrite=False)
-            except BaseException as error:
-                # Of a mistake that shows before the first cut, the visit to the dense model is all that would be kept.
-                if can_resume(partial, "[!v]*" if isinstance(error, SnpError) else "*"):
-                    log.warning("the unfinished run is kept in %s; go on with --resume", partial)
-                else:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            _exchange(partial, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SnpError(f"output {folder}: cannot be written ({reason}).") from error
-
-
-def _exchange(partial: Path, folder: Path) -> None:
-    """Puts a temporary folder in the place of the finished one, and only then removes what nobody needs any more."""
-    rest = partial.with_name(f"{partial.name}.old")
-    shutil.rmtree(rest, ignore_errors=True)
-    rest.mkdir()
-    for name in UNFINISHED:
-        if (partial / name).exists():
-            (partial / name).rename(rest / name)
-    if folder.exists():
-        folder.rename(rest / "replaced")
-    partial.rename(folder)
-    shutil.rmtree(rest)
-
-
-def can_resume(partial: Path, phases: str = "*") -> bool:
-    """Whether a temporary folder holds anything that a run can go on from, in phases of some names."""
-    return any(partial.glob(f"{JOURNAL}/{phases}/state.json"))
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same output; the lock ends with the process, however that ends."""
-    file = partial.with_name(f"{partial.name}.lock")
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SnpError(
-            f"output {partial.parent}: another run is writing {partial.name}. Wait for it or stop it."
-        ) from None
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        lock.release()
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one."""
     if needs_code(model.config):
         type(model.config).register_for_auto_class()
         type(model).register_for_auto_class("AutoModelForCausalLM")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
-    tokenizer.save_pretrained(folder)
+    if tokenizer_of is None:
+        tokenizer.save_pretrained(folder)
+        without_code(folder)
+    else:
+        carry_over(find_tokenizer_files(find_model(tokenizer_of), tokenizer), folder)
 
 
-def verify(model: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
-    """Reloads a folder in a fresh process that never imports this package, and compares logits, both on the CPU.
+def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
+    """Reloads a folder in a fresh process that never imports this package, and compares it with what was loaded.
+
+    Everything but the blocks has to be what was loaded to the bit, and the logits those of the loaded model with the
+    pruned blocks in the place of its own: what a config does not say of the model that it was made for shows there.
 
     Args:
-        model: what was saved, on the CPU.
+        dense: as it was loaded.
+        pruned: whose blocks were saved.
         folder: where.
-        tokens: to compare on, (batch, T), int64.
+        tokens: to compare logits on, (batch, T), int64.
 
     Returns:
-        The largest difference of a logit, relative to the largest logit.
+        The largest difference of a logit, relative to the largest logit; both are computed on the CPU.
 
     Raises:
-        SnpError: the folder does not load, or its logits differ by more than rounding.
+        SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
     """
+    blocks = pruned.get_submodule(find_family(pruned.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    check_kept(dense, folder)
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens.contiguous()}, given)
@@ -289,14 +211,46 @@ def verify(model: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
         reloaded = load_file(result)["logits"]
-    logits = logits_block_by_block(model, tokens)
+    logits = logits_block_by_block(dense, tokens, blocks)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
-    if not difference <= LOGIT_TOLERANCE[model.dtype]:
+    if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
         raise SnpError(
             f"the saved model computes something else after reloading: logits differ by {difference:.1e} of the "
-            f"largest, expected at most {LOGIT_TOLERANCE[model.dtype]:.0e}."
+            f"largest, expected at most {LOGIT_TOLERANCE[pruned.dtype]:.0e}."
         )
     return difference
+
+
+def check_kept(dense: PreTrainedModel, folder: Path) -> None:
+    """Raises SnpError unless a folder holds every tensor outside the blocks as it was loaded, to the bit."""
+    prefix = find_family(dense.config).blocks + "."
+    saved = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved.update(dict.fromkeys(tensors.keys(), file))
+
+    def same(name: str, loaded: Tensor) -> bool:
+        with safe_open(saved[name], framework="pt") as tensors:
+            return torch.equal(tensors.get_tensor(name), loaded.detach().cpu())
+
+    outside = {name: tensor for name, tensor in dense.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
+    index = disk_index(dense)
+    of_tensor: dict[int, list[str]] = {}
+    for name, tensor in outside.items():
+        of_tensor.setdefault(id(tensor), []).append(name)
+    wrong = [name for name in saved if not name.startswith(prefix) and name not in outside]
+    for names in of_tensor.values():  # one of several names for a tied tensor is enough
+        kept = [name for name in names if name in saved]
+        loaded = read_tensor(index[names[0]], outside[names[0]]) if names[0] in index else outside[names[0]]
+        for name in kept:
+            wrong += [] if same(name, loaded) else [name]
+        # Of a tensor that the checkpoint has twice, alike, one is kept, and the other tied to it.
+        wrong += [] if kept or any(same(name, loaded) for name in saved if name in outside) else names[:1]
+    if wrong:
+        raise SnpError(
+            f"the saved model is not the one that was loaded: {wrong[0]} differs. That is a fault of this program, or "
+            "of the disk; nothing was kept. Please report it with the model's config.json."
+        )
 
 
 def folder_bytes(folder: Path) -> int:
@@ -324,9 +278,3 @@ def explained(name: str, what: str = "model ", part: str = "") -> Iterator[None]
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise SnpError(f"{what}{name}: {part}cannot be loaded. {lines[0][:300]}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,6 +1,7 @@
 """What each command does, from its recipe to what is printed. Parses no arguments."""
 
 import logging
+import os
 import shlex
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm import bench, checkpoint, evaluation, hub, inspection, measure, page, pipeline, ranks, report
+from snp_llm import bench, checkpoint, evaluation, hub, inspection, measure, output, page, pipeline, ranks, report
 from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import Clock, compute_device, describe_device
 from snp_llm.errors import SnpError
@@ -47,9 +48,9 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
 
 def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
     """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints."""
-    folder = Path(recipe.output_folder)
+    folder, inputs = Path(recipe.output_folder), inputs_of(recipe)
     if not recipe.dry_run:
-        checkpoint.check_output(folder, overwrite=recipe.overwrite)
+        output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
             hub.check_access(recipe.push_to_hub)
     bundled = recipe.model == checkpoint.TINY_OPT
@@ -62,7 +63,7 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
     with ranks.joined(recipe.device):
         if ranks.rank():
             log.setLevel(logging.ERROR)  # rank 0 says it for all
-        with checkpoint.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume) as partial:
+        with output.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume, inputs=inputs) as partial:
             summary, table = prune_into(partial, recipe, command, talk)
         if ranks.rank() == 0:
             finish(recipe, folder, summary, table, talk)
@@ -86,15 +87,15 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         windows = evaluation_windows(
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
-    journal = Journal(partial / checkpoint.JOURNAL, recipe.save_every)
+    journal = Journal(partial / output.JOURNAL, recipe.save_every)
     steps = recipe.steps * (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
     with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
 
     def save_and_verify() -> float:
-        checkpoint.save(pruned.model, tokenizer, partial)
-        return checkpoint.verify(pruned.model, partial, compared)
+        checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=recipe.model)
+        return checkpoint.verify(dense, pruned.model, partial, compared)
 
     with clock.phase("saving"):
         difference = ranks.from_rank(0, save_and_verify)
@@ -116,10 +117,12 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     if windows is not None:
         facts["evaluation"] = windows.description
     summary = report.build_report(pruned, before, after, facts)
-    report.write_report(summary, partial)
     base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
     report.write_card(summary, pruned, base_model, partial)
     save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
+    written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
+    summary["files"] = sorted({*written, report.REPORT})  # of which --overwrite replaces no more
+    report.write_report(summary, partial)
     return summary, report.closing_table(before, after, pruned)
 
 
@@ -159,9 +162,20 @@ def rehearse(recipe: Recipe, scratch: Path, talk: Talk) -> None:
         print_plan(dense, plan, recipe)
 
 
+def inputs_of(recipe: Recipe) -> dict[str, Path]:
+    """What a run reads, by what it is; none of it is to be replaced by what the run writes."""
+    named = {
+        "the input model": checkpoint.find_model(recipe.model),
+        "the calibration text": recipe.calibration,
+        "the evaluation text": recipe.eval_dataset,
+        "the latency table": recipe.latency_table,
+    }
+    return {what: Path(name) for what, name in named.items() if name is not None and os.path.exists(name)}
+
+
 def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
-    own = folder / checkpoint.DENSE / str(ranks.rank())
+    own = folder / output.DENSE / str(ranks.rank())
     return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
 
 

@@ -1,4 +1,4 @@
-"""The one exception that users see. It must not know anything else of the package."""
+"""The exceptions that users see. It must not know anything else of the package."""
 
 
 class SnpError(Exception):
@@ -6,3 +6,7 @@ class SnpError(Exception):
 
     The command line prints it on one or two lines and exits with 2.
     """
+
+
+class DiskError(SnpError):
+    """What was to be written could not be: no mistake of the run, which can go on once there is room."""

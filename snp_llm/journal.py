@@ -1,39 +1,34 @@
-"""What an unfinished run has got done, so that it can go on after it was killed. Knows files, not how they come about.
+"""What an unfinished run has got done, so that it can go on after it was killed. Knows tensors, JSON and files alone.
 
 A journal is a folder in the temporary one of the output: a file for every block of every phase, and now and then the
-hidden states between two blocks. Files appear under their names when they are complete and on the disk, so that at
-every moment the folder holds what can be gone on from.
+hidden states between two blocks. Files appear under their names when they are complete and on the disk, and the state
+of a phase, which is written last, holds the SHA-256 of all others: what was damaged, lost or exchanged since is done
+anew, never used.
 """
 
+import hashlib
 import json
-import os
+import logging
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 
 from snp_llm import ranks
 from snp_llm.errors import SnpError
-from snp_llm.linalg.units import unit_channels
-from snp_llm.models.families import Family, Site, linear, weight_of
-from snp_llm.models.on_disk import copy_unhooked, leave_on_disk
-from snp_llm.models.surgery import prune_site
-from snp_llm.site import Curve, SiteResult
-
-# Last touches to a pruned block, given the block as it was at first and what happened at its sites.
-Finish = Callable[[nn.Module, nn.Module, Sequence[SiteResult]], None]
+from snp_llm.files import checksum, write_tensors, write_text
 
 IDENTITY = "identity.json"
 STATE = "state.json"
 AFFORDABLE = 20  # hidden states are written again after so many times as long as that took
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,95 +39,83 @@ class Journal:
         folder: of its files; None: everything is kept in memory, for as long as the process lives.
         every: seconds after which hidden states are written again, if that took less than a twentieth of them; 0: after
             every block.
+        run: SHA-256 of the identity of the run that this belongs to.
+        place: path of the phase inside the journal.
         kept: what is in memory, by block.
+        sums: SHA-256 of this rank's files, by name, since the state was written last.
         saved: when hidden states were written last, and how long it took.
     """
 
     folder: Path | None = None
     every: float = 60.0
+    run: str = ""
+    place: str = ""
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     saved: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), 0.0))
 
-    def belongs_to(self, identity: dict[str, Any]) -> None:
+    def belongs_to(self, identify: Callable[[], dict[str, Any]]) -> None:
         """Writes down what run this is the journal of, or checks that it is the same as before.
 
         Args:
-            identity: what the result depends on, as JSON can hold it; values are strings or dicts.
+            identify: gives what the result depends on, as JSON can hold it; values are strings or dicts. Called on rank
+                0, and not at all where nothing is written.
 
         Raises:
             SnpError: it is another run's.
         """
         if self.folder is not None:
-            ranks.from_rank(0, partial(_identify, self.folder, identity))
+            self.run = ranks.from_rank(0, lambda: self._identify(identify()))
 
     def phase(self, name: str) -> "Journal":
         """The journal of a phase."""
-        return Journal(None if self.folder is None else self.folder / name, self.every)
+        folder = None if self.folder is None else self.folder / name
+        return Journal(folder, self.every, self.run, f"{self.place}/{name}")
 
-    def put(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Keeps the tensors of a block."""
+    def remembered(self, name: str, decide: Callable[[], Any]) -> Any:
+        """What an earlier run of the phase has decided, else what `decide` returns, as JSON can hold it; on rank 0.
+
+        Without the decision, what else the phase has done is worth nothing: it is forgotten.
+        """
+        if self.folder is None:
+            return decide()
+        file = self.folder / f"{name}.json"
+        found = self._read(file)
+        if found is None:
+            if (self.folder / STATE).exists():
+                self._forget(file.name)
+            found = decide()
+            self._write(file, found)
+        return found
+
+    def put(self, index: int, tensors: dict[str, Tensor], facts: Any = None) -> None:
+        """Keeps the tensors of a block, and facts beside them that JSON can hold."""
         if self.folder is None:
             self.kept[index] = tensors
         else:
-            write(self.folder / f"{index:05d}.safetensors", tensors)
+            file = self.file(index)
+            write_tensors(file, tensors, None if facts is None else {"facts": json.dumps(facts)})
+            self.sums[file.name] = checksum(file)
 
     def get(self, index: int, name: str) -> Tensor | None:
         """One of a block's tensors, read from the file only where it is touched, or None where there is none."""
         if self.folder is None:
             return self.kept.get(index, {}).get(name)
         try:
-            with safe_open(self.folder / f"{index:05d}.safetensors", framework="pt") as file:
+            with safe_open(self.file(index), framework="pt") as file:
                 return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - it is no mapping
         except FileNotFoundError:
             return None
 
-    def finish_block(self, block: nn.Module, results: Sequence[SiteResult], index: int) -> nn.Module:
-        """Keeps a pruned block and what happened at its sites; the block that is returned may wait on disk."""
-        if self.folder is None:
-            return block
-        file = self.folder / f"{index:05d}.safetensors"
-        if ranks.rank() == 0:
-            facts = {"results": json.dumps([_facts(result) for result in results])}
-            write(file, {name: tensor.contiguous() for name, tensor in block.state_dict().items()}, facts)
-        leave_on_disk(block, file)
-        return block
+    def facts(self, index: int) -> Any:
+        """What was put beside a block's tensors."""
+        with safe_open(self.file(index), framework="pt") as file:
+            return json.loads(file.metadata()["facts"])
 
-    def results(self, sites: Sequence[Site], index: int) -> list[SiteResult]:
-        """What happened at the sites of a finished block."""
+    def file(self, index: int) -> Path:
+        """Where a block's tensors are, in a journal on disk."""
         assert self.folder is not None
-        with safe_open(self.folder / f"{index:05d}.safetensors", framework="pt") as file:
-            found = json.loads(file.metadata()["results"])
-        return [_result(site, facts) for site, facts in zip(sites, found, strict=True)]
-
-    def finished_block(
-        self,
-        block: nn.Module,
-        dense_block: nn.Module,
-        family: Family,
-        results: Sequence[SiteResult],
-        finish: Finish | None,
-        index: int,
-    ) -> nn.Module:
-        """A finished block, on disk. What was done to it is done again, to tensors that are not there.
-
-        Args:
-            block: as it was before the cut; left as it is.
-            dense_block: as it was at first.
-            family: its family.
-            results: what happened at its sites.
-            finish: last touches, or None.
-            index: its number.
-        """
-        assert self.folder is not None
-        pruned = copy_unhooked(block)
-        for result in results:
-            site, out = result.site, linear(pruned, result.site.out_projection)
-            weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]
-            prune_site(pruned, family, site, result.kept, weight, out.bias)
-        if finish is not None:
-            finish(pruned, dense_block, results)
-        leave_on_disk(pruned, self.folder / f"{index:05d}.safetensors")
-        return pruned
+        return self.folder / f"{index:05d}.safetensors"
 
     def save_state(self, done: int, state: dict[str, Tensor], windows: range, *, last: bool = False) -> None:
         """Writes down that so many blocks are done, with what is needed to go on, if it is time to.
@@ -150,31 +133,37 @@ class Journal:
         waited, cost = start - self.saved[0], self.saved[1]
         if not ranks.from_rank(0, lambda: last or not self.every or waited >= max(self.every, AFFORDABLE * cost)):
             return
-        name = f"state-{done:05d}-{ranks.rank()}.safetensors"
-        write(self.folder / name, {} if last else {key: tensor.detach() for key, tensor in state.items()})
-        parts = ranks.from_all({"file": name, "start": windows.start, "stop": windows.stop})
+        file = self.folder / f"state-{done:05d}-{ranks.rank()}.safetensors"
+        write_tensors(file, {} if last else {key: tensor.detach() for key, tensor in state.items()})
+        part = {"file": file.name, "start": windows.start, "stop": windows.stop, "sum": checksum(file)}
+        everything = ranks.from_all((part, self.sums))
+        parts = [part for part, _ in everything]
+        for _, sums in everything:
+            self.sums |= sums
         if ranks.rank() == 0:
-            write_text(self.folder / STATE, json.dumps({"done": done, "last": last, "parts": parts}))
+            self._write(self.folder / STATE, {"done": done, "last": last, "parts": parts, "blocks": self.sums})
             current = {part["file"] for part in parts}
-            for file in self.folder.glob("state-*.safetensors"):
-                if file.name not in current:
-                    file.unlink()
+            for old in self.folder.glob("state-*.safetensors"):
+                if old.name not in current:
+                    old.unlink()
         self.saved = (time.monotonic(), time.monotonic() - start)
 
     def last_state(self, windows: range, total: int) -> tuple[int, dict[str, Tensor]]:
         """How many blocks are done, and the state after them; no tensors where nothing follows.
 
-        None are where the state is of more or fewer windows, as those of a visit may be with another number of ranks.
+        None are where the state is of more or fewer windows, as those of a visit may be with another number of ranks,
+        and where anything that it counts on is not as it was.
 
         Args:
             windows: of all calibration windows those whose state this rank needs; other ranks may have written it.
             total: how many windows all ranks have.
         """
-        if self.folder is None or not (self.folder / STATE).exists():
+        if self.folder is None:
             return 0, {}
-        found = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        if not found["last"] and max(part["stop"] for part in found["parts"]) != total:
+        found = ranks.from_rank(0, self._proved_state)
+        if found is None or (not found["last"] and max(part["stop"] for part in found["parts"]) != total):
             return 0, {}
+        self.sums = dict(found["blocks"])
         pieces: dict[str, list[Tensor]] = {}
         for part in [] if found["last"] else found["parts"]:
             start, stop = max(part["start"], windows.start), min(part["stop"], windows.stop)
@@ -187,73 +176,61 @@ class Journal:
                         pieces.setdefault(key, []).append(tensor[start - part["start"] : stop - part["start"]])
         return found["done"], {k: v[0] if v[0].dim() == 0 else torch.cat(v) for k, v in pieces.items()}
 
+    def _proved_state(self) -> dict[str, Any] | None:
+        """The state as it was written, if all files that it counts on are still what they were."""
+        assert self.folder is not None
+        if not (self.folder / STATE).exists():
+            return None
+        found: dict[str, Any] | None = self._read(self.folder / STATE)
+        wrong = STATE
+        if found is not None:
+            sums = {part["file"]: part["sum"] for part in found["parts"]} | found["blocks"]
+            wrong = next((name for name, sha256 in sums.items() if checksum(self.folder / name) != sha256), "")
+        if wrong:
+            self._forget(wrong)
+            return None
+        return found
 
-def write(file: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, all of it or nothing.
+    def _identify(self, identity: dict[str, Any]) -> str:
+        assert self.folder is not None
+        file, identity = self.folder / IDENTITY, json.loads(json.dumps(identity))
+        before = self._read(file)
+        if before is None:
+            if file.exists():
+                self._forget(IDENTITY)
+            self._write(file, identity)
+            before = identity
+        for key, now in identity.items():
+            then = before.get(key)
+            if then == now:
+                continue
+            if isinstance(now, dict) and isinstance(then, dict):
+                name = next(name for name in {**then, **now} if then.get(name) != now.get(name))
+                key, then, now = f"{key} {name}", then.get(name), now.get(name)
+            raise SnpError(
+                f"--resume: the unfinished run in {self.folder.parent.name} had {key} {then!r}, this one has {now!r}; "
+                "expected the same. Repeat its command, or start anew with --overwrite."
+            )
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    Raises:
-        SnpError: the disk is full.
-    """
-    with _whole(file) as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata=facts)
+    def _write(self, file: Path, content: Any) -> None:
+        text = json.dumps(content)
+        write_text(file, json.dumps({"sha256": self._sum(file.name, text), "content": text}))
 
+    def _read(self, file: Path) -> Any:
+        """What `_write` wrote there, or None where that is not what the file holds."""
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(found["content"]) if found["sha256"] == self._sum(file.name, found["content"]) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file, all of it or nothing."""
-    with _whole(file) as new:
-        new.write_text(text, encoding="utf-8")
+    def _sum(self, name: str, text: str) -> str:
+        return hashlib.sha256(f"{self.run} {self.place}/{name} {text}".encode()).hexdigest()
 
-
-@contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    new = file.with_name(f".{file.name}.new")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        _flush(new)
-        new.replace(file)
-        _flush(file.parent)
-    except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        raise SnpError(
-            f"{file.parent}: cannot be written ({error}). What was done before is kept: make room, then go on with "
-            "--resume."
-        ) from error
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk, where a power cut leaves it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _facts(result: SiteResult) -> dict[str, Any]:
-    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
-    return {**facts, "kept": result.kept.tolist(), "curve": result.curve and asdict(result.curve)}
-
-
-def _result(site: Site, facts: dict[str, Any]) -> SiteResult:
-    kept, curve = torch.tensor(facts["kept"], dtype=torch.int64), facts["curve"]
-    return SiteResult(site=site, **{**facts, "kept": kept, "curve": curve and Curve(**curve)})
-
-
-def _identify(folder: Path, identity: dict[str, Any]) -> None:
-    file, identity = folder / IDENTITY, json.loads(json.dumps(identity))
-    if not file.exists():
-        write_text(file, json.dumps(identity, indent=1))
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for key, now in identity.items():
-        then = before.get(key)
-        if then == now:
-            continue
-        if isinstance(now, dict) and isinstance(then, dict):
-            name = next(name for name in now if then.get(name) != now[name])
-            key, then, now = f"{key} {name}", then.get(name), now[name]
-        raise SnpError(
-            f"--resume: the unfinished run in {folder.parent.name} had {key} {then!r}, this one has {now!r}; expected "
-            "the same. Repeat its command, or start anew with --overwrite."
-        )
+    def _forget(self, wrong: str) -> None:
+        """Says that a file is not what it was, and removes the phase."""
+        assert self.folder is not None
+        place = f"{self.folder.name}/{wrong}"
+        log.warning("--resume: %s is damaged, gone or of another run; what depends on it is done anew", place)
+        shutil.rmtree(self.folder)

@@ -149,13 +149,26 @@ def strided_perplexity(
 
 
 @torch.no_grad()
-def logits_block_by_block(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits, (windows, T, vocabulary), of windows (windows, T), on the CPU; one block is in memory at a time."""
-    return torch.cat([logits for logits, _ in _logits(model, tokens, len(tokens), torch.device("cpu"))])
+def logits_block_by_block(model: PreTrainedModel, tokens: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
+    """Logits of windows on the CPU; one block is in memory at a time.
+
+    Args:
+        model: of a supported family.
+        tokens: (windows, T), int64.
+        blocks: to run in the place of the model's own.
+
+    Returns:
+        (windows, T, vocabulary).
+    """
+    return torch.cat([logits for logits, _ in _logits(model, tokens, len(tokens), torch.device("cpu"), blocks)])
 
 
 def _logits(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, device: torch.device
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int,
+    device: torch.device,
+    others: nn.ModuleList | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
     model.eval()
@@ -167,7 +180,7 @@ def _logits(
         with rest_on_device(model, blocks, device):
             calls = capture_calls(model, blocks, chunk[:1])[1]
             hidden = torch.cat([capture_calls(model, blocks, batch)[0].cpu() for batch in chunk.split(batch_size)])
-        for block, call in zip(blocks, calls, strict=True):
+        for block, call in zip(others or blocks, calls, strict=True):
             with on_device(block, device):
                 for batch in hidden.split(batch_size):
                     batch.copy_(run_block(block, batch, call))

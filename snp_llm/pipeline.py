@@ -1,32 +1,36 @@
 """From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import ranks
 from snp_llm.data import Windows, calibration_windows, split_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
-from snp_llm.journal import Finish, Journal
+from snp_llm.files import checksum
+from snp_llm.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, find_family, find_sites
-from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble
+from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, check_code
 from snp_llm.models.on_disk import fingerprint
 from snp_llm.models.surgery import pad_site
 from snp_llm.recipe import Recipe
 from snp_llm.search import HELD_OUT_WINDOWS, largest_sparsity
-from snp_llm.sequential import prune_blocks
+from snp_llm.sequential import Finish, prune_blocks
 from snp_llm.site import SiteResult
 from snp_llm.stream import capture
+from snp_llm.tokenizer_files import tokenizer_sum
 from snp_llm.version import __version__
 from snp_llm.visit import OnStep, SiteCurves, visit_dense, visit_passes
 from snp_llm.widths import find_target, plan_widths
@@ -98,7 +102,7 @@ def prune(
     allowed = recipe.perplexity_increase
     if allowed is not None:
         windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
-        journal.belongs_to(identity(model, windows, recipe))
+        journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
         visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
 
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
@@ -113,7 +117,7 @@ def prune(
         recipe = replace(recipe, sparsity=found.sparsity)
         return PrunedModel(found.model, tokenizer, recipe, found.results, windows, clock.seconds, found.trials)
     windows = read_calibration(tokenizer, recipe, model)
-    journal.belongs_to(identity(model, windows, recipe))
+    journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
     if recipe.steps == 1:
         visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
         pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
@@ -194,7 +198,7 @@ def cut_once(
 ) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site."""
     finish = partial(pad, visited.family, []) if recipe.layout == "padded" else None
-    widths = ranks.from_rank(0, lambda: visited.widths(recipe))  # latencies are measured
+    widths = decided_widths(lambda: visited.widths(recipe), recipe, journal)
     blocks, results = cut_blocks(visited, visited.blocks, widths, finish, recipe, clock, journal, on_step)
     return assemble(visited.model, visited.family, blocks), results
 
@@ -216,10 +220,11 @@ def cut_in_steps(
     for step in range(1, recipe.steps + 1):
         visited = visit(current, windows, recipe, clock, journal.phase(f"visit-{step}"), on_step)
         rest = target.rest([site.units for site in visited.sites], step / recipe.steps, first)
-        widths = ranks.from_rank(0, partial(plan_widths, current, family, visited.sites, visited.curves, rest, recipe))
+        phase = journal.phase(f"cut-{step}")
+        decide = partial(plan_widths, current, family, visited.sites, visited.curves, rest, recipe)
+        widths = decided_widths(decide, recipe, phase)
         padded = recipe.layout == "padded" and step == recipe.steps
         finish = partial(pad, family, results) if padded else None
-        phase = journal.phase(f"cut-{step}")
         blocks, found = cut_blocks(visited, dense_blocks, widths, finish, recipe, clock, phase, on_step)
         results = [before.then(after) for before, after in zip(results, found, strict=True)] if results else found
         current = assemble(current, family, blocks)
@@ -283,14 +288,49 @@ def cut_blocks(
     ]
 
 
-def identity(model: PreTrainedModel, windows: Windows, recipe: Recipe) -> dict[str, Any]:
-    """What the bits of a pruned model depend on; an unfinished run is only gone on with where all of it is the same."""
+def decided_widths(decide: Callable[[], list[int]], recipe: Recipe, journal: Journal) -> list[int]:
+    """Units to keep at every site: decided once, since latencies never come out the same again, and on rank 0.
+
+    Raises:
+        SnpError: the latency table is not the one that an interrupted run has decided them from.
+    """
+    table = None if recipe.latency_table is None else Path(recipe.latency_table)
+
+    def plan() -> dict[str, Any]:
+        return {"widths": decide(), "latency table": table and checksum(table)}
+
+    def decided() -> list[int]:
+        found = journal.remembered("plan", plan)
+        if table is not None and table.exists() and checksum(table) != found["latency table"]:
+            raise SnpError(
+                f"--resume: latency table {table} is not the one that the unfinished run has chosen its widths from. "
+                "Put that back or remove it, or start anew with --overwrite."
+            )
+        widths: list[int] = found["widths"]
+        return widths
+
+    return ranks.from_rank(0, decided)
+
+
+def identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, recipe: Recipe
+) -> dict[str, Any]:
+    """What a pruned model depends on; an unfinished run is only gone on with where all of it is the same."""
+    generation = model.generation_config
     return {
         "setting": {key: value for key, value in recipe.as_dict().items() if key not in NO_MATTER},
+        "config": _config_values(model.config),
+        "generation config": {} if generation is None else _config_values(generation),
+        "tokenizer": tokenizer_sum(tokenizer),
         "weights": fingerprint(model),
         "calibration text": windows.digest,
         "version": {"snp_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _config_values(config: PretrainedConfig | GenerationConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in ("transformers_version", "_name_or_path")}
 
 
 def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
@@ -305,8 +345,10 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     """The recipe with the window length and the rounding filled in from the model.
 
     Raises:
-        SnpError: the window is longer than the model's positions; the model is not of a supported family.
+        SnpError: the window is longer than the model's positions; the model is not of a supported family, or has code
+            of its own.
     """
+    check_code(model)
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device

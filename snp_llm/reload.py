@@ -13,7 +13,7 @@ model = AutoModelForCausalLM.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", device_map={"": "disk"}, offload_folder=f"{result}.offloaded"
 )
 model.eval()
-AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+AutoTokenizer.from_pretrained(folder)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
 tokens = load_file(given)["tokens"]
 with torch.no_grad():

@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from snp_llm import ranks
 from snp_llm.device import Clock
-from snp_llm.journal import Finish, Journal
+from snp_llm.journal import Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import (
     fixed_output,
@@ -21,10 +23,10 @@ from snp_llm.models.blocks import (
     with_first_tensor,
 )
 from snp_llm.models.families import Family, Projection, Site, linear, weight_of
-from snp_llm.models.on_disk import copy_unhooked
+from snp_llm.models.on_disk import copy_unhooked, leave_on_disk
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
-from snp_llm.site import SiteResult, cut
+from snp_llm.site import Curve, SiteResult, cut
 from snp_llm.stream import Stream, check_finite, in_batches
 from snp_llm.sums import Sums, add_batch, empty_sums, enough_windows, for_algebra, held_out, over_all_ranks
 from snp_llm.targets import Targets, adds_to_stream, block_targets
@@ -32,6 +34,8 @@ from snp_llm.visit import OnStep
 
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
+# Last touches to a pruned block, given the block as it was at first and what happened at its sites.
+Finish = Callable[[nn.Module, nn.Module, Sequence[SiteResult]], None]
 
 
 def prune_blocks(
@@ -78,8 +82,10 @@ def prune_blocks(
     results: list[SiteResult] = []
     for index in range(first):
         here = slice(2 * index, 2 * index + 2)
-        found = journal.results(sites[here], index)
-        pruned_blocks.append(journal.finished_block(blocks[index], reference[index], family, found, finish, index))
+        found = [_result(site, facts) for site, facts in zip(sites[here], journal.facts(index), strict=True)]
+        pruned_blocks.append(
+            finished_block(blocks[index], reference[index], family, found, finish, journal.file(index))
+        )
         results += found
     for index in range(first, len(blocks)):
         old_block, dense_block = blocks[index], reference[index]
@@ -110,7 +116,7 @@ def prune_blocks(
         results += found
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
-            pruned_blocks.append(journal.finish_block(block, found, index))
+            pruned_blocks.append(keep_block(block, found, index, journal))
             state = {"hidden": stream.hidden}
             if residual is not None:
                 state["residual"] = torch.tensor(residual)
@@ -242,3 +248,52 @@ def cut_on_one_rank(block: nn.Module, family: Family, site: Site, cut_here: Call
     if ranks.rank() != owner:
         prune_site(block, family, site, result.kept, weight, bias)
     return result
+
+
+def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, journal: Journal) -> nn.Module:
+    """The pruned block, which waits on disk from now on where the journal is there."""
+    if journal.folder is None:
+        return block
+    if ranks.rank() == 0:
+        journal.put(index, dict(block.state_dict()), [_facts(result) for result in results])
+    leave_on_disk(block, journal.file(index))
+    return block
+
+
+def finished_block(
+    block: nn.Module,
+    dense_block: nn.Module,
+    family: Family,
+    results: Sequence[SiteResult],
+    finish: Finish | None,
+    file: Path,
+) -> nn.Module:
+    """A block that an interrupted run has finished. What was done to it is done again, to tensors that are not there.
+
+    Args:
+        block: as it was before the cut; left as it is.
+        dense_block: as it was at first.
+        family: its family.
+        results: what happened at its sites.
+        finish: last touches, or None.
+        file: that its tensors are in.
+    """
+    pruned = copy_unhooked(block)
+    for result in results:
+        site, out = result.site, linear(pruned, result.site.out_projection)
+        weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]
+        prune_site(pruned, family, site, result.kept, weight, out.bias)
+    if finish is not None:
+        finish(pruned, dense_block, results)
+    leave_on_disk(pruned, file)
+    return pruned
+
+
+def _facts(result: SiteResult) -> dict[str, Any]:
+    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
+    return {**facts, "kept": result.kept.tolist(), "curve": result.curve and asdict(result.curve)}
+
+
+def _result(site: Site, facts: dict[str, Any]) -> SiteResult:
+    kept, curve = torch.tensor(facts["kept"], dtype=torch.int64), facts["curve"]
+    return SiteResult(site=site, **{**facts, "kept": kept, "curve": curve and Curve(**curve)})

@@ -1,13 +1,16 @@
 """How widths are written down: which config can hold them, and the model built from that config. Knows no files."""
 
-import copy
+import inspect
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from snp_llm.errors import SnpError
 from snp_llm.models.families import Family, Heads, Site, find_blocks, find_family, find_sites, linear, read_heads
 from snp_llm.models.modeling_snp_gemma import SnpGemmaConfig, SnpGemmaForCausalLM
 from snp_llm.models.modeling_snp_gemma2 import SnpGemma2Config, SnpGemma2ForCausalLM
@@ -24,7 +27,7 @@ from snp_llm.models.modeling_snp_qwen2 import SnpQwen2Config, SnpQwen2ForCausalL
 from snp_llm.models.modeling_snp_qwen3 import SnpQwen3Config, SnpQwen3ForCausalLM
 from snp_llm.models.modeling_snp_smollm3 import SnpSmolLM3Config, SnpSmolLM3ForCausalLM
 from snp_llm.models.modeling_snp_stablelm import SnpStableLmConfig, SnpStableLmForCausalLM
-from snp_llm.models.on_disk import disk_index, wait_on_disk
+from snp_llm.models.on_disk import disk_index, read_tensor, wait_on_disk
 
 PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "snp_opt": (SnpOPTConfig, SnpOPTForCausalLM),
@@ -47,15 +50,47 @@ for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
+log = logging.getLogger(__name__)
+
 KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
 FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
 # Of a pruned or loaded model alone; they say nothing about the shapes.
 PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
+KNOWN_WHEREVER = ("layer_types",)  # what transformers reads of any config, whether its class declares it or not
 
 
 def needs_code(config: PretrainedConfig) -> bool:
     """Whether a model of this config carries its own modelling file."""
     return config.model_type in PRUNED_CLASSES
+
+
+def check_code(model: PreTrainedModel) -> None:
+    """Raises SnpError if a model runs code that a pruned one would not have.
+
+    That is built from the classes of transformers and of this package, whatever the loaded one has been built from.
+    """
+    for kind in (type(model), type(model.config)):
+        ours = {c.__name__: c for pair in PRUNED_CLASSES.values() for c in pair}.get(kind.__name__, kind)
+        if kind.__module__.startswith("transformers.models.") or (ours is kind and _is_ours(kind)):
+            continue
+        if ours is not kind and _source(kind) == _source(ours):  # the file that travels with a pruned model
+            continue
+        raise SnpError(
+            f"{kind.__name__}: is code of the model's own, or of another version of this package ({kind.__module__}), "
+            "which a pruned model would lose; expected a class of transformers. Without --trust-remote-code the class "
+            f"that is known here for model_type {model.config.model_type!r} is loaded, if that is what you want."
+        )
+
+
+def _is_ours(kind: type) -> bool:
+    return any(kind in pair for pair in PRUNED_CLASSES.values())
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):
+        return ""
 
 
 def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PreTrainedModel:
@@ -84,7 +119,11 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     if index:
         wait_on_disk(model, index)
         model.hf_device_map = {"": "disk", "-": "cpu"}  # for save_pretrained, which before 5.15 asks for two places
-    model.generation_config = copy.deepcopy(dense.generation_config)
+    if dense.config.tie_word_embeddings and not model.config.tie_word_embeddings:
+        log.warning("the config says that the head is tied to the embeddings, the checkpoint has its own: it is kept")
+    if dense.generation_config is not None:
+        known, values = GenerationConfig().to_dict(), dense.generation_config.to_dict()
+        model.generation_config = GenerationConfig(**{k: v for k, v in values.items() if k in known})
     return model.eval().requires_grad_(False)
 
 
@@ -201,8 +240,28 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
 
 
 def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:
-    values = dense.config.to_dict()
-    return {key: value for key, value in values.items() if key not in PRIVATE_KEYS}
+    """What a stock config knows of the dense model's, with embeddings tied only where they are.
+
+    Keys that no stock class declares may name code that a reader would fetch and run, which takes text: numbers among
+    them are kept, since transformers reads some (a head dimension), all else is dropped.
+    """
+    known = {*AutoConfig.for_model(find_family(dense.config).model_type).to_dict(), *KNOWN_WHEREVER}
+    values = {
+        key: value
+        for key, value in dense.config.to_dict().items()
+        if key not in PRIVATE_KEYS and (key in known or value is None or isinstance(value, int | float))
+    }
+    return {**values, "tie_word_embeddings": dense.config.tie_word_embeddings and _is_tied(dense)}
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embeddings: one tensor, or two that hold the same."""
+    head, embeddings = (next(find().parameters()) for find in (model.get_output_embeddings, model.get_input_embeddings))
+    if head is embeddings:
+        return True
+    index, names = disk_index(model), {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    values = [read_tensor(index[names[id(p)]], p) if p.is_meta else p.detach() for p in (head, embeddings)]
+    return torch.equal(*values)
 
 
 def _keys(family: Family, heads: Heads, ffn: int) -> dict[str, int]:

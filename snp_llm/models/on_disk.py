@@ -5,15 +5,15 @@ A module on disk has meta tensors and one of accelerate's hooks, which knows the
 
 import copy
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
-SAMPLES, PIECE = 256, 65_536  # bytes of each file that its fingerprint is taken from
+from snp_llm.files import checksum
 
 # By name of a tensor: file, name in that file, dtype; what accelerate's OffloadedWeightsLoader reads.
 Index = dict[str, dict[str, Any]]
@@ -31,11 +31,60 @@ def disk_index(module: nn.Module) -> Index:
         loader: Any = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
-                inner, key = loader, name
-                while isinstance(inner, PrefixedDataset):
-                    inner, key = inner.dataset, inner.prefix + key
+                inner, key = _innermost(loader, name)
                 index[f"{path}.{name}" if path else name] = inner.index[key]
     return index
+
+
+def complete_index(model: nn.Module) -> None:
+    """Says where tied weights are that a checkpoint holds under one of their names alone."""
+    known: dict[int, dict[str, Any]] = {}
+    unknown: list[tuple[Index, str, nn.Parameter]] = []
+    for part in model.modules():
+        loader: Any = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                inner, key = _innermost(loader, name)
+                if key in inner.index:
+                    known[id(parameter)] = inner.index[key]
+                else:
+                    unknown.append((inner.index, key, parameter))
+    for index, key, parameter in unknown:
+        index[key] = known[id(parameter)]
+
+
+def other_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Names of the weights on disk whose shape in the file is not that in the model, and both shapes."""
+    by_file: dict[str, list[tuple[str, str]]] = {}
+    for name, entry in disk_index(model).items():
+        by_file.setdefault(entry["safetensors_file"], []).append((name, entry["weight_name"]))
+    parameters, found = dict(model.named_parameters(remove_duplicate=False)), []
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as tensors:
+            for name, key in names:
+                shape, expected = tuple(tensors.get_slice(key).get_shape()), tuple(parameters[name].shape)
+                if shape != expected:
+                    found.append((name, shape, expected))
+    return found
+
+
+def read_tensor(entry: dict[str, Any], like: Tensor) -> Tensor:
+    """A weight on disk, in the dtype that it has in the model.
+
+    Args:
+        entry: of the index.
+        like: what stands for it in the model.
+    """
+    with safe_open(entry["safetensors_file"], framework="pt") as tensors:
+        read: Tensor = tensors.get_tensor(entry["weight_name"])
+    return read.to(like.dtype)
+
+
+def _innermost(loader: Any, name: str) -> tuple[OffloadedWeightsLoader, str]:
+    """What a module's hook reads from in the end, and a tensor's name there."""
+    while isinstance(loader, PrefixedDataset):
+        loader, name = loader.dataset, loader.prefix + name
+    return loader, name
 
 
 def wait_on_disk(module: nn.Module, index: Index) -> None:
@@ -76,17 +125,9 @@ def leave_on_disk(module: nn.Module, file: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the files that a model's weights are in: sizes, headers, and `SAMPLES` pieces of each.
-
-    Other training, pruning or conversion changes weights everywhere, so a file of a hundred gigabytes need not be read.
-    Of a model in memory, nothing.
-    """
+    """SHA-256 over the files that a model's weights are in; of a model in memory, nothing."""
     digest = hashlib.sha256()
-    for file in sorted({entry["safetensors_file"] for entry in disk_index(model).values()}):
-        size = os.path.getsize(file)
-        digest.update(f"{os.path.basename(file)} {size} ".encode())
-        with open(file, "rb") as stream:
-            for sample in range(SAMPLES):
-                stream.seek(sample * max(0, size - PIECE) // (SAMPLES - 1))
-                digest.update(stream.read(PIECE))
+    for name in sorted({entry["safetensors_file"] for entry in disk_index(model).values()}):
+        file = Path(name)
+        digest.update(f"{file.name} {checksum(file)} ".encode())
     return digest.hexdigest()
