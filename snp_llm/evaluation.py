@@ -15,7 +15,7 @@ from snp_llm.data import Windows, evaluation_text, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size, perplexity, strided_perplexity
-from snp_llm.pipeline import window_length
+from snp_llm.pipeline import check_tokens, window_length
 from snp_llm.recipe import EvaluationRecipe
 from snp_llm.report import REPORT, write_text
 from snp_llm.skeleton import load_config
@@ -98,9 +98,11 @@ def measure_perplexity(
             seq_len=seq_len,
             max_windows=recipe.max_windows,
         )
+        check_tokens(windows, model)
         value = perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
         return value, f"{windows.description}, {windows.tokens.numel():,} tokens", windows.digest
     text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column)
+    check_tokens(text, model)
     value, counted = strided_perplexity(
         model,
         text.tokens[0],

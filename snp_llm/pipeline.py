@@ -414,7 +414,15 @@ def read_calibration(
         seq_len=recipe.seq_len,
         seed=recipe.seed,
     )
+    check_tokens(windows, model)
+    return windows
+
+
+def check_tokens(windows: Windows, model: PreTrainedModel) -> None:
+    """Raises SnpError if a text has a token that the model has no embedding for."""
     rows = embedding_rows(model)
     if (largest := int(windows.tokens.max())) >= rows:
-        raise SnpError(f"tokenizer: gives token id {largest:,}, the model has {rows:,}. They do not belong together.")
-    return windows
+        raise SnpError(
+            f"{windows.description}: token id {largest:,} is in the text; the model embeds ids below {rows:,}. Take "
+            "that token out of the text, or use the model's own tokenizer."
+        )

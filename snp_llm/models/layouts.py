@@ -176,6 +176,14 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     return None if _has_biases(find_blocks(dense, family), family) else family.substitute
 
 
+def possible_types(dense: PreTrainedModel, layout: str) -> tuple[str, ...]:
+    """Every model_type that a pruned model's config may have in a layout."""
+    family = find_family(dense.config)
+    if layout == "compact":
+        return family.pruned_type, family.model_type
+    return (family.model_type, family.substitute) if family.substitute else (family.model_type,)
+
+
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
     """The widths of an attention site that a plain config can hold in every block, ascending, without "all units"."""
     step = site.groups or 1

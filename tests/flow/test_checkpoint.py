@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer,
     dense = small_opt(dtype, **OPT_VARIANTS[variant])
     pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3))
     checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
-    assert checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:2]) == 0
+    assert checkpoint.verify(dense, pruned.model, tmp_path / "out", pruned.calibration.tokens[:2]) == 0
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -57,23 +56,25 @@ def test_no_pickles_are_written(tokenizer, tmp_path):
 
 
 def test_verification_notices_changed_weights(tokenizer, tmp_path):
-    pruned = prune(small_opt(), tokenizer, small_recipe())
+    dense = small_opt()
+    pruned = prune(dense, tokenizer, small_recipe())
     checkpoint.save(pruned.model, tokenizer, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.decoder.layers.1.fc2.bias"][0] += 0.5
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SnpError, match="computes something else after reloading: logits differ by"):
-        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1])
+        checkpoint.verify(dense, pruned.model, tmp_path, pruned.calibration.tokens[:1])
 
 
 def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
-    pruned = prune(small_opt(), tokenizer, small_recipe(allocation="variance"))
+    dense = small_opt()
+    pruned = prune(dense, tokenizer, small_recipe(allocation="variance"))
     checkpoint.save(pruned.model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["pruned_layers"]["0"]["ffn_dim"] = 8
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SnpError, match="does not load in a fresh process"):
-        checkpoint.verify(pruned.model, tmp_path, pruned.calibration.tokens[:1])
+        checkpoint.verify(dense, pruned.model, tmp_path, pruned.calibration.tokens[:1])
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -268,10 +269,10 @@ def test_a_pruned_model_does_not_point_to_code_that_was_not_trusted(module, opt_
     """Users are told to trust the code of a pruned model, which must then be none but its own."""
     with_code(opt_folder, trap, "config.json", auto_map={"AutoConfig": f"{module}.Config"})
     with_code(opt_folder, trap, "tokenizer_config.json", auto_map={"AutoTokenizer": [None, f"{module}.Tokenizer"]})
-    model, tokenizer = checkpoint.load(str(opt_folder), "auto")
-    pruned = prune(model, tokenizer, small_recipe())
+    dense, tokenizer = checkpoint.load(str(opt_folder), "auto")
+    pruned = prune(dense, tokenizer, small_recipe())
     checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
-    checkpoint.verify(pruned.model, tmp_path / "out", pruned.calibration.tokens[:1])
+    checkpoint.verify(dense, pruned.model, tmp_path / "out", pruned.calibration.tokens[:1])
     assert not trap.exists() and not list((tmp_path / "out").glob("custom*"))
     for file in (tmp_path / "out").glob("*.json"):
         assert "custom" not in file.read_text()
@@ -305,66 +306,6 @@ def test_a_pickle_of_tensors_loads(opt_folder):
     same, _ = checkpoint.load(str(opt_folder), "auto")
     tokens = torch.arange(20)[None]
     assert torch.equal(dense(tokens).logits, same(tokens).logits)
-
-
-# --- the output folder -----------------------------------------------------------------------------------------------
-
-
-def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path):
-    with (
-        pytest.raises(SnpError, match="went wrong"),
-        checkpoint.finished_folder(tmp_path / "out", overwrite=False) as folder,
-    ):
-        (folder / "half").write_text("")
-        raise SnpError("went wrong")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_folder_is_kept_until_its_successor_is_finished(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
-    with pytest.raises(SnpError, match=r"out: exists.*--overwrite"):
-        checkpoint.check_output(out, overwrite=False)
-    with pytest.raises(SnpError), checkpoint.finished_folder(out, overwrite=True):
-        raise SnpError("went wrong")
-    assert (out / "old").exists()
-    with checkpoint.finished_folder(out, overwrite=True) as folder:
-        (folder / "new").write_text("new")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and [p.name for p in out.iterdir()] == ["new"]
-
-
-def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(SnpError, match="exists"), checkpoint.finished_folder(tmp_path / "out", overwrite=False):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/theirs").write_text("")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SnpError, match="is a file"):
-        checkpoint.check_output(tmp_path / "file", overwrite=True)
-    with pytest.raises(SnpError, match="cannot be written"):
-        checkpoint.check_output(tmp_path / "file" / "out", overwrite=False)
-    with pytest.raises(SnpError, match="cannot be written"):
-        checkpoint.check_output(Path("/proc/out"), overwrite=False)
-
-
-def test_files_are_as_readable_as_the_user_wants(tmp_path):
-    with checkpoint.finished_folder(tmp_path / "out", overwrite=False) as folder:
-        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
-        (folder / "other").write_text("")
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
-    (tmp_path / "plain").write_text("")
-    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
-
-
-def test_missing_parents_are_made(tmp_path):
-    checkpoint.check_output(tmp_path / "a/b/out", overwrite=False)
-    with checkpoint.finished_folder(tmp_path / "a/b/out", overwrite=False):
-        pass
-    assert (tmp_path / "a/b/out").is_dir()
 
 
 @pytest.mark.slow
