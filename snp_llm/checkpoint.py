@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from snp_llm.data import BUNDLED
 from snp_llm.errors import SnpError
@@ -39,6 +39,7 @@ LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
 # the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
 LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 RELOAD = Path(__file__).with_name("reload.py")
+MODELING = Path(__file__).with_name("models")
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def load(
     with explained(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_config(name, config)
+    check_own_code(name, config, trusted=trust_remote_code)
     with explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -223,34 +225,46 @@ def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens
 
 def check_kept(dense: PreTrainedModel, folder: Path) -> None:
     """Raises SnpError unless a folder holds every tensor outside the blocks as it was loaded, to the bit."""
-    prefix = find_family(dense.config).blocks + "."
-    saved = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            saved.update(dict.fromkeys(tensors.keys(), file))
-
-    def same(name: str, loaded: Tensor) -> bool:
-        with safe_open(saved[name], framework="pt") as tensors:
-            return torch.equal(tensors.get_tensor(name), loaded.detach().cpu())
-
-    outside = {name: tensor for name, tensor in dense.state_dict(keep_vars=True).items() if not name.startswith(prefix)}
-    index = disk_index(dense)
-    of_tensor: dict[int, list[str]] = {}
-    for name, tensor in outside.items():
-        of_tensor.setdefault(id(tensor), []).append(name)
-    wrong = [name for name in saved if not name.startswith(prefix) and name not in outside]
-    for names in of_tensor.values():  # one of several names for a tied tensor is enough
-        kept = [name for name in names if name in saved]
-        loaded = read_tensor(index[names[0]], outside[names[0]]) if names[0] in index else outside[names[0]]
-        for name in kept:
-            wrong += [] if same(name, loaded) else [name]
-        # Of a tensor that the checkpoint has twice, alike, one is kept, and the other tied to it.
-        wrong += [] if kept or any(same(name, loaded) for name in saved if name in outside) else names[:1]
+    with tempfile.TemporaryDirectory() as scratch, explained(str(folder), "the saved model "):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, device_map={"": "disk"}, offload_folder=scratch
+        )
+        saved, info = found
+        complete_index(saved)
+        prefix = find_family(dense.config).blocks + "."
+        loaded, kept = (
+            {name: (tensor, index.get(name)) for name, tensor in model.state_dict().items() if prefix not in name}
+            for model, index in ((dense, disk_index(dense)), (saved, disk_index(saved)))
+        )
+        wrong = [*info["missing_keys"], *info["unexpected_keys"], *(loaded.keys() ^ kept.keys())]
+        for name, (tensor, entry) in () if wrong else loaded.items():
+            one, other = ((t.cpu() if e is None else read_tensor(e, t)) for t, e in ((tensor, entry), kept[name]))
+            wrong += [] if torch.equal(one, other) else [name]
     if wrong:
         raise SnpError(
             f"the saved model is not the one that was loaded: {wrong[0]} differs. That is a fault of this program, or "
             "of the disk; nothing was kept. Please report it with the model's config.json."
         )
+
+
+def check_own_code(name: str, config: PretrainedConfig, *, trusted: bool) -> None:
+    """Says so if the modelling file that came with a pruned model is not the one that is used for it here.
+
+    Raises:
+        SnpError: it was trusted, so that it should be used.
+    """
+    if not needs_code(config):
+        return
+    for own in (MODELING / f"modeling_{config.model_type}.py", MODELING / "snp_blocks.py"):
+        theirs = cached_file(find_model(name), own.name, _raise_exceptions_for_missing_entries=False)
+        if theirs is None or Path(theirs).read_bytes() == own.read_bytes():
+            continue
+        if trusted:
+            raise SnpError(
+                f"model {name}: its {own.name} is not this version's, with which a model that is pruned again would be "
+                "saved. Leave out --trust-remote-code to use this version's from the start."
+            )
+        log.warning("model %s: its %s is not this version's, which is used instead", name, own.name)
 
 
 def folder_bytes(folder: Path) -> int:

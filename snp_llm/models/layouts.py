@@ -1,8 +1,6 @@
 """How widths are written down: which config can hold them, and the model built from that config. Knows no files."""
 
-import inspect
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +54,7 @@ KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
 FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
 # Of a pruned or loaded model alone; they say nothing about the shapes.
 PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 KNOWN_WHEREVER = ("layer_types",)  # what transformers reads of any config, whether its class declares it or not
 
 
@@ -65,32 +64,18 @@ def needs_code(config: PretrainedConfig) -> bool:
 
 
 def check_code(model: PreTrainedModel) -> None:
-    """Raises SnpError if a model runs code that a pruned one would not have.
+    """Raises SnpError if a model runs code of its own, which a pruned one would lose.
 
     That is built from the classes of transformers and of this package, whatever the loaded one has been built from.
     """
+    ours = [kind for pair in PRUNED_CLASSES.values() for kind in pair]
     for kind in (type(model), type(model.config)):
-        ours = {c.__name__: c for pair in PRUNED_CLASSES.values() for c in pair}.get(kind.__name__, kind)
-        if kind.__module__.startswith("transformers.models.") or (ours is kind and _is_ours(kind)):
-            continue
-        if ours is not kind and _source(kind) == _source(ours):  # the file that travels with a pruned model
-            continue
-        raise SnpError(
-            f"{kind.__name__}: is code of the model's own, or of another version of this package ({kind.__module__}), "
-            "which a pruned model would lose; expected a class of transformers. Without --trust-remote-code the class "
-            f"that is known here for model_type {model.config.model_type!r} is loaded, if that is what you want."
-        )
-
-
-def _is_ours(kind: type) -> bool:
-    return any(kind in pair for pair in PRUNED_CLASSES.values())
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError, KeyError):
-        return ""
+        if not kind.__module__.startswith("transformers.models.") and kind not in ours:
+            raise SnpError(
+                f"{kind.__name__}: is code of the model's own ({kind.__module__}), which a pruned model would lose; "
+                "expected a class of transformers. Without --trust-remote-code the class that is known here for "
+                f"model_type {model.config.model_type!r} is loaded, if that is what you want."
+            )
 
 
 def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PreTrainedModel:
@@ -122,8 +107,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     if dense.config.tie_word_embeddings and not model.config.tie_word_embeddings:
         log.warning("the config says that the head is tied to the embeddings, the checkpoint has its own: it is kept")
     if dense.generation_config is not None:
-        known, values = GenerationConfig().to_dict(), dense.generation_config.to_dict()
-        model.generation_config = GenerationConfig(**{k: v for k, v in values.items() if k in known})
+        model.generation_config = _stock_generation(dense.generation_config)
     return model.eval().requires_grad_(False)
 
 
@@ -260,6 +244,22 @@ def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:
         if key not in PRIVATE_KEYS and (key in known or value is None or isinstance(value, int | float))
     }
     return {**values, "tie_word_embeddings": dense.config.tie_word_embeddings and _is_tied(dense)}
+
+
+def _stock_generation(config: GenerationConfig) -> GenerationConfig:
+    """What the stock class knows of a generation config, in a form that it saves.
+
+    Settings of sampling have no effect without sampling, and many models ship so; transformers refuses to save them.
+    """
+    known, values = GenerationConfig().to_dict(), config.to_dict()
+    idle = () if values.get("do_sample") else SAMPLING_KEYS
+    kept = GenerationConfig(**{key: value for key, value in values.items() if key in known and key not in idle})
+    try:
+        kept.validate(strict=True)
+    except ValueError as error:
+        log.warning("the generation config is left out, transformers finds it wrong: %s", " ".join(str(error).split()))
+        return GenerationConfig()
+    return kept
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -32,7 +32,8 @@ def disk_index(module: nn.Module) -> Index:
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
                 inner, key = _innermost(loader, name)
-                index[f"{path}.{name}" if path else name] = inner.index[key]
+                if key in inner.index:
+                    index[f"{path}.{name}" if path else name] = inner.index[key]
     return index
 
 
@@ -50,7 +51,8 @@ def complete_index(model: nn.Module) -> None:
                 else:
                     unknown.append((inner.index, key, parameter))
     for index, key, parameter in unknown:
-        index[key] = known[id(parameter)]
+        if id(parameter) in known:  # else the checkpoint lacks it
+            index[key] = known[id(parameter)]
 
 
 def other_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
