@@ -15,7 +15,9 @@ from snp_llm.linalg.gram import column_blocks, random_signs
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 
-GREEDY_ROUNDS = 128  # removals happen in at most so many rounds: the block size r is units / GREEDY_ROUNDS
+GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
+CANDIDATES = 2  # times r, the cheapest units, from which those are taken that can go together
+RISE = 1.05  # times what the next in line costs: what a unit may come to cost through others that go at once
 ZCA_EXACT_UP_TO = 512  # channels
 LEAST_SIGNS = 128  # random projections of a column, whose norm comes out to 12 %
 SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one atom up to rounding
@@ -164,8 +166,9 @@ def greedy(problem: OrderingProblem) -> Tensor:
     """Backward elimination by `obs`: remove the cheapest, repair W, downdate `G^-1`, repeat to the last unit.
 
     A unit's score is the place at which it went; units that are kept for certain come after all others, by what each
-    would cost next. r units go at once, cheapest first, r = 1 up to 128 units; removing P leaves
-    `W_K - W_P [G^-1]_PP^-1 [G^-1]_PK` and `[G^-1]_KK - [G^-1]_KP [G^-1]_PP^-1 [G^-1]_PK` on the rest K. This is
+    would cost next. r units go at once, cheapest first, but for those that the others make dear (`_cheap_together`);
+    r = 1 below 256 units. Removing P leaves `W_K - W_P [G^-1]_PP^-1 [G^-1]_PK` and
+    `[G^-1]_KK - [G^-1]_KP [G^-1]_PP^-1 [G^-1]_PK` on the rest K. This is
     symmetric elimination with pivots chosen on the way, so it is done as LAPACK does that: the large matrix takes up
     many removals in one product, and what is left of it moves to its front. At every halving the inverse is computed
     afresh, so that updates do not drift.
@@ -187,7 +190,14 @@ def greedy(problem: OrderingProblem) -> Tensor:
         shares, filled = torch.empty_like(rows), 0
         while removed < last and filled < PANEL:
             costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
-            going = torch.argsort(costs, stable=True)[: min(block, last - removed)]
+            count = min(block, last - removed)
+            going = torch.argsort(costs, stable=True)[: min(CANDIDATES * block, units - removed)]
+            if block == 1:
+                going = going[:1]
+            else:
+                C = unit_channels(going, size)
+                among = inverse[C[:, None], C].addmm_(rows[:filled, C].mT, shares[:filled, C], alpha=-1)
+                going = going[_cheap_together(among, W[C], costs[going], count, size)]
             scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
             gone[going] = True
             removed += len(going)
@@ -223,6 +233,39 @@ def greedy(problem: OrderingProblem) -> Tensor:
             matrix[:, target] = matrix[:, source]
         W, alive, inverse = W[: left * size], alive[:left], inverse[: left * size, : left * size]
         inverse.addmm_(rows[:filled, : len(W)].mT, shares[:filled, : len(W)], alpha=-1)
+
+
+def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
+    """Which of a pool of units go at once: the cheapest, without those that these make dear.
+
+    Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
+    a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
+    more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
+
+    Args:
+        inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
+        W: out-projection weight, a row a channel, (u * size, d_out).
+        costs: of removing each unit alone, ascending, (u,).
+        count: units that go at most.
+        size: channels a unit has.
+
+    Returns:
+        Places in the pool, ascending, the first among them, int64.
+    """
+    pool = places = torch.arange(len(costs), device=W.device)
+    while True:
+        going, waiting = pool[:count], pool[count:]
+        P = unit_channels(going, size)
+        factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
+        rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
+        limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
+        cheap = per_unit(rows.square().sum(1), size) <= limit
+        cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
+        dear = (~cheap[1:]).nonzero()
+        if not len(dear):
+            return going
+        first = 1 + int(dear[0])
+        pool = torch.cat([pool[:first], pool[first + 1 :]])
 
 
 def random(problem: OrderingProblem) -> Tensor:

@@ -31,6 +31,7 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from snp_llm import Recipe, checkpoint, cli
 from snp_llm import commands as commands_room
@@ -71,7 +72,7 @@ GIVEN = {
 # Commands with these go no further than the parser: they write to the Hub, print, need an extra, or depend on how busy
 # the machine is.
 PARSED_ONLY = {"--push-to-hub", "--help", "--target-latency", "--tasks", "--include-path"}
-FOREIGN_OPTIONS = {"--help", "--no-deps", "--cpu", "--machine"}  # of pip and accelerate
+FOREIGN_OPTIONS = {"--help", "--no-deps", "--machine"}  # of pip and accelerate
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,10 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pyte
         launcher = pytest.importorskip("accelerate.commands.launch").launch_command_parser()
         launched = launcher.parse_args(words[2:])
         assert words[1] == "launch" and launched.module
+        return parse_own(["python", "-m", launched.training_script, *launched.training_script_args], monkeypatch)
+    if words[0] == "torchrun":
+        launched = torchrun_parser().parse_args(words[1:])
+        assert launched.module
         return parse_own(["python", "-m", launched.training_script, *launched.training_script_args], monkeypatch)
     if words[:2] == ["python", "-m"]:
         if words[2] in FOREIGN:

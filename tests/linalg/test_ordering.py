@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from snp_llm.errors import SnpError
+from snp_llm.linalg import ordering
 from snp_llm.linalg.ldl import make_definite
 from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
-from tests.linalg.problems import make_inputs, make_weight
+from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 SIZES = [1, 3]  # channels, and heads of three
 
@@ -133,6 +134,78 @@ def test_greedy_in_blocks_removes_all_units_once():
     problem, _ = make_problem(1, units=300, dampening=0.01)
     scores = ORDERINGS["greedy"](problem)
     assert sorted(scores.tolist()) == list(range(300))
+
+
+def related(kind, X):
+    """The inputs, (tokens, n), with as many channels again, or twice as many, that say nothing new."""
+    if kind == "sums":
+        return torch.cat([X, X + X.roll(1, 1)], 1)
+    if kind == "nearly equal":
+        noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(3), dtype=X.dtype)
+        return torch.cat([X, X + 1e-6 * X.std() * noise], 1)
+    factors = {"twice": [1, 1], "three times": [1, 1, 1], "scaled": [1, 100], "negated": [1, -1]}[kind]
+    return torch.cat([factor * X for factor in factors], 1)
+
+
+def remaining_error(X, W, kept):
+    """Relative squared output error of the best repair on the kept channels, by lstsq."""
+    Y = X @ W.T
+    return float((X[:, kept] @ least_squares(X, Y, kept).T - Y).square().sum() / Y.square().sum())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["twice", "three times", "scaled", "negated", "nearly equal", "sums"])
+@pytest.mark.parametrize("rounds", [128, 16])
+def test_units_that_say_nothing_new_cost_nothing_however_many_go_at_once(kind, size, rounds, monkeypatch):
+    monkeypatch.setattr(ordering, "GREEDY_ROUNDS", rounds)
+    independent = 192 if rounds == 128 else 24  # three at once or more
+    X = make_inputs(2 * independent * size, independent * size).relu()
+    X = related(kind, X / X.square().mean(0).sqrt())
+    W, units = make_weight(7, X.shape[1]), X.shape[1] // size
+    definite = make_definite(X.T @ X, 1e-7)
+    for keep in (0, independent):
+        problem = OrderingProblem(definite, W, torch.ones(units, dtype=torch.float64), size, seed=0, keep=keep)
+        order = order_units("greedy", problem)
+        assert sorted(order.tolist()) == list(range(units))
+        assert remaining_error(X, W, unit_channels(order[:independent], size)) < 1e-9
+        assert remaining_error(X, W, unit_channels(order[: independent - independent // 4], size)) > 1e-6
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["independent", "twice", "sums"])
+def test_three_at_once_lose_about_what_one_at_a_time_does(kind, dampening, monkeypatch):
+    """At single widths either may be better: with noise in all channels no order is the best at every width."""
+    X = make_inputs(600, 120)
+    X = X if kind == "independent" else related(kind, X[:, :60])
+    X = X + 0.02 * X.std(0) * torch.randn(X.shape, generator=torch.Generator().manual_seed(5), dtype=X.dtype)
+    W, ones = make_weight(7, 120), torch.ones(120, dtype=torch.float64)
+    errors = {}
+    for rounds in (120, 40):
+        monkeypatch.setattr(ordering, "GREEDY_ROUNDS", rounds)
+        order = order_units("greedy", OrderingProblem(make_definite(X.T @ X, dampening), W, ones, 1, seed=0))
+        errors[rounds] = torch.tensor([remaining_error(X, W, order[:keep]) for keep in range(3, 120, 3)])
+    assert (errors[40] / errors[120]).log().mean().exp() < 1.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_several_at_once_are_never_far_from_the_best_subset(seed, monkeypatch):
+    monkeypatch.setattr(ordering, "GREEDY_ROUNDS", 3)  # four at once
+    X = make_inputs(60, 6, seed=seed)
+    X = torch.cat([X, X], 1) + 1e-3 * make_inputs(60, 12, seed=seed + 9)
+    W = make_weight(3, 12)
+    problem = OrderingProblem(make_definite(X.T @ X, 0.0), W, torch.ones(12, dtype=torch.float64), 1, seed=0)
+    order = order_units("greedy", problem)
+    for keep in (6, 4):
+        best = min(remaining_error(X, W, list(kept)) for kept in combinations(range(12), keep))
+        assert remaining_error(X, W, order[:keep]) <= 2 * best
+
+
+def test_in_float32_equal_channels_are_not_both_removed_either():
+    X = make_inputs(800, 192).relu()
+    X, W = related("twice", X / X.square().mean(0).sqrt()).float(), make_weight(7, 192).float()
+    definite = make_definite(X.T @ X, 1e-3)
+    problem = OrderingProblem(definite, torch.cat([W, W], 1), torch.ones(384, dtype=torch.float64), 1, seed=0)
+    assert len((order_units("greedy", problem)[:192] % 192).unique()) == 192
 
 
 def test_greedy_beats_single_removals_on_a_duplicated_pair():
