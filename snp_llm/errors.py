@@ -1,4 +1,8 @@
-"""The one exception that users see. It must not know anything else of the package."""
+"""The one exception that users see, and how it quotes what came. It must not know anything else of the package."""
+
+import reprlib
+
+LONGEST_INTEGER = 10**30  # that is written out
 
 
 class SnpError(Exception):
@@ -6,3 +10,16 @@ class SnpError(Exception):
 
     The command line prints it on one or two lines and exits with 2.
     """
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: short and on one line, whatever was given."""
+    if isinstance(value, int) and abs(value) >= LONGEST_INTEGER:  # Python refuses to write out the longest
+        return "an integer of more than 30 digits"
+    return reprlib.repr(value)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, all its lines joined, up to a few hundred characters; else its kind."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return (text if len(text) <= 400 else f"{text[:400].rstrip()} ...") or type(error).__name__
