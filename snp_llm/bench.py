@@ -123,8 +123,8 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     device = compute_device(recipe.device)
     wanted = cells(recipe)
     names = (recipe.dense, recipe.pruned)
-    for name in names:
-        skeleton = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
+    for name, skeleton in zip(names, skeletons, strict=True):
         check_positions(name, skeleton.config, wanted)
         check_tokenizer(name)
     # Before anything is loaded here, so that there is memory for them.

@@ -29,9 +29,7 @@ ConfigFile = Annotated[
     str | None,
     tyro.conf.arg(metavar="FILE", help="Recipe file, YAML, to start from; options given here override what it says."),
 ]
-LINE_BREAKING = re.compile(
-    "[\\x00-\\x1f\\x7f-\\x9f\u2028\u2029\ud800-\udfff]"
-)  # control characters, in names and texts
+LINE_BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # in names and texts
 
 USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
 

@@ -16,7 +16,7 @@ from snp_llm.data import Windows, check_dataset, evaluation_text, evaluation_win
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size, perplexity, strided_perplexity
-from snp_llm.pipeline import window_length
+from snp_llm.pipeline import LONGEST_DEFAULT_WINDOW, window_length
 from snp_llm.recipe import EvaluationRecipe
 from snp_llm.report import REPORT, read_report, write_text
 from snp_llm.skeleton import check_tokenizer, load_skeleton
@@ -58,12 +58,12 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
         check_dataset(dataset_of(recipe), recipe.split, recipe.text_column, evaluation=True)
     if recipe.include_path is not None and not Path(recipe.include_path).is_dir():
         raise SnpError(f"--include-path {recipe.include_path}: no such folder; expected one with task files (.yaml).")
-    positions = 2048
+    positions = []
     for name in recipe.models:
         config = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code).config
-        positions = min(positions, getattr(config, "max_position_embeddings", positions))
+        positions.append(int(getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
         check_tokenizer(name)
-    seq_len = window_length(recipe.seq_len, positions)
+    seq_len = window_length(recipe.seq_len, min(positions))
     if recipe.stride is not None and recipe.stride > seq_len:
         raise SnpError(f"--stride: expected at most the window's {seq_len:,} tokens, got {recipe.stride:,}.")
     tasks, manager = None, None

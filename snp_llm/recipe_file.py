@@ -67,7 +67,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
         node = yaml.compose(data, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SnpError(f"{where}: is not YAML: {reason(error)[:300]}.") from error
-    if node is None:
+    if node is None or node.tag == "tag:yaml.org,2002:null":
         raise SnpError(f"{where}: is empty; expected settings, one `name: value` a line.")
     if not isinstance(node, yaml.MappingNode):
         got = NODES.get(type(node)) or shown(node.value)

@@ -20,7 +20,7 @@ WIDE = 200  # columns where there is no terminal that would wrap them
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table whose first column stands left and all others right. All of it is text: brackets in names are no markup."""
+    """A table whose first column stands left and all others right; brackets in names are no markup."""
     table = Table(title=None if title is None else Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if index else "left")
