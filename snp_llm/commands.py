@@ -77,11 +77,11 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
 def output_folder(recipe: Recipe) -> Path:
     """Where the pruned model goes: what was asked for, or a name of its own here, or beside the model in whose folder
     this is."""
-    folder, model = Path(recipe.output_folder), Path(recipe.model)
     check_output_name(recipe.output_folder)
-    if recipe.output is None and model.is_dir() and Path.cwd().is_relative_to(model.resolve()):
-        folder = model.resolve().with_name(folder.name)
-        log.warning("you are inside of %s: the pruned model goes beside it, to %s", model.resolve(), folder)
+    folder, model = Path(recipe.output_folder), Path(recipe.model).resolve()
+    if recipe.output is None and (model / "config.json").exists() and Path.cwd().is_relative_to(model):
+        folder = model.parent / folder
+        log.warning("you are inside of %s: the pruned model goes beside it, to %s", model, folder)
     return folder
 
 

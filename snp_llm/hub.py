@@ -14,12 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from snp_llm.errors import SnpError
 from snp_llm.json_files import read_json
 from snp_llm.recipe_file import RECIPE
-from snp_llm.report import PAGE, REPORT, read_report
+from snp_llm.report import CARD, PAGE, REPORT, read_report
 from snp_llm.version import __version__
 
 log = logging.getLogger("snp_llm")
 
 INDEX = "model.safetensors.index.json"
+NEEDED = ("config.json", CARD, REPORT)  # beside the weights
 # What a model folder is made of. Pickles, hidden files and whatever else has come to lie in it are not.
 PARTS = (
     *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
@@ -98,6 +99,7 @@ def model_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SnpError(f"push {folder}: no such folder; expected an output of `snp-llm prune`.")
+    _check_missing(folder, {name for name in NEEDED if not (folder / name).is_file()})
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     files = [file for file in found if _is_part(file.relative_to(folder))]
     names = {file.relative_to(folder).as_posix() for file in files}
@@ -108,10 +110,7 @@ def model_files(folder: Path) -> list[Path]:
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise SnpError(f"push {folder}: {INDEX} does not list weight files. Prune again.")
         weights = set(listed.values())
-    if missing := sorted(({"config.json", "README.md", REPORT} | weights) - names):
-        raise SnpError(
-            f"push {folder}: expected a finished output of `snp-llm prune`; {', '.join(missing)} missing. Prune again."
-        )
+    _check_missing(folder, weights - names)
     read_report(folder)
     for file in files:
         if file.suffix == ".json":
@@ -119,6 +118,14 @@ def model_files(folder: Path) -> list[Path]:
     if others := [file.relative_to(folder).as_posix() for file in found if file not in files]:
         log.warning(f"push {folder}: not part of a model, left out: {', '.join(others)}")
     return files
+
+
+def _check_missing(folder: Path, missing: set[str]) -> None:
+    if missing:
+        raise SnpError(
+            f"push {folder}: expected a finished output of `snp-llm prune`; {', '.join(sorted(missing))} missing. "
+            "Prune again."
+        )
 
 
 def _is_part(path: Path) -> bool:

@@ -426,7 +426,7 @@ def check_settings(settings: Any) -> None:
     """
     for field in fields(settings):
         value, where = getattr(settings, field.name), flag(field.name) if field.default is not MISSING else field.name
-        several = isinstance(value, tuple | list)
+        several = isinstance(value, tuple | list) and (field.default is MISSING or isinstance(field.default, tuple))
         if several and not value and field.default is not MISSING:
             raise SnpError(f"{where}: expected at least one, got none.")
         for single in value if several else [value]:
