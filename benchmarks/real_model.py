@@ -158,7 +158,7 @@ def served_recipes(args: argparse.Namespace, folder: Path) -> list[Recipe]:
     if not args.serve_at:
         return []
     recipe = recipe_for(args, folder, "uniform", args.allocations.split(",")[0], args.serve_at)
-    return [recipe, replace(recipe, head_sparsity=1 / 3, ffn_sparsity=args.serve_at)]
+    return [recipe, replace(recipe, head_sparsity=1 / 3)]
 
 
 def recipe_for(args: argparse.Namespace, folder: Path, layout: str, allocation: str, sparsity: float) -> Recipe:

@@ -25,8 +25,8 @@ from snp_llm.measure import ModelSize, model_size
 from snp_llm.models.families import embedding_rows, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.options import BenchRecipe
-from snp_llm.report import update_card, versions, write_text
-from snp_llm.skeleton import load_config
+from snp_llm.report import read_card, read_report, update_card, versions, write_text
+from snp_llm.skeleton import check_tokenizer, load_skeleton
 from snp_llm.terminal import table_of
 from snp_llm.version import __version__
 
@@ -123,9 +123,10 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     device = compute_device(recipe.device)
     wanted = cells(recipe)
     names = (recipe.dense, recipe.pruned)
-    configs = [load_config(name, trust_remote_code=recipe.trust_remote_code) for name in names]
-    for name, config in zip(names, configs, strict=True):
-        check_positions(name, config, wanted)
+    skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
+    for name, skeleton in zip(names, skeletons, strict=True):
+        check_positions(name, skeleton.config, wanted)
+        check_tokenizer(name)
     # Before anything is loaded here, so that there is memory for them.
     memory = [peak_memory(name, wanted, device, recipe) if recipe.memory else None for name in names]
     if recipe.memory:
@@ -436,6 +437,14 @@ def headline(result: dict[str, Any]) -> str:
         f"{result['models']['dense']} and {result['models']['pruned']} on {result['device']}{threads}, {dtypes}, "
         f"{how}: medians of {result['repeats']} passes in turns ± half the quartiles' distance; tokens a second"
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Raises SnpError if a result could not be written into an output folder, before it is measured."""
+    read_report(folder)
+    read_card(folder)
+    if not os.access(folder, os.W_OK) or (folder / BENCH).is_dir():
+        raise SnpError(f"--save: expected a folder that {BENCH} can be written to; {folder} is not.")
 
 
 def save(result: dict[str, Any], folder: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from snp_llm.data import BUNDLED
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, reason
 from snp_llm.measure import logits_block_by_block
 from snp_llm.models.families import embedding_rows, find_family
 from snp_llm.models.layouts import needs_code
@@ -290,5 +290,4 @@ def explained(name: str, what: str = "model ", part: str = "") -> Iterator[None]
                 f"{what}{name}: needs Python code from its own repository, which is not run unasked. If you have read "
                 "that code and trust it, allow it with --trust-remote-code."
             ) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise SnpError(f"{what}{name}: {part}cannot be loaded. {lines[0][:300]}") from error
+        raise SnpError(f"{what}{name}: {part}cannot be loaded. {reason(error)}") from error

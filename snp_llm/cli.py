@@ -17,7 +17,7 @@ import transformers
 import tyro
 
 from snp_llm import commands
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, reason, shown
 from snp_llm.options import BenchRecipe, InspectRecipe, Talk
 from snp_llm.recipe import EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
 from snp_llm.recipe_file import build_recipe, read_settings
@@ -29,6 +29,7 @@ ConfigFile = Annotated[
     str | None,
     tyro.conf.arg(metavar="FILE", help="Recipe file, YAML, to start from; options given here override what it says."),
 ]
+LINE_BREAKING = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # in names and texts
 
 USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language models
 
@@ -114,9 +115,12 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
     except SnpError as error:
         return _fail(str(error))
     except torch.OutOfMemoryError as error:
-        return _fail(
-            f"out of memory on the device ({str(error).splitlines()[0]}). Use a smaller --batch-size or --seq-len."
-        )
+        return _fail(f"out of memory on the device ({reason(error)}). Use a smaller --batch-size or --seq-len.")
+    # What nothing before has put into words of its own: a file that went away, a disk that is full, names and texts in
+    # odd encodings. Said in one line all the same, with what raised it.
+    except (OSError, RecursionError, UnicodeError, MemoryError) as error:
+        name = f" {shown(error.filename)}" if isinstance(error, OSError) and error.filename else ""
+        return _fail(f"{type(error).__name__}{name}: {reason(error)}.")
     except KeyboardInterrupt as interrupt:
         return _fail("interrupted; no output was written.", code=interrupt.args[0] if interrupt.args else 130)
     return 0
@@ -174,5 +178,6 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"snp-llm: error: {message}", file=sys.stderr)
+    line = LINE_BREAKING.sub(lambda found: ascii(found[0])[1:-1], message)
+    print(f"snp-llm: error: {line}", file=sys.stderr)
     return code

@@ -17,20 +17,22 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import bench, checkpoint, evaluation, hub, inspection, measure, output, page, pipeline, ranks, report
-from snp_llm.data import Windows, evaluation_windows
+from snp_llm.data import Windows, check_dataset, evaluation_windows
 from snp_llm.device import Clock, compute_device, describe_device
 from snp_llm.errors import SnpError
 from snp_llm.estimate import estimate, refuse_what_cannot_fit
 from snp_llm.journal import Journal
+from snp_llm.latency import check_table
 from snp_llm.models.families import find_blocks, find_family, find_sites
 from snp_llm.models.layouts import describe_layout, possible_types
 from snp_llm.options import BenchRecipe, InspectRecipe, Talk
-from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe
+from snp_llm.recipe import GOALS, EvaluationRecipe, PushRecipe, Recipe, ReportRecipe, check_output_name
 from snp_llm.recipe_file import RECIPE, save_recipe
-from snp_llm.skeleton import load_skeleton
+from snp_llm.skeleton import check_tokenizer, load_skeleton
 from snp_llm.terminal import print_json, print_table, progress
 from snp_llm.tokenizer_files import check_carried, find_tokenizer_files
 from snp_llm.visit import visit_passes
+from snp_llm.widths import check_budget
 
 log = logging.getLogger("snp_llm")
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
@@ -49,17 +51,21 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
 
 def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
     """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints."""
-    folder, inputs = Path(recipe.output_folder), inputs_of(recipe)
+    folder, inputs = output_folder(recipe), inputs_of(recipe)
+    bundled = "bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"
+    calibration, eval_dataset = recipe.calibration or bundled, recipe.eval_dataset or bundled
+    recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
+    check_dataset(calibration, recipe.calibration_split, recipe.text_column, evaluation=False)
+    if recipe.eval:
+        check_dataset(eval_dataset, recipe.eval_split, recipe.text_column, evaluation=True)
     if not recipe.dry_run:
         output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
             hub.check_access(recipe.push_to_hub)
-    bundled = recipe.model == checkpoint.TINY_OPT
-    recipe = replace(recipe, calibration=recipe.calibration or ("bundled" if bundled else "wikitext2"))
-    recipe = replace(recipe, eval_dataset=recipe.eval_dataset or ("bundled" if bundled else "wikitext2"))
+    check_model(recipe)
     if recipe.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
-            rehearse(recipe, Path(scratch), talk)
+            rehearse(recipe, folder, Path(scratch), talk)
         return
     with ranks.joined(recipe.device):
         if ranks.rank():
@@ -68,6 +74,25 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
             summary, table = prune_into(partial, recipe, command, talk)
         if ranks.rank() == 0:
             finish(recipe, folder, summary, table, talk)
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Where the pruned model goes: what was asked for, or a name of its own here, or beside the model in whose folder
+    this is."""
+    check_output_name(recipe.output_folder)
+    folder, model = Path(recipe.output_folder), Path(recipe.model).resolve()
+    if recipe.output is None and (model / "config.json").exists() and Path.cwd().is_relative_to(model):
+        folder = model.parent / folder
+        log.warning("you are inside of %s: the pruned model goes beside it, to %s", model, folder)
+    return folder
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuses, by the model's config alone, what cannot be built, pruned, or brought down to the budget."""
+    skeleton = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    check_tokenizer(recipe.model)
+    check_table(recipe)
+    check_budget(skeleton, pipeline.resolve(recipe, skeleton))
 
 
 def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> tuple[dict[str, Any], Table]:
@@ -153,11 +178,11 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table, 
         run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
 
 
-def rehearse(recipe: Recipe, scratch: Path, talk: Talk) -> None:
+def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
     dense, tokenizer = load_on_disk(recipe, scratch)
     recipe = pipeline.resolve(recipe, dense)
-    takes = announce(dense, recipe, Path(recipe.output_folder).absolute().parent, talk)
+    takes = announce(dense, recipe, folder.absolute().parent, talk)
     with progress(dense.config.num_hidden_layers) as on_step:
         plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
     if talk.json:
@@ -260,8 +285,8 @@ def asked(recipe: Recipe) -> str:
     for goal in GOALS:
         if (value := getattr(recipe, goal)) is not None:
             return f"--{goal.replace('_', '-')} {value}"
-    if recipe.ffn_sparsity is None and recipe.head_sparsity is None:
-        return f"{recipe.sparsity:g}"
+    if not recipe.separate:
+        return f"{recipe.sparsity_of('ffn'):g}"
     return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"
 
 
@@ -269,19 +294,20 @@ def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
     """Measure two models and print them side by side."""
     if recipe.save:
         check_own_folder("--save", recipe.pruned)
+        bench.check_folder(Path(recipe.pruned))
     typed = shlex.join(command)
     with progress(len(bench.cells(recipe)) + recipe.memory, "loading") as on_step:
         result = bench.bench(recipe, typed, on_step)
-    if recipe.save:
-        bench.save(result, Path(recipe.pruned))
-        write_page(Path(recipe.pruned))
     if talk.json:
         print_json(result)
-        return
-    print(bench.headline(result))
-    print_table(bench.bench_table(result))
-    for line in result["remarks"]:
-        print(line)
+    else:
+        print(bench.headline(result))
+        print_table(bench.bench_table(result))
+        for line in result["remarks"]:
+            print(line)
+    if recipe.save:  # last: what was measured is not lost on a disk that is full by now
+        bench.save(result, Path(recipe.pruned))
+        write_page(Path(recipe.pruned))
 
 
 def check_own_folder(flag: str, folder: str) -> None:
@@ -298,13 +324,10 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     own = [name for name in recipe.models if (Path(name) / report.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
+    for name in own if recipe.save else []:
+        evaluation.check_folder(Path(name))
     with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None)), "evaluating") as on_step:
         results = evaluation.evaluate(recipe, on_step)
-    if recipe.save:
-        for result in results:
-            if result.model in own:
-                evaluation.save(result, recipe, Path(result.model))
-                write_page(Path(result.model))
     if talk.json:
         print_json(evaluation.as_json(results))
     elif len(results) == 1 and recipe.tasks is None:
@@ -316,6 +339,11 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
                 print(f"perplexity on {text}")
     if not evaluation.comparable(results):
         log.warning("the models' tokenizers differ: their perplexities are of different tokens and do not compare")
+    if recipe.save:  # last, as in `run_bench`
+        for result in results:
+            if result.model in own:
+                evaluation.save(result, recipe, Path(result.model))
+                write_page(Path(result.model))
 
 
 def run_report(recipe: ReportRecipe, talk: Talk) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.errors import SnpError
+from snp_llm.estimate import human_bytes, human_count
 from snp_llm.latency import LatencyTable, read_or_measure
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.measure import model_size
@@ -28,6 +29,18 @@ class Costs:
     unit: str
     dense: float
     sites: Sequence[Tensor]
+
+    def shown(self, *amounts: float) -> list[str]:
+        """Amounts with their unit, as people read them; those that would look alike to the last digit."""
+        found = [self._shown(amount) for amount in amounts]
+        if self.unit != "seconds" and len(set(found)) < len(set(amounts)):
+            return [f"{amount:,.0f} {self.unit}" for amount in amounts]
+        return found
+
+    def _shown(self, amount: float) -> str:
+        if self.unit == "bytes":
+            return human_bytes(amount)
+        return f"{1000 * amount:,.4g} ms" if self.unit == "seconds" else f"{human_count(amount)} {self.unit}"
 
 
 def sparsity_costs(sites: Sequence[Site]) -> Costs:
@@ -98,10 +111,8 @@ def removal_wanted(costs: Costs, budget: Budget) -> float:
     """
     allowed = budget.amount * costs.dense if budget.relative else budget.amount
     if allowed > costs.dense:
-        raise SnpError(
-            f"--target-{budget.kind}: expected less than the model has, {costs.dense:,.6g} {costs.unit}; got "
-            f"{allowed:,.6g}."
-        )
+        has, got = costs.shown(costs.dense, allowed)
+        raise SnpError(f"--target-{budget.kind}: expected less than the model has, {has}; got {got}.")
     return costs.dense - allowed
 
 

@@ -1,6 +1,7 @@
 """Token windows out of datasets, for calibration and for evaluation. Knows tokenizers and `datasets`, no models."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, reason, shown
 
 BUNDLED = Path(__file__).parent / "bundled"
 # Characters of calibration text read for every token wanted: about eight times what is needed, so that the seed has
 # windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
 CHARACTERS_A_TOKEN = 32
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved: of one split, or of several
 BUILDERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+log = logging.getLogger("snp_llm")
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Source:
     """Where the documents of a dataset come from.
 
     Attributes:
-        path: hub id, the name of a `datasets` builder for local files, or "text" for one that is a single document.
+        path: hub id, the name of a `datasets` builder for local files, "text" for a file that is a single document, or
+            "folder" for one that `datasets` saved to disk.
         options: further arguments of `datasets.load_dataset`.
         column: holds the text.
         joiner: stands between two documents.
@@ -158,32 +164,48 @@ def evaluation_text(tokenizer: PreTrainedTokenizerBase, name: str, *, split: str
     return Windows(tokens, f"{label}, {tokens.shape[1]:,} tokens", digest)
 
 
+def check_dataset(name: str, split: str | None, column: str, *, evaluation: bool) -> None:
+    """Raises SnpError for what no dataset is called, and for local ones that are not there; nothing is read."""
+    if evaluation or name != "random":
+        _find(name, split, column, "evaluation_split" if evaluation else "calibration_split")
+
+
 def _open(name: str, split: str | None, column: str, purpose: str) -> tuple[Iterator[str], Source, str]:
     """Documents of a dataset, streamed, where they come from, and the name and split as people are told."""
+    source, split, label = _find(name, split, column, purpose)
+    return _read(name, source, split), source, label
+
+
+def _find(name: str, split: str | None, column: str, purpose: str) -> tuple[Source, str, str]:
+    """Where a dataset comes from, its split, and both as people are told."""
     if name == "bundled":
         split = split or {"calibration_split": "train", "evaluation_split": "test"}[purpose]
         files = {"train": "calibration.txt", "test": "evaluation.txt"}
         if split not in files:
             raise SnpError(f"dataset bundled: unknown split {split!r}; expected one of {', '.join(files)}.")
-        source = Source("text", {"data_files": str(BUNDLED / files[split])})
-        return _read(name, source, "train"), source, f"{name} ({split})"
+        return Source("text", {"data_files": str(BUNDLED / files[split])}), "train", f"{name} ({split})"
     if name in NAMED:
         source = NAMED[name]
+    elif Path(name).is_dir():
+        source = _folder(name, column)
+        split = split or getattr(source, purpose)
+        return source, split, f"{Path(name).resolve().name} ({split})"
     elif Path(name).suffix in BUILDERS or Path(name).exists():
-        source = _local(name, column)
-        return _read(name, source, "train"), source, Path(name).name  # a report may be published: no folders of ours
+        return _local(name, column), "train", Path(name).name  # a report may be published: no folders of ours
     elif "/" in name:
         path, _, config = name.partition(":")
         source = Source(path, {"name": config} if config else {}, column=column)
     else:
-        near = get_close_matches(name, [*NAMED, "bundled", "random"], n=1)
+        near = get_close_matches(
+            name, [*NAMED, "bundled", *(["random"] if purpose == "calibration_split" else [])], n=1
+        )
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SnpError(
-            f"unknown dataset {name!r}; expected one of {', '.join(NAMED)}, bundled, a hub id (user/name) or a .txt, "
-            f".jsonl or .parquet file.{hint}"
+            f"unknown dataset {shown(name)}; expected one of {', '.join(NAMED)}, bundled, a hub id (user/name) or a "
+            f".txt, .jsonl or .parquet file.{hint}"
         )
     split = split or getattr(source, purpose)
-    return _read(name, source, split), source, f"{name} ({split})"
+    return source, split, f"{name} ({split})"
 
 
 def _local(name: str, column: str) -> Source:
@@ -196,8 +218,17 @@ def _local(name: str, column: str) -> Source:
     return Source(builder, {"data_files": str(path)}, column=column)
 
 
+def _folder(name: str, column: str) -> Source:
+    if not any((Path(name) / file).is_file() for file in SAVED):
+        raise SnpError(
+            f"dataset {name}: is a folder without {' or '.join(SAVED)}; expected one that `datasets` saved with "
+            "save_to_disk, or a .txt, .jsonl or .parquet file."
+        )
+    return Source("folder", {}, column=column)
+
+
 def _read(name: str, source: Source, split: str) -> Iterator[str]:
-    """The documents of a split, streamed.
+    """The documents of a split, streamed. Records that hold null are none, of which a log line says how many.
 
     Raises:
         SnpError: what cannot be read, whatever `datasets` says of it, in one line.
@@ -205,18 +236,45 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
     if source.path == "text":  # the whole file is one document, blank lines and all
         yield _explained(name, lambda: Path(source.options["data_files"]).read_text(encoding="utf-8"))
         return
-    from datasets import load_dataset  # importing it takes a second that --help and plain text need not pay
+    rows = _explained(name, lambda: iter(_rows(name, source, split)))
+    count = nulls = 0
+    try:
+        while (row := _explained(name, lambda: next(rows, None))) is not None:
+            count += 1
+            text = row.get(source.column)
+            if source.column not in row:
+                raise SnpError(
+                    f"dataset {name}: expected a text column {source.column!r}; its columns are {', '.join(row)}. "
+                    "Choose one with --text-column."
+                )
+            if text is None:
+                nulls += 1
+            elif isinstance(text, str):
+                yield text
+            else:
+                raise SnpError(
+                    f"dataset {name}: expected text in column {source.column!r}, record {count:,} has {shown(text)}. "
+                    "Choose another column with --text-column."
+                )
+    finally:
+        if nulls:
+            log.warning("dataset %s: %s of %s records hold no text and were left out", name, f"{nulls:,}", f"{count:,}")
+
+
+def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:
+    """The records of a split."""
+    from datasets import Dataset, load_dataset, load_from_disk  # takes a second that --help and plain text need not pay
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    rows = _explained(name, lambda: iter(load_dataset(source.path, split=split, streaming=True, **source.options)))
-    while (row := _explained(name, lambda: next(rows, None))) is not None:
-        if not isinstance(row.get(source.column), str):
-            raise SnpError(
-                f"dataset {name}: expected a text column {source.column!r}; its columns are {', '.join(row)}. "
-                "Choose one with --text-column."
-            )
-        yield row[source.column]
+    if source.path != "folder":
+        return load_dataset(source.path, split=split, streaming=True, **source.options)
+    saved = load_from_disk(name)
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise SnpError(f"dataset {name}: unknown split {split!r}; expected one of {', '.join(saved)}.")
+    return saved[split]
 
 
 def _explained(name: str, action: Callable[[], Any]) -> Any:
@@ -225,10 +283,8 @@ def _explained(name: str, action: Callable[[], Any]) -> Any:
     except SnpError:
         raise
     except Exception as error:  # datasets, fsspec and pyarrow raise dozens of kinds
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SnpError(
-            f"dataset {name} cannot be read: {first_line[:300]}. Check the name, the split and the network."
-        ) from error
+        remedy = "the file" if Path(name).exists() else "the name, the split and the network"
+        raise SnpError(f"dataset {name} cannot be read: {reason(error)}. Check {remedy}.") from error
 
 
 def _take(documents: Iterable[str], characters: int) -> Iterator[str]:

@@ -1,4 +1,8 @@
-"""The exceptions that users see. It must not know anything else of the package."""
+"""The exceptions that users see, and how they quote what came. It must not know anything else of the package."""
+
+import reprlib
+
+LONGEST_INTEGER = 10**30  # that is written out
 
 
 class SnpError(Exception):
@@ -10,3 +14,16 @@ class SnpError(Exception):
 
 class DiskError(SnpError):
     """What was to be written could not be: no mistake of the run, which can go on once there is room."""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: short and on one line, whatever was given."""
+    if isinstance(value, int) and abs(value) >= LONGEST_INTEGER:  # Python refuses to write out the longest
+        return "an integer of more than 30 digits"
+    return reprlib.repr(value)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a library says, all its lines joined, up to a few hundred characters; else its kind."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return (text if len(text) <= 400 else f"{text[:400].rstrip()} ...") or type(error).__name__

@@ -218,6 +218,11 @@ def human_bytes(count: float) -> str:
     return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
+def human_count(count: float) -> str:
+    """1,234,567 as "1.23M", as budgets are written."""
+    return _scaled(count, ("", "K", "M", "B", "T")).replace(" ", "")
+
+
 def human_flops(count: float) -> str:
     """1.2e15 as "1.2 PFLOPs"."""
     return _scaled(count / 1e6, ("MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs"))

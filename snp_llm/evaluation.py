@@ -1,6 +1,7 @@
 """Several models by one protocol: perplexity, tasks, size, side by side. Knows nothing of pruning."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +12,14 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.data import Windows, evaluation_text, evaluation_windows
+from snp_llm.data import Windows, check_dataset, evaluation_text, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size, perplexity, strided_perplexity
-from snp_llm.pipeline import check_tokens, window_length
+from snp_llm.pipeline import LONGEST_DEFAULT_WINDOW, check_tokens, window_length
 from snp_llm.recipe import EvaluationRecipe
-from snp_llm.report import REPORT, write_text
-from snp_llm.skeleton import load_config
+from snp_llm.report import REPORT, read_report, write_text
+from snp_llm.skeleton import check_tokenizer, load_skeleton
 from snp_llm.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.terminal import table_of
 
@@ -53,9 +54,16 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
         SnpError: a model, dataset or task that cannot be used.
     """
     device = compute_device(recipe.device)
-    configs = [load_config(name, trust_remote_code=recipe.trust_remote_code) for name in recipe.models]
-    positions = min(int(getattr(config, "max_position_embeddings", 2048)) for config in configs)
-    seq_len = window_length(recipe.seq_len, positions)
+    if recipe.perplexity:
+        check_dataset(dataset_of(recipe), recipe.split, recipe.text_column, evaluation=True)
+    if recipe.include_path is not None and not Path(recipe.include_path).is_dir():
+        raise SnpError(f"--include-path {recipe.include_path}: no such folder; expected one with task files (.yaml).")
+    positions = []
+    for name in recipe.models:
+        config = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code).config
+        positions.append(int(getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
+        check_tokenizer(name)
+    seq_len = window_length(recipe.seq_len, min(positions))
     if recipe.stride is not None and recipe.stride > seq_len:
         raise SnpError(f"--stride: expected at most the window's {seq_len:,} tokens, got {recipe.stride:,}.")
     tasks, manager = None, None
@@ -80,6 +88,11 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
     return results
 
 
+def dataset_of(recipe: EvaluationRecipe) -> str:
+    """That perplexity is measured on."""
+    return recipe.dataset or ("bundled" if recipe.models[0] == checkpoint.TINY_OPT else "wikitext2")
+
+
 def measure_perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,7 +101,7 @@ def measure_perplexity(
     device: torch.device,
 ) -> tuple[float, str, str]:
     """Perplexity, the exact protocol for people, and the hash of the tokens."""
-    dataset = recipe.dataset or ("bundled" if recipe.models[0] == checkpoint.TINY_OPT else "wikitext2")
+    dataset = dataset_of(recipe)
     if recipe.stride is None:
         windows: Windows = evaluation_windows(
             tokenizer,
@@ -167,10 +180,27 @@ def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
     return {"models": models}
 
 
+def check_folder(folder: Path) -> None:
+    """Raises SnpError if results could not be recorded in an output folder, before they are measured."""
+    report = read_report(folder)
+    entries = report.get("perplexities", [])
+    kinds = (
+        isinstance(entries, list)
+        and isinstance(report.get("tasks", {}), dict)
+        and isinstance(report.get("versions"), dict)
+    )
+    if not kinds or not all(isinstance(entry, dict) and "text" in entry for entry in entries):
+        raise SnpError(
+            f"{folder / REPORT}: expected a list of `perplexities`, and `tasks` and `versions` by name, got others. "
+            "Prune again."
+        )
+    if not os.access(folder, os.W_OK):
+        raise SnpError(f"--save: expected a folder that can be written to; {folder} is not.")
+
+
 def save(result: Evaluated, recipe: EvaluationRecipe, folder: Path) -> None:
     """Records one model's results in its report: `perplexities` by protocol, `tasks` by name; later ones replace."""
-    file = folder / REPORT
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    report = read_report(folder)
     if result.perplexity is not None:
         entry = {"text": result.text, "sha256": result.sha256, "perplexity": result.perplexity}
         others = [e for e in report.get("perplexities", []) if e["text"] != result.text]
@@ -182,4 +212,4 @@ def save(result: Evaluated, recipe: EvaluationRecipe, folder: Path) -> None:
         found = {task: {**metrics, **limited} for task, metrics in result.tasks.items()}
         report["tasks"] = {**report.get("tasks", {}), **found}
         report["versions"]["lm_eval"] = version("lm_eval")
-    write_text(file, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")

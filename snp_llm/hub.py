@@ -1,7 +1,6 @@
 """Finished output folders onto the Hugging Face Hub. Never changes a folder, and never lets the token out: it comes
 from the user's own login or HF_TOKEN, and goes into requests only."""
 
-import json
 import logging
 import shlex
 from collections.abc import Iterator
@@ -13,13 +12,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 
 from snp_llm.errors import SnpError
+from snp_llm.json_files import read_json
 from snp_llm.recipe_file import RECIPE
-from snp_llm.report import PAGE, REPORT
+from snp_llm.report import CARD, PAGE, REPORT, read_report
 from snp_llm.version import __version__
 
 log = logging.getLogger("snp_llm")
 
 INDEX = "model.safetensors.index.json"
+NEEDED = ("config.json", CARD, REPORT)  # beside the weights
 # What a model folder is made of. Pickles, hidden files and whatever else has come to lie in it are not.
 PARTS = (
     *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
@@ -98,22 +99,33 @@ def model_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SnpError(f"push {folder}: no such folder; expected an output of `snp-llm prune`.")
+    _check_missing(folder, {name for name in NEEDED if not (folder / name).is_file()})
     found = sorted(file for file in folder.rglob("*") if file.is_file())
     files = [file for file in found if _is_part(file.relative_to(folder))]
     names = {file.relative_to(folder).as_posix() for file in files}
     weights = {"model.safetensors"}
     if INDEX in names:
-        try:
-            weights = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise SnpError(f"push {folder}: {INDEX} does not list weight files. Prune again.") from error
-    if missing := sorted(({"config.json", "README.md", REPORT} | weights) - names):
-        raise SnpError(
-            f"push {folder}: expected a finished output of `snp-llm prune`; {', '.join(missing)} missing. Prune again."
-        )
+        index = read_json(folder / INDEX, f"push {folder}: expected {INDEX} to list weight files")
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+            raise SnpError(f"push {folder}: {INDEX} does not list weight files. Prune again.")
+        weights = set(listed.values())
+    _check_missing(folder, weights - names)
+    read_report(folder)
+    for file in files:
+        if file.suffix == ".json":
+            read_json(file, f"push {folder}: expected JSON in {file.relative_to(folder)}")
     if others := [file.relative_to(folder).as_posix() for file in found if file not in files]:
         log.warning(f"push {folder}: not part of a model, left out: {', '.join(others)}")
     return files
+
+
+def _check_missing(folder: Path, missing: set[str]) -> None:
+    if missing:
+        raise SnpError(
+            f"push {folder}: expected a finished output of `snp-llm prune`; {', '.join(sorted(missing))} missing. "
+            "Prune again."
+        )
 
 
 def _is_part(path: Path) -> bool:

@@ -109,7 +109,8 @@ def sparsity_facts(
         The share of all parameters that these are, what `recipe.sparsity` removes of the whole model, and for each
         layout the largest sparsity of the FFN alone, of the heads alone and of both.
     """
-    removed = recipe.sparsity * size.block_linear
+    sparsity = recipe.sparsity_of("ffn")
+    removed = sparsity * size.block_linear
     largest = {}
     for layout in ("compact", "uniform"):
         round_to = _resolved_round(model, recipe, layout)
@@ -129,7 +130,7 @@ def sparsity_facts(
     return {
         "block_linear": size.block_linear,
         "block_linear_share": size.block_linear / size.parameters,
-        "asked": recipe.sparsity,
+        "asked": sparsity,
         "whole_model_reduction": removed / size.parameters,
         "parameters_after": round(size.parameters - removed),
         "largest": largest,

@@ -1,8 +1,9 @@
 """Seconds that a block takes at different widths, measured here or read from a file. Chooses nothing."""
 
-import copy
 import json
 import logging
+import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,10 +15,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.device import compute_device, synchronize
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, reason
+from snp_llm.json_files import read_json
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.blocks import BlockCall, capture_calls, on_device, rest_on_device, run_block, run_without_blocks
+from snp_llm.models.blocks import (
+    BlockCall,
+    capture_calls,
+    move,
+    on_device,
+    rest_on_device,
+    run_block,
+    run_without_blocks,
+)
 from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, linear, weight_of
+from snp_llm.models.on_disk import copy_unhooked
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe import Recipe
 
@@ -74,23 +85,47 @@ def read_or_measure(model: PreTrainedModel, family: Family, sites: Sequence[Site
         return read_table(file)
     table = measure_table(model, family, sites, recipe)
     if file is not None:
-        file.write_text(json.dumps(asdict(table), indent=1) + "\n", encoding="utf-8")
+        try:
+            file.write_text(json.dumps(asdict(table), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SnpError(f"--latency-table {file}: cannot be written ({reason(error)}).") from error
     return table
 
 
+def check_table(recipe: Recipe) -> None:
+    """Raises SnpError if `recipe.latency_table` could be neither read nor written, before anything is measured."""
+    if recipe.latency_table is None:
+        return
+    file = Path(recipe.latency_table)
+    if file.exists():
+        read_table(file)
+    elif not os.access(file.parent, os.W_OK):
+        raise SnpError(
+            f"--latency-table {file}: expected a folder there that can be written to. Make it, or name another."
+        )
+
+
 def read_table(file: Path) -> LatencyTable:
-    """A table that `read_or_measure` wrote."""
+    """A table that `read_or_measure` wrote.
+
+    Raises:
+        SnpError: something else is there.
+    """
+    where = f"--latency-table {file}: expected a table written by an earlier run"
+    values = read_json(file, where)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         values["sites"] = {
             name: {int(width): float(seconds) for width, seconds in widths.items()}
             for name, widths in values["sites"].items()
         }
         table = LatencyTable(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SnpError(f"--latency-table {file}: expected a table written by an earlier run ({error}).") from error
-    if any(len(widths) < 2 for widths in table.sites.values()):
-        raise SnpError(f"--latency-table {file}: expected at least two widths of every site.")
+        times = [float(table.whole), *(seconds for widths in table.sites.values() for seconds in widths.values())]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise SnpError(f"{where} ({reason(error)}).") from error
+    if any(len(widths) < 2 or min(widths) < 1 for widths in table.sites.values()):
+        raise SnpError(f"{where}, with at least two widths of every site.")
+    if not all(0 < seconds < math.inf for seconds in times):
+        raise SnpError(f"{where}, with seconds above 0, got {min(times):g} to {max(times):g}.")
     return table
 
 
@@ -115,11 +150,8 @@ def measure_table(model: PreTrainedModel, family: Family, sites: Sequence[Site],
         here = [s for s in sites if s.block == index]
         shape = (key(here[0]), key(here[1]))
         if shape not in dense_seconds:
-            variants: dict[tuple[str, int], nn.Module] = {}
-            for site in here:
-                for width in sorted({site.units, *_widths(site)}):
-                    variants[key(site), width] = _narrow(block, family, site, width)
-            medians = _time_all({name: (variant, hidden, calls[index]) for name, variant in variants.items()}, device)
+            with on_device(block, device):
+                medians = _time_all(block, family, here, hidden, move(calls[index], device))
             for (name, width), seconds in medians.items():
                 found.setdefault(name, {})[width] = seconds
             dense_seconds[shape] = min(medians[key(site), site.units] for site in here)
@@ -143,28 +175,41 @@ def _widths(site: Site) -> list[int]:
     return sorted({max(step, round(site.units * i / STEPS / step) * step) for i in range(1, STEPS + 1)})
 
 
+def _time_all(
+    block: nn.Module, family: Family, sites: Sequence[Site], hidden: Tensor, call: BlockCall
+) -> dict[tuple[str, int], float]:
+    """Median seconds of a block at every width of either site, all taking turns.
+
+    Args:
+        block: with its weights, where `hidden` and what is in `call` are.
+        family: its family.
+        sites: of the block.
+        hidden: its input.
+        call: its other arguments.
+
+    Returns:
+        By key and width of a site.
+    """
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(ROUNDS + 1):
+        for site in sites:
+            for width in sorted({site.units, *_widths(site)}):
+                narrow = _narrow(block, family, site, width)  # made anew each time: all of them at once are many blocks
+                synchronize(hidden.device)
+                start = time.perf_counter()
+                run_block(narrow, hidden, call)
+                synchronize(hidden.device)
+                times.setdefault((key(site), width), []).append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
+
+
 def _narrow(block: nn.Module, family: Family, site: Site, width: int) -> nn.Module:
     """A copy of a block in which one site keeps its first units; what they compute does not matter here."""
-    narrow = copy.deepcopy(block)
+    narrow = copy_unhooked(block)
     order = torch.arange(site.units)
     kept = (deal_from_groups(order, site.groups) if site.groups else order)[:width].sort().values
     out = linear(narrow, site.out_projection)
     bias = None if out.bias is None else out.bias.detach()
-    prune_site(narrow, family, site, kept, weight_of(out)[:, unit_channels(kept, site.unit_size)], bias)
+    weight = weight_of(out)
+    prune_site(narrow, family, site, kept, weight[:, unit_channels(kept, site.unit_size).to(weight.device)], bias)
     return narrow
-
-
-def _time_all(
-    passes: dict[tuple[str, int], tuple[nn.Module, Tensor, BlockCall]], device: torch.device
-) -> dict[tuple[str, int], float]:
-    """Median seconds of each (block, hidden states, call), all taking turns."""
-    times: dict[tuple[str, int], list[float]] = {name: [] for name in passes}
-    for _ in range(ROUNDS + 1):
-        for name, (block, hidden, call) in passes.items():
-            with on_device(block, device):
-                synchronize(device)
-                start = time.perf_counter()
-                run_block(block, hidden, call)
-                synchronize(device)
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up

@@ -1,14 +1,12 @@
 """What the commands beside `prune`, `eval` and `push` are asked, and how all of them talk. Knows no models."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from snp_llm.errors import SnpError
-from snp_llm.recipe import Device, Dtype, HiddenDevice
+from snp_llm.recipe import SPARSITY, Device, Dtype, HiddenDevice, check_settings
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class InspectRecipe:
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
     """Hub id, local folder (`config.json` is enough), an output of `snp-llm prune`, or the bundled `tiny-opt`."""
-    sparsity: float = 0.3
+    sparsity: float = SPARSITY
     """For which sizes and the resources of a prune are given."""
     head_unit: Literal["kv_group", "query"] = "kv_group"
     """As for prune: which heads go together."""
@@ -54,6 +52,9 @@ class InspectRecipe:
     """Type of the weights. auto: as in the checkpoint."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,4 @@ class BenchRecipe:
     """Allow Python code in either repository to run."""
 
     def __post_init__(self) -> None:
-        _at_least("--batch-sizes", self.batch_sizes, 1)
-        _at_least("--prompt-lengths", self.prompt_lengths, 1)
-        _at_least("--new-tokens", [self.new_tokens], 0)
-        _at_least("--repeats", [self.repeats], 1)
-
-
-def _at_least(flag: str, values: Iterable[int], least: int) -> None:
-    found = [*values]
-    if not found:
-        raise SnpError(f"{flag}: expected at least one number, got none.")
-    if min(found) < least:
-        raise SnpError(f"{flag}: expected at least {least}, got {min(found)}.")
+        check_settings(self)

@@ -4,7 +4,6 @@ Knows files, not what is in them but for the report that every finished folder h
 """
 
 import ctypes
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 
 from snp_llm import ranks
 from snp_llm.errors import DiskError, SnpError
+from snp_llm.json_files import read_json
 
 JOURNAL = "journal"  # what an unfinished run has done
 DENSE = "dense"  # weights that are in no safetensors file
@@ -82,23 +82,6 @@ def check_output(folder: Path, *, overwrite: bool, inputs: Mapping[str, Path] | 
         raise SnpError(f"output {folder}: cannot be written ({error.strerror or error}).") from error
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """The report of a finished folder.
-
-    Raises:
-        SnpError: there is none, or it is none that this program wrote.
-    """
-    file = folder / REPORT
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise SnpError(f"{folder}: {REPORT} {reason}; expected an output folder of `snp-llm prune`.") from error
-    if not isinstance(report, dict) or not isinstance(report.get("snp_llm"), str):
-        raise SnpError(f"{folder}: {REPORT} is of another program; expected an output folder of `snp-llm prune`.")
-    return report
-
-
 def files_in(folder: Path) -> list[str]:
     """Paths of all files in a folder, relative to it, sorted."""
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
@@ -108,10 +91,15 @@ def _foreign(folder: Path) -> str:
     """What speaks against this program having made all of a folder; nothing where it is empty."""
     if not any(folder.iterdir()):
         return ""
+    if not (folder / REPORT).exists():
+        return f"has no {REPORT}"
     try:
-        made = read_report(folder).get("files")
+        report = read_json(folder / REPORT, "")
     except SnpError:
-        return f"has no {REPORT}" if not (folder / REPORT).exists() else f"its {REPORT} is not one of `snp-llm prune`"
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("snp_llm"), str):
+        return f"its {REPORT} is not one of `snp-llm prune`"
+    made = report.get("files")
     for name in files_in(folder):
         if isinstance(made, list):
             ours = name in (*made, *LATER)

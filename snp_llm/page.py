@@ -16,17 +16,17 @@ import jinja2
 from markupsafe import Markup
 
 from snp_llm import figures
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, reason
 from snp_llm.figures import Line, Panel, SitePoint
+from snp_llm.json_files import read_json
 from snp_llm.recipe import GOALS
-from snp_llm.report import PAGE, REPORT
+from snp_llm.report import PAGE, REPORT, read_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BENCH = "bench.json"
 KINDS = {"attention": "Attention", "ffn": "FFN"}
-NEEDED = ("recipe", "sparsity", "dense", "pruned", "sites", "calibration", "seconds")
 # Of a recipe, what two runs may differ in and still be points of one line.
 NOT_A_METHOD = {"model", "output", "overwrite", "push_to_hub", "private", "trust_remote_code", "dry_run"}
 NOT_A_METHOD |= {"sparsity", *GOALS, "latency_table", "device", "hidden_device", "batch_size"}
@@ -110,7 +110,7 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, page)  # a page is there whole or not at all
     except OSError as error:
-        raise SnpError(f"{page}: cannot be written ({error.strerror or error}).") from error
+        raise SnpError(f"{page}: cannot be written ({reason(error)}).") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return page
@@ -122,12 +122,9 @@ def read_run(folder: Path) -> Run:
     Raises:
         SnpError: with the file's name and what is wrong with it.
     """
-    report = _read_json(folder / REPORT)
-    if report is None:
+    if not (folder / REPORT).is_file():
         raise SnpError(f"report {folder}: expected an output of `snp-llm prune`, found no {REPORT} there.")
-    missing = [key for key in NEEDED if key not in report] if isinstance(report, dict) else NEEDED
-    if missing:
-        raise SnpError(f"{folder / REPORT}: expected a report of `snp-llm prune`; {missing[0]!r} is missing.")
+    report = _clean(read_report(folder))
     config = _read_json(folder / "config.json")
     name = folder.name or folder.absolute().name
     return Run(name, report, _read_json(folder / BENCH), has_code=isinstance(config, dict) and "auto_map" in config)
@@ -135,12 +132,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_json(path: Path) -> Any:
     """None where there is no such file."""
-    try:
-        return _clean(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise SnpError(f"{path}: expected JSON, cannot be read ({error}).") from error
+    return _clean(read_json(path, f"{path}: expected JSON")) if path.exists() else None
 
 
 def _clean(value: Any) -> Any:
@@ -190,11 +182,13 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "limits": limits(run),
         }
         return _environment().get_template("report.html").render(context)
-    except (jinja2.TemplateError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except SnpError:
+        raise
+    except Exception as error:  # of values that no run writes: in Python, in the template, in matplotlib
+        why = f"{type(error).__name__}: {reason(error)}"[:200]
         raise SnpError(
             f"report {run.name}: expected what `snp-llm prune` and `snp-llm bench` write; {REPORT} or {BENCH} cannot "
-            f"be understood ({reason}). Make it again."
+            f"be understood ({why}). Make it again."
         ) from error
 
 

@@ -65,6 +65,7 @@ class PrunedModel:
         sites: results in pruning order.
         calibration: the windows that were used.
         seconds: by phase.
+        sparsity: of all sites together, asked for or found by a search; None where the budget was another.
         trials: sparsities that a search tried, and the relative rise of perplexity at each; empty without a search.
     """
 
@@ -74,6 +75,7 @@ class PrunedModel:
     sites: list[SiteResult]
     calibration: Windows
     seconds: dict[str, float]
+    sparsity: float | None
     trials: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -114,8 +116,8 @@ def prune(
             return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
 
         found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, recipe.batch_size, clock)
-        recipe = replace(recipe, sparsity=found.sparsity)
-        return PrunedModel(found.model, tokenizer, recipe, found.results, windows, clock.seconds, found.trials)
+        facts = (windows, clock.seconds, found.sparsity, found.trials)
+        return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
     windows = read_calibration(tokenizer, recipe, model)
     journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
     if recipe.steps == 1:
@@ -123,7 +125,8 @@ def prune(
         pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
     else:
         pruned, results = cut_in_steps(model, windows, recipe, clock, journal, on_step)
-    return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds)
+    sparsity = None if recipe.separate else recipe.sparsity
+    return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
 
 
 def plan(
@@ -342,7 +345,7 @@ def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
-    """The recipe with the window length and the rounding filled in from the model.
+    """The recipe with the window length and the rounding filled in from the model, and the usual sparsity.
 
     Raises:
         SnpError: the window is longer than the model's positions; the model is not of a supported family, or has code
@@ -354,12 +357,13 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if recipe.hidden_device not in ("cpu", "disk", kind):
         raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
+    recipe = replace(recipe, seq_len=seq_len, sparsity=recipe.common_sparsity)
     if recipe.round_to is not None:
-        return replace(recipe, seq_len=seq_len)
+        return recipe
     family = find_family(model.config)
     narrowest = min(s.units for s in find_sites(find_blocks(model, family), family) if s.kind == "ffn")
     coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
-    return replace(recipe, seq_len=seq_len, round_to=KERNEL_MULTIPLE if coarse else 8)
+    return replace(recipe, round_to=KERNEL_MULTIPLE if coarse else 8)
 
 
 def window_length(asked: int | None, positions: int) -> int:

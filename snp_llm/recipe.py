@@ -1,13 +1,16 @@
 """All settings of a run, typed and checked in one frozen dataclass. Knows no models and no files."""
 
+import math
 import os
 import re
-from dataclasses import asdict, dataclass
+import unicodedata
+from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from snp_llm.errors import SnpError
+from snp_llm.errors import SnpError, shown
 from snp_llm.linalg.units import HeadUnit
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -27,6 +30,61 @@ SUFFIXES: dict[BudgetKind, dict[str, float]] = {
 
 
 GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  # given instead of a sparsity
+SPARSITY = 0.3  # where nothing says what has to go
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be; infinities and NaN are none.
+
+    Attributes:
+        kind: int, or float, which may be given as an integer.
+        least, most: the ends.
+        below: whether `most` itself is too much.
+    """
+
+    kind: type
+    least: float
+    most: float
+    below: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        number = not isinstance(value, bool) and isinstance(value, Integral if self.kind is int else Real)
+        return number and bool(self.least <= value < self.most if self.below else self.least <= value <= self.most)
+
+    def __str__(self) -> str:
+        what = "an integer" if self.kind is int else "a number"
+        return f"{what} from {self.least:,} to {'below ' if self.below else ''}{self.most:,}"
+
+
+COUNT = Range(int, 1, 2**31 - 1)
+SHARE = Range(float, 0, 1, below=True)
+# Every setting of any command that is a number, by its name; `check_settings` checks them all.
+RANGES = {
+    "sparsity": SHARE,
+    "ffn_sparsity": SHARE,
+    "head_sparsity": SHARE,
+    "target_weight": Range(float, 0, 1),
+    "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
+    "steps": Range(int, 1, 1000),
+    "round_to": COUNT,
+    "num_samples": COUNT,
+    "seq_len": Range(int, 2, COUNT.most),
+    "batch_size": COUNT,
+    "seed": Range(int, 0, 2**63 - 1),
+    "save_every": Range(float, 0, 10**9),
+    "stride": COUNT,
+    "max_windows": COUNT,
+    "limit": COUNT,
+    "num_fewshot": Range(int, 0, COUNT.most),
+    "batch_sizes": COUNT,
+    "prompt_lengths": COUNT,
+    "new_tokens": Range(int, 0, COUNT.most),
+    "repeats": COUNT,
+}
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that usual file systems take
+LONGEST_OUTPUT = 200  # of the last part: an unfinished run lies beside it under a longer name
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, broken ones and line ends
 
 
 @dataclass(frozen=True)
@@ -51,8 +109,9 @@ class Recipe:
     """Hub id, local folder, or the bundled `tiny-opt`."""
     output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the pruned model. Default: MODEL's own name, `-snp-` and the percentage, here."""
-    sparsity: float = 0.3
-    """Fraction of the decoder blocks' linear-weight parameters to remove, in [0, 1)."""
+    sparsity: float | None = None
+    """Fraction of the decoder blocks' linear-weight parameters to remove, in [0, 1). Default: 0.3, unless another
+    budget is given."""
     ffn_sparsity: float | None = None
     """The same for FFN sites alone, a budget of their own."""
     head_sparsity: float | None = None
@@ -142,19 +201,16 @@ class Recipe:
     """Print the planned widths and sizes; write nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "ffn_sparsity", "head_sparsity"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise SnpError(f"--{name.replace('_', '-')}: expected a fraction in [0, 1), got {value:g}.")
-        if self.target_weight is not None and not 0 <= self.target_weight <= 1:
-            raise SnpError(f"--target-weight: expected a share in [0, 1], got {self.target_weight:g}.")
-        if self.dampening is not None and not 0 <= self.dampening < float("inf"):
-            raise SnpError(f"--dampening: expected a finite number >= 0, got {self.dampening:g}.")
+        check_settings(self)
         goals = [f for f in GOALS if getattr(self, f) is not None]
         separate = [f for f in ("ffn_sparsity", "head_sparsity") if getattr(self, f) is not None]
-        if len(goals) > 1 or (goals and separate):
-            flags = " and ".join(f"--{f.replace('_', '-')}" for f in goals + separate)
-            raise SnpError(f"{flags}: expected one budget, got {len(goals + separate)}. Leave out all but one.")
+        budgets = [*goals, *(["sparsity"] if self.sparsity is not None else []), *separate]
+        if len(budgets) > (1 if goals else 2):
+            flags = " and ".join(map(flag, budgets))
+            raise SnpError(
+                f"{flags}: expected one budget, got {len(budgets)}. Leave out all but one; what a recipe file says is "
+                f"taken back with {flag(budgets[-1])} None."
+            )
         _ = self.budget, self.perplexity_increase  # whether they can be read
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
@@ -162,14 +218,8 @@ class Recipe:
             raise SnpError(
                 "--steps: expected 1 with --max-perplexity-increase, whose search prunes many times already."
             )
-        for name in ("round_to", "num_samples", "batch_size", "seq_len", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < (2 if name == "seq_len" else 1):
-                raise SnpError(f"--{name.replace('_', '-')}: expected a positive number, got {value}.")
-        if not self.save_every >= 0:
-            raise SnpError(f"--save-every: expected seconds >= 0, got {self.save_every:g}.")
-        if not 0 <= self.seed < 2**63:
-            raise SnpError(f"--seed: expected an integer in [0, 2^63), got {self.seed}.")
+        if self.output is not None:
+            check_output_name(self.output)
         if self.push_to_hub is not None:
             _check_repo_id("--push-to-hub", self.push_to_hub)
         elif self.private:
@@ -177,21 +227,43 @@ class Recipe:
 
     @property
     def output_folder(self) -> str:
-        name = os.path.basename(os.path.normpath(self.model))
+        """What was asked for, or the model's own name and what the budget is."""
+        if self.output is not None:
+            return self.output
         goal = next((f"{f.split('_')[1]}-{getattr(self, f)}" for f in GOALS if getattr(self, f) is not None), None)
-        suffix = f"{100 * self.sparsity:g}" if goal is None else re.sub(r"[^\w.-]", "", goal)
-        return self.output or f"{name}-snp-{suffix}"
+        if goal is not None:
+            suffix = re.sub(r"[^\w.-]", "", goal)
+        elif self.separate:
+            parts = (("heads", "attention"), ("ffn", "ffn"))
+            suffix = "-".join(f"{name}-{100 * self.sparsity_of(kind):g}" for name, kind in parts)
+        else:
+            suffix = f"{100 * self.sparsity_of('ffn'):g}"
+        return f"{os.path.basename(os.path.abspath(self.model))}-snp-{suffix}"
+
+    @property
+    def separate(self) -> bool:
+        """Whether FFN and attention have budgets of their own."""
+        return self.ffn_sparsity is not None or self.head_sparsity is not None
+
+    @property
+    def common_sparsity(self) -> float | None:
+        """Of sites whose kind has no budget of its own: as asked for or, where nothing else is, the usual one."""
+        whole = self.budget is not None or self.max_perplexity_increase is not None
+        both = self.ffn_sparsity is not None and self.head_sparsity is not None
+        return SPARSITY if self.sparsity is None and not whole and not both else self.sparsity
 
     def sparsity_of(self, kind: str) -> float:
-        """The sparsity asked for at sites of a kind, "attention" or "ffn"."""
+        """The sparsity asked for at sites of a kind, "attention" or "ffn"; under a budget in another currency, which
+        alone decides about it, the usual one, as a guess."""
         own = self.head_sparsity if kind == "attention" else self.ffn_sparsity
-        return self.sparsity if own is None else own
+        own = self.common_sparsity if own is None else own
+        return SPARSITY if own is None else own
 
     @property
     def sparsities(self) -> list[tuple[tuple[str, ...], float]]:
         """Kinds of site that share a budget, and its sparsity."""
-        if self.ffn_sparsity is None and self.head_sparsity is None:
-            return [(("attention", "ffn"), self.sparsity)]
+        if not self.separate:
+            return [(("attention", "ffn"), self.sparsity_of("ffn"))]
         return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
 
     @property
@@ -205,16 +277,19 @@ class Recipe:
             text = getattr(self, f"target_{kind}")
             if text is None:
                 continue
-            if found := re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)", text.strip()):
-                amount, suffix = float(found[1]), found[2].upper()
-                if suffix == "X" and 0 < amount <= 1:
-                    return Budget(kind, amount, relative=True)
-                if suffix in suffixes and amount > 0:
-                    return Budget(kind, amount * suffixes[suffix], relative=False)
+            found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*|%)", text.strip())
+            amount, suffix = (float(found[1]), found[2].upper()) if found else (0.0, "")
+            absolute = amount * suffixes.get(suffix, 0)
+            share = amount / 100 if suffix == "%" else amount
+            if suffix == "X" and 0 < share <= 1:
+                return Budget(kind, share, relative=True)
+            forgotten = suffix in ("", "%") and 0 < share <= 1
+            if 0 < absolute < math.inf and not forgotten:
+                return Budget(kind, absolute, relative=False)
             units = ", ".join(repr(s) for s in suffixes)
             raise SnpError(
                 f"--target-{kind}: expected a number with one of {units}, or a share of the dense model such as 0.7x; "
-                f"got {text!r}."
+                f"got {shown(text)}.{f' Did you mean {share:g}x?' if forgotten else ''}"
             )
         return None
 
@@ -230,7 +305,7 @@ class Recipe:
             return None
         found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", text.strip())
         if not found or not 0 < float(found[1]) < 1000:
-            raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {text!r}.")
+            raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {shown(text)}.")
         return float(found[1]) / 100
 
     @property
@@ -289,20 +364,9 @@ class EvaluationRecipe:
     """Allow Python code in MODEL's repository to run."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.models:
             raise SnpError("snp-llm eval: expected at least one MODEL, got none.")
-        limits = (
-            ("seq_len", 2),
-            ("max_windows", 1),
-            ("batch_size", 1),
-            ("stride", 1),
-            ("limit", 1),
-            ("num_fewshot", 0),
-        )
-        for name, least in limits:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SnpError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}.")
         if self.tasks is None:
             for name in ("include_path", "limit", "num_fewshot"):
                 if getattr(self, name) is not None:
@@ -325,6 +389,7 @@ class ReportRecipe:
     """What `snp-llm prune` wrote. With several of the same dense model, every page shows all of them side by side."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.folders:
             raise SnpError("snp-llm report: expected at least one folder that `snp-llm prune` wrote.")
 
@@ -341,7 +406,60 @@ class PushRecipe:
     """It is private. A repository that exists and is public is refused then."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         _check_repo_id("snp-llm push", self.repo_id)
+
+
+def flag(name: str) -> str:
+    """A setting's option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(settings: Any) -> None:
+    """Checks every number against `RANGES`, and that every text can be a name.
+
+    Args:
+        settings: a recipe of any command.
+
+    Raises:
+        SnpError: with the setting's name.
+    """
+    for field in fields(settings):
+        value, where = getattr(settings, field.name), flag(field.name) if field.default is not MISSING else field.name
+        several = isinstance(value, tuple | list) and (field.default is MISSING or isinstance(field.default, tuple))
+        if several and not value and field.default is not MISSING:
+            raise SnpError(f"{where}: expected at least one, got none.")
+        for single in value if several else [value]:
+            if field.name in RANGES and single not in RANGES[field.name] and not (single is field.default is None):
+                raise SnpError(f"{where}: expected {RANGES[field.name]}, got {shown(single)}.")
+            if isinstance(single, str):
+                _check_text(where, single)
+
+
+def _check_text(where: str, value: str) -> None:
+    """Refuses what can be no name of anything, nor stand in one line of a report."""
+    if not value.strip():
+        raise SnpError(f"{where}: expected text, got {value!r}.")
+    if any(unicodedata.category(character) in UNPRINTABLE for character in value):
+        raise SnpError(f"{where}: expected text in UTF-8 without control characters and line ends, got {shown(value)}.")
+    longest = max(len(part.encode()) for part in re.split("[/,]", value))  # tasks have commas between them
+    if longest > LONGEST_NAME or len(value.encode()) > LONGEST_PATH:
+        raise SnpError(
+            f"{where}: expected names of at most {LONGEST_NAME} bytes, and paths of at most {LONGEST_PATH:,}, got one "
+            f"of {max(longest, len(value.encode())):,}: {shown(value)}."
+        )
+
+
+def check_output_name(folder: str) -> None:
+    """Raises SnpError if a path does not name a folder that can be made, and another beside it meanwhile."""
+    name = os.path.basename(os.path.normpath(folder))
+    if name in ("", ".", ".."):
+        raise SnpError(f"--output {folder}: expected a folder of its own, with a name. Choose another --output.")
+    if (count := len(os.fsencode(name))) > LONGEST_OUTPUT:
+        raise SnpError(
+            f"--output: expected a name of at most {LONGEST_OUTPUT} bytes, got {count:,}: {shown(name)}. Choose a "
+            "shorter --output."
+        )
 
 
 def _check_repo_id(where: str, value: str) -> None:
@@ -349,5 +467,5 @@ def _check_repo_id(where: str, value: str) -> None:
     well_formed = all(re.fullmatch(r"\w([\w.-]{,94}\w)?", part, re.ASCII) for part in parts)
     if len(parts) != 2 or not well_formed or re.search(r"--|\.\.|\.git$", value):
         raise SnpError(
-            f"{where}: expected user/name, of letters, digits, single `-` and `.` inside, and `_`; got {value!r}."
+            f"{where}: expected user/name, of letters, digits, single `-` and `.` inside, and `_`; got {shown(value)}."
         )

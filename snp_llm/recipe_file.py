@@ -1,6 +1,5 @@
 """Recipes as YAML files: read with every mistake named, written beside the weights. Knows no models."""
 
-import reprlib
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,14 +8,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from snp_llm.errors import SnpError
-from snp_llm.recipe import Recipe
+from snp_llm.errors import SnpError, reason, shown
+from snp_llm.recipe import LONGEST_NAME, Recipe
 from snp_llm.version import __version__
 
 RECIPE = "recipe.yaml"
 # Settings of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
 PER_RUN = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")
 HINTS = get_type_hints(Recipe)
+LONGEST_FILE = 100_000  # bytes; all settings take about two thousand
+NODES = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
 KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 
 
@@ -47,34 +48,39 @@ def build_recipe(path: Path | str, settings: dict[str, Any]) -> Recipe:
 def read_settings(path: Path | str) -> dict[str, Any]:
     """What a recipe file sets, each value of its setting's type.
 
+    Values are read one by one, and only where they are single ones: what lists, references to them (which a few hundred
+    bytes are enough to make millions of) or objects would hold is never built.
+
     Raises:
         SnpError: no file, not YAML, not a mapping; an unknown or repeated name, a value of another type; permission to
             run a repository's code, which only the person at the command line can give.
     """
     where = f"recipe {path}"
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise SnpError(f"{where}: cannot be read ({error.strerror or error}).") from error
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: no name at all
+        raise SnpError(f"{where}: cannot be read ({reason(error)}).") from error
+    if len(data) > LONGEST_FILE:
+        raise SnpError(f"{where}: expected settings in at most {LONGEST_FILE:,} bytes, got more.")
     try:
         node = yaml.compose(data, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and integers
-        raise SnpError(f"{where}: is not YAML: {' '.join(str(error).split())[:300]}.") from error
-    if values is None:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SnpError(f"{where}: is not YAML: {reason(error)[:300]}.") from error
+    if node is None or node.tag == "tag:yaml.org,2002:null":
         raise SnpError(f"{where}: is empty; expected settings, one `name: value` a line.")
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise SnpError(f"{where}: expected settings, one `name: value` a line, got {reprlib.repr(values)}.")
+    if not isinstance(node, yaml.MappingNode):
+        got = NODES.get(type(node)) or shown(node.value)
+        raise SnpError(f"{where}: expected settings, one `name: value` a line, got {got}.")
+    settings: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for key, _ in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
+    for key, value in node.value:
+        name, line = key.value if isinstance(key, yaml.ScalarNode) else NODES[type(key)], key.start_mark.line + 1
         if name in lines:
             raise SnpError(f"{where}, line {line}: {name}: expected once, stands in line {lines[name]} already.")
         lines[name] = line
-    return {
-        name: _checked(f"{where}, line {lines[name]}" if name in lines else where, name, value)
-        for name, value in values.items()
-    }
+        settings[name] = _checked(f"{where}, line {line}", name, value)
+    return settings
 
 
 def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) -> None:
@@ -95,24 +101,32 @@ def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) ->
     Path(path).write_text(comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _checked(where: str, name: Any, value: Any) -> Any:
-    """The value, if it is one that the setting may have."""
+def _checked(where: str, name: str, node: yaml.Node) -> Any:
+    """The value of a node, if it is one that the setting may have."""
     if name not in HINTS:
         names = [field.name for field in fields(Recipe)]
-        near = get_close_matches(str(name).replace("-", "_"), names, n=1)
+        near = get_close_matches(name[:LONGEST_NAME].replace("-", "_"), names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else " `snp-llm prune --help` lists them, with dashes."
-        raise SnpError(f"{where}: {reprlib.repr(name)}: expected a setting's name, got an unknown one.{hint}")
+        raise SnpError(f"{where}: {shown(name)}: expected a setting's name, got an unknown one.{hint}")
+    hint = HINTS[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    expected = " or ".join(_described(kind) for kind in kinds)
+    if not isinstance(node, yaml.ScalarNode):
+        raise SnpError(f"{where}: {name}: expected {expected}, got {NODES[type(node)]}.")
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # of odd dates and tags
+        raise SnpError(
+            f"{where}: {name}: expected {expected}, got {shown(node.value)} ({reason(error)[:200]})."
+        ) from error
     if name == "trust_remote_code" and value is True:
         raise SnpError(
             f"{where}: trust_remote_code: expected false, got true. Whether code of a repository may run is said on "
             "the command line: --trust-remote-code."
         )
-    hint = HINTS[name]
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if any(_fits(value, kind) for kind in kinds):
         return value
-    expected = " or ".join(_described(kind) for kind in kinds)
-    raise SnpError(f"{where}: {name}: expected {expected}, got {reprlib.repr(value)}.{_remedy(value, kinds)}")
+    raise SnpError(f"{where}: {name}: expected {expected}, got {shown(value)}.{_remedy(value, kinds)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -128,9 +142,9 @@ def _described(kind: Any) -> str:
 def _remedy(value: Any, kinds: tuple[Any, ...]) -> str:
     """What to do about a value of a wrong type, where that can be told."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if near := get_close_matches(str(value), choices, n=1):
+    if isinstance(value, str) and (near := get_close_matches(value[:LONGEST_NAME], choices, n=1)):
         return f" Did you mean {near[0]!r}?"
-    if str in kinds and not isinstance(value, list | dict):
+    if str in kinds:
         return " Put it in quotes."
     if float in kinds and isinstance(value, str):
         try:  # 1e-2 is text to YAML 1.1, and 1.0e-2 a number

@@ -13,6 +13,8 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from rich.table import Table
 
+from snp_llm.errors import SnpError, reason
+from snp_llm.json_files import read_json
 from snp_llm.measure import ModelSize
 from snp_llm.models.layouts import needs_code
 from snp_llm.pipeline import PrunedModel
@@ -21,6 +23,8 @@ from snp_llm.version import __version__
 
 REPORT = "prune_report.json"
 PAGE = "report.html"
+CARD = "README.md"
+NEEDED = ("recipe", "sparsity", "dense", "pruned", "sites", "calibration", "seconds")  # keys of every report
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "seed": pruned.recipe.seed,
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
         "sparsity": {
-            "target": None if pruned.recipe.budget else pruned.recipe.sparsity,
+            "target": pruned.sparsity,
             "achieved": achieved_sparsity(dense, pruned),
         },
         "predicted_perplexity_ratio": predicted_ratio(pruned),
@@ -125,6 +129,22 @@ def predicted_ratio(pruned: PrunedModel) -> float | None:
     """What the quadratic model of the loss predicts for perplexity on the calibration text, over that of dense."""
     losses = [r.predicted_loss for r in pruned.sites if r.predicted_loss is not None]
     return math.exp(sum(losses)) if len(losses) == len(pruned.sites) else None
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of an output folder.
+
+    Raises:
+        SnpError: there is none, or another file has its name.
+    """
+    file = folder / REPORT
+    where = f"{file}: expected a report of `snp-llm prune`"
+    report = read_json(file, where)
+    missing = [key for key in NEEDED if key not in report] if isinstance(report, dict) else NEEDED
+    if missing:
+        raise SnpError(f"{where}; {missing[0]!r} is missing.")
+    found: dict[str, Any] = report
+    return found
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -236,7 +256,20 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
     config = pruned.model.config
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def read_card(folder: Path) -> str:
+    """The model card of an output folder.
+
+    Raises:
+        SnpError: it cannot be read.
+    """
+    card = folder / CARD
+    try:
+        return card.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise SnpError(f"{card}: expected a model card in UTF-8, cannot be read ({reason(error)}).") from error
 
 
 def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:
@@ -247,17 +280,24 @@ def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:
         heading: of the section, one line.
         lines: its Markdown.
     """
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8")
+    text = read_card(folder)
     begin, end = f"<!-- {heading} -->", f"<!-- end of {heading} -->"
     section = "\n".join([begin, f"## {heading}", "", *lines, end])
     before, found, rest = text.partition(begin)
     text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
-    write_text(card, text)
+    write_text(folder / CARD, text)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces a file at once, so that it is never half written."""
+    """Replaces a file at once, so that it is never half written.
+
+    Raises:
+        SnpError: it cannot be written.
+    """
     new = file.with_name(f".{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SnpError(f"{file}: cannot be written ({reason(error)}).") from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -105,7 +106,7 @@ def _metrics(name: str, values: dict[str, Any], found: Any) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for key, value in values.items():
         metric, _, chosen = key.partition(",")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not chosen:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not chosen or not math.isfinite(value):
             continue  # its name, and standard errors that are not known
         metrics[metric if chosen == "none" else f"{metric} ({chosen})"] = float(value)
     samples = found.get("n-samples", {}).get(name, {})

@@ -20,12 +20,12 @@ WIDE = 200  # columns where there is no terminal that would wrap them
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table whose first column stands left and all others right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table whose first column stands left and all others right; brackets in names are no markup."""
+    table = Table(title=None if title is None else Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(Text(column), justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

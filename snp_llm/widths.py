@@ -1,16 +1,26 @@
 """How many units every site keeps: the allocation's curves, the layout's limits, the budget. Cuts nothing."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.errors import SnpError
-from snp_llm.linalg.allocation import ALLOCATIONS, ROUNDING, SiteBudget, finest_step, pooled_widths, total_cost
-from snp_llm.models.families import Family, Site
+from snp_llm.linalg.allocation import (
+    ALLOCATIONS,
+    NEEDS_CURVES,
+    ROUNDING,
+    SiteBudget,
+    finest_step,
+    pooled_widths,
+    total_cost,
+)
+from snp_llm.models.families import Family, Site, find_blocks, find_family, find_sites
 from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.recipe import Recipe
 from snp_llm.visit import SiteCurves
@@ -71,6 +81,36 @@ def find_target(model: PreTrainedModel, family: Family, sites: Sequence[Site], r
     return Target(sparsity_costs(sites), removals)
 
 
+def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Refuses a budget that cannot be met, before any weight or text is read.
+
+    Not every one shows from shapes: what latencies are is only known here where there is a table of them, and what a
+    permitted rise of perplexity allows is for a search.
+
+    Args:
+        model: dense, or its skeleton on the meta device.
+        recipe: all settings, resolved.
+
+    Raises:
+        SnpError: the model costs less already, or the target is more than all units that may go.
+    """
+    budget, table = recipe.budget, recipe.latency_table
+    unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
+    if unknown or recipe.perplexity_increase is not None:
+        return
+    family = find_family(model.config)
+    sites = find_sites(find_blocks(model, family), family, recipe.head_unit)
+    target = find_target(model, family, sites, recipe)
+    for kinds, removal, _ in target.removals:
+        concerned = [i for i, site in enumerate(sites) if site.kind in kinds]
+        own = [sites[i] for i in concerned]
+        budgets = [site_budget(model, family, sites[i], recipe, None, target.costs.sites[i]) for i in concerned]
+        if recipe.allocation in NEEDS_CURVES:
+            sites_to_cut(own, budgets, removal, target.costs, recipe)
+        else:  # such a rule may refuse what others would not, and needs no more than shapes for it
+            fit_budget(own, budgets, removal, target.costs, recipe)
+
+
 def plan_widths(
     model: PreTrainedModel,
     family: Family,
@@ -96,12 +136,11 @@ def plan_widths(
         site_budget(model, family, site, recipe, curve, cost)
         for site, curve, cost in zip(sites, curves, target.costs.sites, strict=True)
     ]
-    unit = target.costs.unit
     widths = [site.units for site in sites]
     for kinds, removal, whole in target.removals:
         concerned = [i for i, s in enumerate(sites) if s.kind in kinds]
         chosen = [budgets[i] for i in concerned]
-        found = fit_budget([sites[i] for i in concerned], chosen, removal, unit, recipe)
+        found = fit_budget([sites[i] for i in concerned], chosen, removal, target.costs, recipe)
         for i, width in zip(concerned, found, strict=True):
             widths[i] = width
         removed = total_cost(chosen) - total_cost(chosen, found)
@@ -110,7 +149,7 @@ def plan_widths(
                 "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
                 " and ".join(kinds),
                 100 * removal / whole,
-                unit,
+                target.costs.unit,
                 100 * removed / whole,
             )
     if recipe.layout == "uniform":
@@ -119,7 +158,7 @@ def plan_widths(
 
 
 def fit_budget(
-    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: float, unit: str, recipe: Recipe
+    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: float, costs: Costs, recipe: Recipe
 ) -> list[int]:
     """Widths of the sites that share one budget.
 
@@ -127,31 +166,18 @@ def fit_budget(
         sites: that share it.
         budgets: what the allocation may know of them.
         removal: what has to go, in the unit of their costs.
-        unit: its name.
+        costs: of the whole model.
         recipe: all settings, resolved.
 
     Raises:
         SnpError: the target is more than all units that may go.
     """
     uniform = recipe.layout == "uniform"
-    kinds = list(dict.fromkeys(site.kind for site in sites))
     widths = [min(s.units for s in sites if s.kind == site.kind) if uniform else site.units for site in sites]
     if removal == 0:
         return widths
-    movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
-    members = [i for i, site in enumerate(sites) if site.kind in movable]
+    members = sites_to_cut(sites, budgets, removal, costs, recipe)
     chosen = [budgets[i] for i in members]
-    prunable = total_cost(chosen) - sum(float(b.costs[0]) for b in chosen)
-    if removal >= prunable:
-        remedy = "Ask for less."
-        if prunable == 0:
-            remedy = "Use --head-sparsity 0." if kinds == ["attention"] else "Use a smaller --round-to."
-        elif recipe.budget is None:
-            remedy = f"Ask for a sparsity below {prunable / sum(site.parameters for site in sites):.3f} there."
-        raise SnpError(
-            f"the target removes {removal:,.6g} {unit} of {' and '.join(kinds)} sites; in this model and layout at "
-            f"most {prunable:,.6g} may go. {remedy}"
-        )
     rule = ALLOCATIONS[recipe.allocation]
     total, allowed = total_cost(chosen), total_cost(chosen) - removal
     keep, step = allowed / total, finest_step(chosen) / 2 / total
@@ -163,6 +189,47 @@ def fit_budget(
     for i, width in zip(members, found, strict=True):
         widths[i] = width
     return widths
+
+
+def sites_to_cut(
+    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: float, costs: Costs, recipe: Recipe
+) -> list[int]:
+    """Which of the sites that share one budget are of a kind that has other widths than its own.
+
+    Args:
+        sites, budgets, removal, costs, recipe: as of `fit_budget`.
+
+    Raises:
+        SnpError: the target is more than what is between all units and the fewest that may stay.
+    """
+    movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
+    members = [i for i, site in enumerate(sites) if site.kind in movable]
+    prunable = total_cost([budgets[i] for i in members]) - sum(budgets[i].cost(budgets[i].widths()[0]) for i in members)
+    if removal > prunable * (1 + ROUNDING):
+        whole = sum(site.parameters for site in sites)
+        kinds = list(dict.fromkeys(site.kind for site in sites))
+        raise SnpError(_too_much(kinds, removal, prunable, whole, costs, recipe))
+    return members
+
+
+def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int, costs: Costs, recipe: Recipe) -> str:
+    """Why a removal is refused, in the words of the option that asked for it."""
+    goal = recipe.budget
+    place = f"in this model and layout {recipe.layout}"
+    if goal is not None:
+        least, got = costs.shown(costs.dense - prunable, costs.dense - removal)
+        remedy = f"Ask for {math.ceil(1000 * (1 - prunable / costs.dense)) / 1000:g}x or more."
+        return (
+            f"--target-{goal.kind}: expected at least {least}, what is left {place} when every unit that may go is "
+            f"gone; got {got}. {remedy}"
+        )
+    option = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}[kinds[0]] if len(kinds) == 1 else "--sparsity"
+    remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else "Use a smaller --round-to."
+    most = math.floor(1000 * prunable / whole) / 1000
+    return (
+        f"{option}: expected at most {most:g}, with which every unit is gone that may go {place}; got "
+        f"{removal / whole:.4g}. {f'Ask for {most:g} or less.' if most else remedy}"
+    )
 
 
 def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site], widths: Sequence[int]) -> None:

@@ -16,14 +16,14 @@ def test_choices_are_what_the_algebra_offers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sparsity": 1.0}, r"--sparsity: expected a fraction in \[0, 1\), got 1"),
+        ({"sparsity": 1.0}, "--sparsity: expected a number from 0 to below 1, got 1"),
         ({"sparsity": -0.1}, "--sparsity"),
         ({"sparsity": float("nan")}, "--sparsity"),
         ({"ffn_sparsity": 1.5}, "--ffn-sparsity: .* got 1.5"),
         ({"head_sparsity": -1}, "--head-sparsity"),
-        ({"dampening": -0.1}, "--dampening: expected a finite number >= 0"),
+        ({"dampening": -0.1}, "--dampening: expected a number from 0 to 1,000,000, got -0.1"),
         ({"dampening": float("nan")}, "--dampening"),
-        ({"num_samples": 0}, "--num-samples: expected a positive number, got 0"),
+        ({"num_samples": 0}, "--num-samples: expected an integer from 1 to 2,147,483,647, got 0"),
         ({"seq_len": 1}, "--seq-len"),
         ({"batch_size": -3}, "--batch-size"),
         ({"round_to": 0}, "--round-to"),

@@ -261,7 +261,7 @@ def test_bad_folders_are_one_line(runs, tmp_path, capsys):
         ([], "expected at least one folder"),
         ([tmp_path / "empty"], "found no prune_report.json"),
         ([tmp_path / "nowhere"], "found no prune_report.json"),
-        ([tmp_path / "broken"], "expected JSON"),
+        ([tmp_path / "broken"], "cannot be read"),
         ([lacking], "'sites' is missing"),
         ([strange], "be understood"),
         ([odd], "be understood"),

@@ -127,9 +127,9 @@ def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer)
     assert not (pruned.calibration.tokens[:, None] == held).all(2).any()  # nothing calibrated on is judged by
     rise = perplexity(pruned.model, held) / perplexity(dense, held) - 1
     found = dict(pruned.trials)
-    assert found[pruned.recipe.sparsity] == pytest.approx(rise, abs=1e-6) and rise <= 0.04
-    larger = [s for s, r in pruned.trials if s > pruned.recipe.sparsity]
-    assert min(larger, default=1.0) - pruned.recipe.sparsity <= 0.01 or pruned.recipe.sparsity > 0.85
+    assert found[pruned.sparsity] == pytest.approx(rise, abs=1e-6) and rise <= 0.04
+    larger = [s for s, r in pruned.trials if s > pruned.sparsity]
+    assert min(larger, default=1.0) - pruned.sparsity <= 0.01 or pruned.sparsity > 0.83  # 0.843 is all that may go
 
 
 def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
@@ -153,9 +153,9 @@ def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
         ),
         ({"target_params": "1M", "ffn_sparsity": 0.2}, "--target-params and --ffn-sparsity: expected one budget"),
         ({"latency_table": "x.json"}, "--latency-table: expected together with --target-latency"),
-        ({"steps": 0}, "--steps: expected a positive number"),
+        ({"steps": 0}, "--steps: expected an integer from 1 to 1,000, got 0"),
         ({"steps": 2, "max_perplexity_increase": "5%"}, "--steps: expected 1 with --max-perplexity-increase"),
-        ({"target_weight": 1.5}, r"--target-weight: expected a share in \[0, 1\]"),
+        ({"target_weight": 1.5}, "--target-weight: expected a number from 0 to 1, got 1.5"),
     ],
 )
 def test_budgets_that_say_nothing_are_refused(settings, message):
@@ -165,10 +165,12 @@ def test_budgets_that_say_nothing_are_refused(settings, message):
 
 def test_more_than_the_model_has_and_less_than_can_stay_are_refused(tokenizer):
     with pytest.raises(
-        SnpError, match="--target-params: expected less than the model has, 93,344 parameters; got 1e.06"
+        SnpError, match="--target-params: expected less than the model has, 93.3K parameters; got 1M parameters"
     ):
         prune(small_opt(), tokenizer, small_recipe(target_params="1M"))
-    with pytest.raises(SnpError, match="the target removes .* parameters of attention and ffn sites.*Ask for less"):
+    with pytest.raises(
+        SnpError, match=r"--target-params: expected at least 73K parameters, what is left .*; got 1K parameters"
+    ):
         prune(small_opt(), tokenizer, small_recipe(target_params="1K"))
 
 
