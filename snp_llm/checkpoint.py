@@ -1,5 +1,6 @@
 """Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
 
+import json
 import logging
 import os
 import pickle
@@ -31,6 +32,7 @@ from snp_llm import ranks
 from snp_llm.data import BUNDLED
 from snp_llm.errors import SnpError
 from snp_llm.measure import logits_block_by_block
+from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.families import embedding_rows, find_family
 from snp_llm.models.layouts import needs_code
 
@@ -258,6 +260,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     tokenizer.save_pretrained(folder)
+    for name, for_both in (("config.json", config_for_both), ("tokenizer_config.json", tokenizer_for_both)):
+        if (file := Path(folder) / name).exists():
+            values = for_both(json.loads(file.read_text(encoding="utf-8")))
+            file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def verify(model: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
