@@ -34,7 +34,6 @@ from snp_llm.errors import SnpError
 from snp_llm.measure import logits_block_by_block
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.families import embedding_rows, find_family
-from snp_llm.models.layouts import needs_code
 
 TINY_OPT = "tiny-opt"
 LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
@@ -253,9 +252,6 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one."""
-    if needs_code(model.config):
-        type(model.config).register_for_auto_class()
-        type(model).register_for_auto_class("AutoModelForCausalLM")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
