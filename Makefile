@@ -9,7 +9,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin
 CONSTRAINTS :=
 
-.PHONY: demo test-all test test-oldest lint docs clean
+.PHONY: demo test-all test test-oldest venv-transformers-4 lint docs clean
 
 demo: $(VENV)/.installed
 	$(RUN)/snp-llm prune tiny-opt --sparsity 0.3 --output tiny-opt-snp-30 --overwrite
@@ -25,6 +25,14 @@ test-oldest:
 # What takes longest is left out of `make test`.
 test-all: $(VENV)/.installed
 	$(RUN)/python -m pytest -n 2 -m ""
+
+# One of those tests loads folders in transformers 4 too, and is skipped without this environment.
+venv-transformers-4: .venv-transformers-4/.installed
+
+.venv-transformers-4/.installed:
+	$(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/python -m pip install -q --extra-index-url $(CPU_WHEELS) $(TORCH) 'transformers==4.57.*'
+	touch $@
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
@@ -45,4 +53,4 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest .venv-transformers-4 build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

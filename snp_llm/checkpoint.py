@@ -1,5 +1,6 @@
 """Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
 
+import json
 import logging
 import os
 import pickle
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers.utils.hub import cached_file
 from snp_llm.data import BUNDLED
 from snp_llm.errors import SnpError, reason
 from snp_llm.measure import logits_block_by_block
+from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.families import embedding_rows, find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.on_disk import complete_index, disk_index, other_shapes, read_tensor
@@ -164,17 +166,22 @@ def save(
         folder: to write into.
         tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
     """
-    if needs_code(model.config):
-        type(model.config).register_for_auto_class()
-        type(model).register_for_auto_class("AutoModelForCausalLM")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    _rewrite(folder / "config.json", config_for_both)
     if tokenizer_of is None:
         tokenizer.save_pretrained(folder)
         without_code(folder)
+        _rewrite(folder / "tokenizer_config.json", tokenizer_for_both)
     else:
         carry_over(find_tokenizer_files(find_model(tokenizer_of), tokenizer), folder)
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if file.exists():
+        values = change(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor) -> float:

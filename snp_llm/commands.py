@@ -105,7 +105,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     clock = Clock(device)
     with clock.phase("loading"):
         dense, tokenizer = load_on_disk(recipe, partial)
-    recipe = pipeline.resolve(recipe, dense)
+    recipe = pipeline.resolve(recipe, dense, tokenizer)
     assert recipe.seq_len is not None and recipe.eval_dataset is not None
     files = find_tokenizer_files(checkpoint.find_model(recipe.model), tokenizer)
     check_carried(recipe.model, files, tokenizer, possible_types(dense, recipe.layout))
@@ -113,7 +113,12 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     windows: Windows | None = None
     if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
         windows = evaluation_windows(
-            tokenizer, recipe.eval_dataset, split=recipe.eval_split, column=recipe.text_column, seq_len=recipe.seq_len
+            tokenizer,
+            recipe.eval_dataset,
+            split=recipe.eval_split,
+            column=recipe.text_column,
+            seq_len=recipe.seq_len,
+            bos=recipe.bos,
         )
         pipeline.check_tokens(windows, dense)
     journal = Journal(partial / output.JOURNAL, recipe.save_every)
@@ -181,7 +186,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table, 
 def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
     dense, tokenizer = load_on_disk(recipe, scratch)
-    recipe = pipeline.resolve(recipe, dense)
+    recipe = pipeline.resolve(recipe, dense, tokenizer)
     takes = announce(dense, recipe, folder.absolute().parent, talk)
     with progress(dense.config.num_hidden_layers) as on_step:
         plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)

@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from snp_llm.errors import SnpError, reason, shown
+from snp_llm.recipe import Bos
 
 BUNDLED = Path(__file__).parent / "bundled"
 # Characters of calibration text read for every token wanted: about eight times what is needed, so that the seed has
 # windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
 CHARACTERS_A_TOKEN = 32
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved: of one split, or of several
+# What a description says of it; nothing, where it is as in published perplexities.
+BOS_REMARKS: dict[Bos, str] = {"always": ", each after BOS", "once": "", "never": ", without BOS"}
 BUILDERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -72,13 +75,22 @@ class Windows:
 
     Attributes:
         tokens: (windows, T), int64.
-        description: dataset, split, window length and count, for people.
+        description: dataset, split, window length and count, and whether each starts with BOS, for people.
         digest: SHA-256 of the tokens.
+        origin: dataset and split.
+        bos: where BOS stands: "always", "once" or "never", see `resolve_bos`.
     """
 
     tokens: Tensor
     description: str
     digest: str
+    origin: str
+    bos: Bos
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer starts a text with BOS."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def calibration_windows(
@@ -90,27 +102,30 @@ def calibration_windows(
     num_samples: int,
     seq_len: int,
     seed: int,
+    bos: Bos = "once",
 ) -> Windows:
     """A seeded draw of `num_samples` windows; fewer, said in the description, where the text is short.
 
     Args:
-        name: as in `--calibration`; `random` draws uniform ids over the tokenizer's vocabulary.
+        name: as in `--calibration`; `random` draws uniform ids over the tokenizer's vocabulary, without BOS unless
+            that is to stand before every window.
+        bos: "always", "once" or "never".
 
     Raises:
-        SnpError: no such dataset, split or column, or not one full window of text.
+        SnpError: no such dataset, split or column, not one full window of text, or no BOS where it is to stand.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, first = torch.Generator().manual_seed(seed), _first_token(tokenizer, bos)
     if name == "random":
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
-        tokens = ids[torch.randint(len(ids), (num_samples, seq_len), generator=generator)]
-        return _windows(tokens, "uniformly random token ids")
+        text = ids[torch.randint(len(ids), (num_samples * seq_len,), generator=generator)]
+        return _windows(_cut(text, seq_len, name, first)[:num_samples], "uniformly random token ids", bos)
     documents, source, label = _open(name, split, column, "calibration_split")
     limit = CHARACTERS_A_TOKEN * num_samples * seq_len
-    tokens = _cut(_tokenize(tokenizer, source.joiner.join(_take(documents, limit))), seq_len, name)
+    tokens = _cut(_tokenize(tokenizer, source.joiner.join(_take(documents, limit)), bos), seq_len, name, first)
     chosen = torch.randperm(len(tokens), generator=generator)[:num_samples]
     short = f" ({num_samples} asked for, the text holds no more)" if len(tokens) < num_samples else ""
-    return _windows(tokens[chosen], label, short)
+    return _windows(tokens[chosen], label, bos, short)
 
 
 def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
@@ -123,10 +138,9 @@ def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
     if count < 2:
         raise SnpError("calibration: expected at least two windows, one of them to be held out; got one.")
     held = min(held, max(1, count // 4))
-    origin = windows.description.partition(",")[0]
     return (
-        _windows(windows.tokens[:-held], origin, f", {held} more held out"),
-        _windows(windows.tokens[-held:], origin),
+        _windows(windows.tokens[:-held], windows.origin, windows.bos, f", {held} more held out"),
+        _windows(windows.tokens[-held:], windows.origin, windows.bos),
     )
 
 
@@ -138,30 +152,43 @@ def evaluation_windows(
     column: str,
     seq_len: int,
     max_windows: int | None = None,
+    bos: Bos = "once",
 ) -> Windows:
     """All full windows of a split: documents joined, tokenised once, cut without overlap, the rest dropped.
 
+    Args:
+        bos: "always", "once" or "never".
+
     Raises:
-        SnpError: no such dataset, split or column, or not one full window of text.
+        SnpError: no such dataset, split or column, not one full window of text, or no BOS where it is to stand.
     """
+    first = _first_token(tokenizer, bos)
     documents, source, label = _open(name, split, column, "evaluation_split")
     text = source.joiner.join(islice(documents, source.evaluation_documents))
-    return _windows(_cut(_tokenize(tokenizer, text), seq_len, name)[:max_windows], label)
+    return _windows(_cut(_tokenize(tokenizer, text, bos), seq_len, name, first)[:max_windows], label, bos)
 
 
-def evaluation_text(tokenizer: PreTrainedTokenizerBase, name: str, *, split: str | None, column: str) -> Windows:
+def evaluation_text(
+    tokenizer: PreTrainedTokenizerBase, name: str, *, split: str | None, column: str, bos: Bos = "once"
+) -> Windows:
     """A whole split as one window, (1, tokens): documents joined, tokenised once, not cut.
 
+    Args:
+        bos: "always", "once" or "never". With "always" BOS is not among the tokens, since it is to stand before every
+            window that is cut from them, but the digest counts it.
+
     Raises:
-        SnpError: no such dataset, split or column, or less than two tokens of text.
+        SnpError: no such dataset, split or column, less than two tokens of text, or no BOS where it is to stand.
     """
+    first = _first_token(tokenizer, bos)
     documents, source, label = _open(name, split, column, "evaluation_split")
     text = source.joiner.join(islice(documents, source.evaluation_documents))
-    tokens = _tokenize(tokenizer, text)[None]
-    if tokens.shape[1] < 2:
-        raise SnpError(f"dataset {name}: expected at least two tokens of text, got {tokens.shape[1]}.")
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Windows(tokens, f"{label}, {tokens.shape[1]:,} tokens", digest)
+    tokens = _tokenize(tokenizer, text, bos)
+    if len(tokens) < 2:
+        raise SnpError(f"dataset {name}: expected at least two tokens of text, got {len(tokens)}.")
+    counted = tokens if first is None else torch.cat([tokens, torch.tensor([first])])
+    digest = hashlib.sha256(counted.numpy().tobytes()).hexdigest()
+    return Windows(tokens[None], f"{label}, {len(tokens):,} tokens", digest, label, bos)
 
 
 def check_dataset(name: str, split: str | None, column: str, *, evaluation: bool) -> None:
@@ -296,21 +323,38 @@ def _take(documents: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+def _first_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
+    """The id that every window starts with, or None where windows start with text."""
+    if bos != "always":
+        return None
+    if tokenizer.bos_token_id is None:
+        raise SnpError("--bos always: expected a tokenizer with a BOS token, this one has none. Use --bos once.")
+    return int(tokenizer.bos_token_id)
 
 
-def _cut(tokens: Tensor, seq_len: int, name: str) -> Tensor:
-    count = len(tokens) // seq_len
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos) -> Tensor:
+    """The ids of a text, (tokens,), int64; without BOS at its start unless that stands once."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if bos != "once":
+        start = next((at for at, token in enumerate(ids) if token != tokenizer.bos_token_id), len(ids))
+        ids = ids[start:]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(tokens: Tensor, seq_len: int, name: str, first: int | None) -> Tensor:
+    """Windows, (windows, seq_len), of consecutive tokens, after `first` where there is such an id."""
+    room = seq_len if first is None else seq_len - 1
+    count = len(tokens) // room
     if count == 0:
         raise SnpError(
-            f"dataset {name}: expected at least one window of {seq_len:,} tokens, got {len(tokens):,} tokens. "
-            "Use more text or a smaller --seq-len."
+            f"dataset {name}: expected at least one window of {room:,} tokens{'' if first is None else ' after BOS'}, "
+            f"got {len(tokens):,} tokens. Use more text or a smaller --seq-len."
         )
-    return tokens[: count * seq_len].reshape(count, seq_len)
+    windows = tokens[: count * room].reshape(count, room)
+    return windows if first is None else torch.cat([torch.full((count, 1), first), windows], dim=1)
 
 
-def _windows(tokens: Tensor, origin: str, remark: str = "") -> Windows:
+def _windows(tokens: Tensor, origin: str, bos: Bos, remark: str = "") -> Windows:
     count, length = tokens.shape
-    description = f"{origin}, {count} windows of {length} tokens{remark}"
-    return Windows(tokens, description, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+    description = f"{origin}, {count} windows of {length} tokens{BOS_REMARKS[bos]}{remark}"
+    return Windows(tokens, description, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), origin, bos)

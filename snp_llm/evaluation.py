@@ -12,11 +12,11 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.data import Windows, check_dataset, evaluation_text, evaluation_windows
+from snp_llm.data import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
 from snp_llm.device import compute_device
 from snp_llm.errors import SnpError
 from snp_llm.measure import model_size, perplexity, strided_perplexity
-from snp_llm.pipeline import LONGEST_DEFAULT_WINDOW, check_tokens, window_length
+from snp_llm.pipeline import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.recipe import EvaluationRecipe
 from snp_llm.report import REPORT, read_report, write_text
 from snp_llm.skeleton import check_tokenizer, load_skeleton
@@ -102,6 +102,7 @@ def measure_perplexity(
 ) -> tuple[float, str, str]:
     """Perplexity, the exact protocol for people, and the hash of the tokens."""
     dataset = dataset_of(recipe)
+    bos = resolve_bos(recipe.bos, model, tokenizer)
     if recipe.stride is None:
         windows: Windows = evaluation_windows(
             tokenizer,
@@ -110,24 +111,29 @@ def measure_perplexity(
             column=recipe.text_column,
             seq_len=seq_len,
             max_windows=recipe.max_windows,
+            bos=bos,
         )
         check_tokens(windows, model)
         value = perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
         return value, f"{windows.description}, {windows.tokens.numel():,} tokens", windows.digest
-    text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column)
+    if bos == "always" and recipe.stride == seq_len:
+        raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
+    text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column, bos=bos)
     check_tokens(text, model)
     value, counted = strided_perplexity(
         model,
         text.tokens[0],
         seq_len=seq_len,
         stride=recipe.stride,
+        bos=tokenizer.bos_token_id if bos == "always" else None,
         max_windows=recipe.max_windows,
         batch_size=recipe.batch_size,
         device=device,
     )
     protocol = (
-        f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}, {counted:,} tokens counted "
-        f"once each, given {seq_len - recipe.stride:,} to {seq_len - 1:,} before them (fewer at the start)"
+        f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "
+        f"{counted:,} tokens counted once each, given {seq_len - recipe.stride:,} to {seq_len - 1:,} before them "
+        "(fewer at the start)"
     )
     return value, protocol, text.digest
 

@@ -108,6 +108,7 @@ def strided_perplexity(
     *,
     seq_len: int,
     stride: int,
+    bos: int | None = None,
     max_windows: int | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
@@ -117,13 +118,15 @@ def strided_perplexity(
     Windows of `seq_len` tokens begin at every multiple of `stride`, up to the first that reaches the end of the text,
     where it is cut. In every window those tokens count that no earlier window held, which are its last `stride`, so
     that each has at least `seq_len - stride` tokens before it as soon as the text has so many. A token without any
-    before it, the first of a window when `stride` is `seq_len`, does not count.
+    before it, the first of a window when `stride` is `seq_len`, does not count. With `bos` that id stands before every
+    window, which then holds one token of text less, and the first token of the text counts too.
 
     Args:
         model: of a supported family; left where it is.
         tokens: one text, (tokens,), int64, at least two.
         seq_len: tokens a window.
-        stride: at most that.
+        stride: at most the tokens of text in a window.
+        bos: what every window starts with; None: with text.
         max_windows: only the first ones.
         batch_size: windows at a time; has no influence on the result beyond rounding.
 
@@ -134,12 +137,15 @@ def strided_perplexity(
         SnpError: the likelihood is not finite.
     """
     length, total, counted = len(tokens), 0.0, 0
-    starts = range(0, max(1, length - seq_len + stride), stride)[:max_windows]
-    full = [start for start in starts if start + seq_len <= length]
+    room = seq_len if bos is None else seq_len - 1
+    starts = range(0, max(1, length - room + stride), stride)[:max_windows]
+    full = [start for start in starts if start + room <= length]
     for begins in (full, starts[len(full) :]):  # the last may be shorter than all others
         if not begins:
             continue
-        windows = torch.stack([tokens[start : start + seq_len] for start in begins])
+        windows = torch.stack([tokens[start : start + room] for start in begins])
+        if bos is not None:
+            windows = torch.cat([torch.full((len(begins), 1), bos), windows], dim=1)
         passes = _logits(model, windows, batch_size, torch.device(device))
         for start, (logits, window) in zip(begins, passes, strict=True):
             new = max(1, seq_len - stride) if start else 1  # the first position that counts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import ranks
-from snp_llm.data import Windows, calibration_windows, split_windows
+from snp_llm.data import Windows, adds_bos, calibration_windows, split_windows
 from snp_llm.device import Clock, compute_device
 from snp_llm.errors import SnpError
 from snp_llm.files import checksum
@@ -25,7 +25,7 @@ from snp_llm.models.families import Family, Site, embedding_rows, find_blocks, f
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, assemble, check_code
 from snp_llm.models.on_disk import fingerprint
 from snp_llm.models.surgery import pad_site
-from snp_llm.recipe import Recipe
+from snp_llm.recipe import Bos, Recipe
 from snp_llm.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.sequential import Finish, prune_blocks
 from snp_llm.site import SiteResult
@@ -43,6 +43,7 @@ NO_MATTER = (
         "calibration",
         "calibration_split",
         "text_column",
+        "bos",
         "eval",
         "eval_dataset",
         "eval_split",
@@ -99,7 +100,7 @@ def prune(
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    recipe, journal = resolve(recipe, model), journal or Journal()
+    recipe, journal = resolve(recipe, model, tokenizer), journal or Journal()
     clock = Clock(compute_device(recipe.device))
     allowed = recipe.perplexity_increase
     if allowed is not None:
@@ -146,7 +147,7 @@ def plan(
             "--dry-run: expected a budget whose widths are known before anything is cut, got --steps or "
             "--max-perplexity-increase. Leave them out, or run without --dry-run."
         )
-    recipe = resolve(recipe, model)
+    recipe = resolve(recipe, model, tokenizer)
     clock = Clock(compute_device(recipe.device))
     windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
     visited = visit(model, windows, recipe, clock, Journal(), on_step)
@@ -344,8 +345,8 @@ def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
     return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))
 
 
-def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
-    """The recipe with the window length and the rounding filled in from the model, and the usual sparsity.
+def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Recipe:
+    """The recipe with window length and rounding filled in from the model, sparsity, and BOS from a tokenizer.
 
     Raises:
         SnpError: the window is longer than the model's positions; the model is not of a supported family, or has code
@@ -354,6 +355,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel) -> Recipe:
     check_code(model)
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
+    if tokenizer is not None:
+        recipe = replace(recipe, bos=resolve_bos(recipe.bos, model, tokenizer))
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if recipe.hidden_device not in ("cpu", "disk", kind):
         raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
@@ -371,6 +374,17 @@ def window_length(asked: int | None, positions: int) -> int:
     if asked is not None and asked > positions:
         raise SnpError(f"--seq-len: expected at most the model's {positions:,} positions, got {asked:,}.")
     return asked or min(positions, LONGEST_DEFAULT_WINDOW)
+
+
+def resolve_bos(asked: Bos, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bos:
+    """Where BOS stands: "always" before every window, "once" at the start of the text, or "never".
+
+    "auto" asks for what the numbers of others are made with: once, if the tokenizer adds it; but before every window
+    for families that are lost without it. Where a tokenizer adds none, nothing is added for it.
+    """
+    if asked != "auto":
+        return asked
+    return "always" if find_family(model.config).needs_bos and adds_bos(tokenizer) else "once"
 
 
 def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
@@ -417,6 +431,7 @@ def read_calibration(
         num_samples=recipe.num_samples + more,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        bos=resolve_bos(recipe.bos, model, tokenizer),
     )
     check_tokens(windows, model)
     return windows

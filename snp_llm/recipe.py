@@ -17,6 +17,7 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 HiddenDevice = Literal["cuda", "mps", "cpu", "disk"]
 Layout = Literal["uniform", "compact", "padded"]
+Bos = Literal["auto", "always", "once", "never"]
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
 
@@ -168,6 +169,10 @@ class Recipe:
     """Calibration windows."""
     seq_len: int | None = None
     """Tokens a window, for calibration and evaluation. Default: the model's maximum, at most 2048."""
+    bos: Bos = "auto"
+    """Where BOS stands, in calibration and evaluation. once: at the start of the whole text, if the tokenizer puts it
+    there, as in published perplexities. always: before every window. never: nowhere. auto: always for models that are
+    lost without it (Gemma) if their tokenizer adds it, else once."""
     batch_size: int = 8
     """Windows run through a block at a time."""
     seed: int = 0
@@ -342,6 +347,8 @@ class EvaluationRecipe:
     windows that do not overlap."""
     max_windows: int | None = None
     """Measure on the first windows only."""
+    bos: Bos = "auto"
+    """As for prune: where BOS stands in the text that perplexity is measured on."""
     perplexity: bool = True
     """Measure it; --no-perplexity with --tasks for tasks alone."""
     tasks: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None

@@ -43,6 +43,7 @@ class Family:
         heads_key, kv_heads_key, ffn_key: config keys of head counts and FFN width; no `kv_heads_key` without groups.
         head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
         divides_hidden: whether its config refuses head counts that do not divide the hidden size.
+        needs_bos: whether its models are lost in a window of text that does not start with BOS.
         substitute: model_type of a plain config that computes the same but takes more head counts.
         engines: what loads the plain config with another FFN width.
         head_engines: what loads it with fewer heads as well.
@@ -64,6 +65,7 @@ class Family:
     ffn_key: str = "intermediate_size"
     head_dim_key: str | None = "head_dim"
     divides_hidden: bool = False
+    needs_bos: bool = False
     substitute: str | None = None
     engines: tuple[str, ...] = EVERYWHERE
     head_engines: tuple[str, ...] = EVERYWHERE
@@ -92,9 +94,9 @@ FAMILIES = (
     # Its config has no head dimension of its own; transformers reads one that is there, other engines may divide.
     Family(name="Qwen2", model_type="qwen2", head_engines=("transformers",)),
     Family(name="Qwen3", model_type="qwen3"),
-    Family(name="Gemma", model_type="gemma"),
-    Family(name="Gemma 2", model_type="gemma2", divides_hidden=True),
-    Family(name="Gemma 3 text", model_type="gemma3_text", divides_hidden=True),
+    Family(name="Gemma", model_type="gemma", needs_bos=True),
+    Family(name="Gemma 2", model_type="gemma2", divides_hidden=True, needs_bos=True),
+    Family(name="Gemma 3 text", model_type="gemma3_text", divides_hidden=True, needs_bos=True),
     Family(
         name="Phi-3",
         model_type="phi3",

@@ -47,6 +47,8 @@ PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] 
 for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
+    _config_class.register_for_auto_class()  # so that their files are copied by whoever saves such a model
+    _model_class.register_for_auto_class("AutoModelForCausalLM")
 
 log = logging.getLogger(__name__)
 

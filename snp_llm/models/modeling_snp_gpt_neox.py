@@ -8,7 +8,7 @@ Its config ties the head dimension to the number of heads, so the attention proj
 # mypy: ignore-errors
 
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, __version__
 
 from .snp_blocks import BlockConfig, changed_keys
 
@@ -22,6 +22,8 @@ class SnpGPTNeoXForCausalLM(GPTNeoXForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
+        if __version__.startswith("4."):  # calls the head by another name, and would leave it random
+            raise ImportError("GPT-NeoX with widths of its own in every block: expected transformers 5")
         for index, block in enumerate(self.gpt_neox.layers):
             changed, attention = changed_keys(config, index), block.attention
             if "num_attention_heads" in changed:
