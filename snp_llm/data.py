@@ -116,8 +116,8 @@ def calibration_windows(
     """
     generator, first = torch.Generator().manual_seed(seed), _first_token(tokenizer, bos)
     if name == "random":
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - special))
+        added = set(tokenizer.added_tokens_decoder)  # which may lie past the embeddings
+        ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - added))
         text = ids[torch.randint(len(ids), (num_samples * seq_len,), generator=generator)]
         return _windows(_cut(text, seq_len, name, first)[:num_samples], "uniformly random token ids", bos)
     documents, source, label = _open(name, split, column, "calibration_split")
