@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import re
 import signal
 import sys
@@ -42,7 +43,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
 
 Each has --help, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or the bundled
 tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or failed, said in
-one line; 130 interrupted."""
+one line; 130 interrupted, 143 terminated."""
 
 
 def main() -> int:
@@ -72,7 +73,11 @@ def inspect_main(arguments: Sequence[str]) -> int:
 def prune_main(arguments: Sequence[str]) -> int:
     """`snp-llm prune`."""
     typed = ["snp-llm", "prune", *arguments]
-    return _guarded(Recipe, "snp-llm prune", arguments, lambda recipe, talk: commands.run_prune(recipe, typed, talk))
+
+    def run(recipe: Recipe, talk: Talk) -> None:
+        commands.run_prune(recipe, typed, talk, _config_file(arguments))
+
+    return _guarded(Recipe, "snp-llm prune", arguments, run)
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:
@@ -106,8 +111,10 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is no news
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries end in an error that says the same in one line
     transformers.logging.disable_progress_bar()
+    before = {}
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _interrupt)  # so that temporary folders are removed
+        for number in (signal.SIGINT, signal.SIGTERM):  # so that temporary folders are removed
+            before[number] = signal.signal(number, _interrupt)
     try:
         recipe, talk = _parse(kind, program, arguments)
         log.setLevel(talk.level)
@@ -122,7 +129,11 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
         name = f" {shown(error.filename)}" if isinstance(error, OSError) and error.filename else ""
         return _fail(f"{type(error).__name__}{name}: {reason(error)}.")
     except KeyboardInterrupt as interrupt:
-        return _fail("interrupted; no output was written.", code=interrupt.args[0] if interrupt.args else 130)
+        said = dict(enumerate(interrupt.args))  # the exit code, and what is the case by now
+        return _fail(f"interrupted; {said.get(1, 'no output was written')}.", code=said.get(0, 130))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -174,6 +185,9 @@ def _tyro(command: Any, program: str, arguments: Sequence[str], default: Any) ->
 
 
 def _interrupt(number: int, _frame: object) -> None:
+    """Lets the command clean up after itself; who asks a second time does not wait for that, and sees no traceback."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, lambda number, _frame: os._exit(128 + number))
     raise KeyboardInterrupt(128 + number)
 
 

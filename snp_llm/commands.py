@@ -49,9 +49,16 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
         inspection.print_inspection(facts)
 
 
-def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk) -> None:
-    """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints."""
-    folder, inputs = output_folder(recipe), inputs_of(recipe)
+def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | None = None) -> None:
+    """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints.
+
+    Args:
+        recipe: of the run.
+        command: as it was typed.
+        talk: what to print.
+        config: the recipe file that it started from.
+    """
+    folder, inputs = output_folder(recipe), inputs_of(recipe, config)
     bundled = "bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"
     calibration, eval_dataset = recipe.calibration or bundled, recipe.eval_dataset or bundled
     recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
@@ -196,13 +203,14 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
         print_plan(dense, plan, recipe)
 
 
-def inputs_of(recipe: Recipe) -> dict[str, Path]:
+def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
     """What a run reads, by what it is; none of it is to be replaced by what the run writes."""
     named = {
         "the input model": checkpoint.find_model(recipe.model),
         "the calibration text": recipe.calibration,
         "the evaluation text": recipe.eval_dataset,
         "the latency table": recipe.latency_table,
+        "the recipe": config,
     }
     return {what: Path(name) for what, name in named.items() if name is not None and os.path.exists(name)}
 
