@@ -99,7 +99,9 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
     except SnpError:
         raise
     except Exception as error:  # whatever transformers and torch say of values that do not fit together
-        raise SnpError(f"model {name}: no model can be built from its config, or saved with it. {reason(error)}") from error
+        raise SnpError(
+            f"model {name}: no model can be built from its config, or saved with it. {reason(error)}"
+        ) from error
     return model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from snp_llm import inspection, measure
 from tests.adversarial.fresh import loader
@@ -21,6 +22,8 @@ def model_of(tokenizer, tmp_path_factory) -> Callable[[str], Path]:
     def make(family: str) -> Path:
         if family not in made:
             made[family] = save_model(small_model(family, torch.float32), tokenizer, home / family)
+            # As transformers reads it beside this family: of Qwen2 it changes the rules, whatever the files say.
+            AutoTokenizer.from_pretrained(made[family]).save_pretrained(made[family])
         return made[family]
 
     return make

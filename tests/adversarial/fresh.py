@@ -49,7 +49,9 @@ def serve() -> None:
 def loader() -> Iterator[Callable[[Path], str]]:
     """Starts a process that serves, and stops it; called with a folder it gives the digest."""
     root = Path(__file__).parents[2]
-    with Popen([sys.executable, "-m", "tests.adversarial.fresh"], stdin=PIPE, stdout=PIPE, text=True, cwd=root) as server:
+    with Popen(
+        [sys.executable, "-m", "tests.adversarial.fresh"], stdin=PIPE, stdout=PIPE, text=True, cwd=root
+    ) as server:
         assert server.stdin is not None and server.stdout is not None
         stdin, stdout = server.stdin, server.stdout
 

@@ -53,6 +53,7 @@ class Trials:
         *,
         makes: Sequence[str] = ("out",),
         changes: Sequence[str] = (),
+        wrong: str | None = None,
     ) -> int:
         """The exit code.
 
@@ -62,6 +63,7 @@ class Trials:
             arguments: its.
             makes: what may be there after it ended well, below `place`.
             changes: files that may then be other ones.
+            wrong: what an error has to begin with, after a word or two: that where the mistake is.
         """
         before = contents(self.place)
         # As strict as the real ones are.
@@ -88,19 +90,27 @@ class Trials:
             self.refused += 1
         if code not in (0, 2):
             self.fault(name, f"exit code {code}")
-        if len(errors) != (code == 2) or (errors and said[-1] != errors[0]) or any("Traceback" in line for line in said):
+        if (
+            len(errors) != (code == 2)
+            or (errors and said[-1] != errors[0])
+            or any("Traceback" in line for line in said)
+        ):
             self.fault(name, f"exit code {code}, said {said}")
+        if errors and wrong is not None and wrong not in errors[0][len(ERROR) :][: len(wrong) + 20]:
+            self.fault(name, f"blames something else: {errors[0]}")
         if errors and (len(errors[0]) > 3000 or len(errors[0]) < len(ERROR) + 15):
             self.fault(name, f"an error of {len(errors[0])} characters: {errors[0][:300]}")
         if changed := [path for path in {**before, **after} if before.get(path) != after.get(path)]:
             self.fault(name, f"exit code {code}, {changed[:3]} was changed, made or removed; {errors}")
-        self.names.append((f"{name}: {errors[0][len(ERROR):] if errors else 'accepted'}", code))
+        self.names.append((f"{name}: {errors[0][len(ERROR) :] if errors else 'accepted'}", code))
         return code
 
-    def prune(self, name: str, model: Path, *settings: Any, same: bool = True, visit: bool = False) -> int:
+    def prune(
+        self, name: str, model: Path, *settings: Any, same: bool = True, visit: bool = False, wrong: str | None = None
+    ) -> int:
         """Prunes a model, with everything kept where `same`: then its logits have to be those of the loaded one."""
         arguments = (model, "--output", self.place / "out", *settings, *(() if visit else QUICKER))
-        code = self.run(name, prune_main, arguments)
+        code = self.run(name, prune_main, arguments, wrong=wrong)
         if code == 0 and same:
             self.compare(name, model)
         return code

@@ -28,7 +28,19 @@ def nested(depth: int) -> Any:
 ODD = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**31, 2**63, -(2**63), 10**400, 0.0, 0.5, -0.5, 1e-30, 1e308),
     *(float("nan"), float("inf"), float("-inf"), "", "text", "16", "nan", "../../etc/passwd", "\ud800", "a\nb", "\x00"),
-    *([], [1], [None], ["full_attention"], [[]], {}, {"a": 1}, {"": None}, {"rope_type": "yarn"}, nested(50), "x" * 9999),
+    *(
+        [],
+        [1],
+        [None],
+        ["full_attention"],
+        [[]],
+        {},
+        {"a": 1},
+        {"": None},
+        {"rope_type": "yarn"},
+        nested(50),
+        "x" * 9999,
+    ),
     MISSING,
 )
 
