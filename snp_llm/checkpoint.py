@@ -92,8 +92,8 @@ def load(
         )
     if twice:
         raise SnpError(
-            f"model {name}: two of its files hold {twice[0]}, with different values; expected every tensor once. Remove "
-            "it from the file that model.safetensors.index.json does not name for it."
+            f"model {name}: two of its files hold {twice[0]}, with different values; expected every tensor once. "
+            "Remove it from the file that model.safetensors.index.json does not name for it."
         )
     for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
         if keys:

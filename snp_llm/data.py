@@ -1,6 +1,7 @@
 """Token windows out of datasets, for calibration and for evaluation. Knows tokenizers and `datasets`, no models."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved
 # What a description says of it; nothing, where it is as in published perplexities.
 BOS_REMARKS: dict[Bos, str] = {"always": ", each after BOS", "once": "", "never": ", without BOS"}
 BUILDERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
+LOOKED_AT = 1000  # records in a JSON file of which one at least has the column
 
 log = logging.getLogger("snp_llm")
 
@@ -277,6 +278,7 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
             if text is None:
                 nulls += 1
             elif isinstance(text, str):
+                _explained(name, text.encode)  # JSON may escape halves of characters
                 yield text
             else:
                 raise SnpError(
@@ -290,6 +292,8 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
 
 def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:
     """The records of a split."""
+    if source.path == "json":
+        return _json_rows(Path(source.options["data_files"]), source.column)
     from datasets import Dataset, load_dataset, load_from_disk  # takes a second that --help and plain text need not pay
     from datasets.utils.logging import disable_progress_bar
 
@@ -302,6 +306,44 @@ def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:
     if split not in saved:
         raise SnpError(f"dataset {name}: unknown split {split!r}; expected one of {', '.join(saved)}.")
     return saved[split]
+
+
+def _json_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
+    """The records of a JSON file: one a line, one list of them, or a single one; a text is a record as well.
+
+    Not read with `datasets`, whose parser ends the process at a record that is null. Records may lack the column, which
+    then is null, as long as there are others that do not.
+    """
+    with open(file, encoding="utf-8-sig") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        lines.seek(0)
+        if _is_json(first) and not first.lstrip().startswith("["):
+            records = ((f"line {n}", json.loads(line)) for n, line in enumerate(lines, 1) if line.strip())
+        else:
+            whole = json.load(lines) if first else []
+            records = ((f"record {n}", r) for n, r in enumerate(whole if isinstance(whole, list) else [whole], 1))
+        names: dict[str, None] = {}
+        for number, (place, record) in enumerate(records, 1):
+            row = {"text": record} if isinstance(record, str) else {} if record is None else record
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected an object with a text in it, got {shown(record)}")
+            names |= dict.fromkeys(row)
+            if number == LOOKED_AT and column not in names:
+                break
+            yield {column: None, **row}
+    if names and column not in names:
+        raise SnpError(
+            f"dataset {file}: expected a text column {column!r}; its columns are {', '.join(names)}. Choose one with "
+            "--text-column."
+        )
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _explained(name: str, action: Callable[[], Any]) -> Any:

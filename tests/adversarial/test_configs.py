@@ -48,7 +48,11 @@ MORE = {
     "gguf_file": "model.gguf",
     "head_dim": 8,
     "tie_word_embeddings": True,
-    **{"max_length": 50, "num_beams": 4, "do_sample": True, "temperature": 0.7, "length_penalty": 0.0},
+    "max_length": 50,
+    "num_beams": 4,
+    "do_sample": True,
+    "temperature": 0.7,
+    "length_penalty": 0.0,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.adversarial.trials import BUNDLED, KEEP_ALL
-from tests.adversarial.values import ODD, MISSING, changed, damaged, near, places
+from tests.adversarial.values import MISSING, ODD, changed, damaged, near, places
 from tests.conftest import save_model, small_model
 
 pytestmark = pytest.mark.exhaustive

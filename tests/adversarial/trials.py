@@ -133,7 +133,7 @@ class Trials:
         self.faults.append(f"{name}: {text}")
 
     def check(self, count: int) -> None:
-        """Raises AssertionError unless so many inputs were tried, some refused, some accepted, and nothing was wrong."""
+        """Raises AssertionError unless so many inputs were tried, some refused, some accepted, and nothing wrong."""
         if file := os.environ.get("ADVERSARIAL_LOG"):
             with open(file, "a") as log:
                 log.writelines(f"{code} {name}\n" for name, code in self.names)
