@@ -362,7 +362,10 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
 def run_report(recipe: ReportRecipe, talk: Talk) -> None:
     """The page of every folder, each beside the others."""
     folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
-    pages = [page.write_page(folder, [other for other in folders if other != folder]) for folder in folders]
+    texts = [page.page_of(folder, [other for other in folders if other != folder]) for folder in folders]
+    pages = [folder / report.PAGE for folder in folders]
+    for file, text in zip(pages, texts, strict=True):  # all of them, or none
+        report.write_text(file, text)
     if talk.json:
         print_json({"pages": [str(written) for written in pages]})
     else:

@@ -20,7 +20,7 @@ from snp_llm.errors import SnpError, reason
 from snp_llm.figures import Line, Panel, SitePoint
 from snp_llm.json_files import read_json
 from snp_llm.recipe import GOALS
-from snp_llm.report import PAGE, REPORT, read_report
+from snp_llm.report import PAGE, REPORT, read_report, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,16 +104,14 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
     Raises:
         SnpError: no readable report there, or runs that cannot be compared.
     """
-    text = make_page(read_run(folder), [read_run(other) for other in others])
-    page, unfinished = folder / PAGE, folder / f".{PAGE}.part"
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, page)  # a page is there whole or not at all
-    except OSError as error:
-        raise SnpError(f"{page}: cannot be written ({reason(error)}).") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    page = folder / PAGE
+    write_text(page, page_of(folder, others))
     return page
+
+
+def page_of(folder: Path, others: Sequence[Path] = ()) -> str:
+    """The same page, not written anywhere."""
+    return make_page(read_run(folder), [read_run(other) for other in others])
 
 
 def read_run(folder: Path) -> Run:

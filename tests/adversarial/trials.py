@@ -98,7 +98,7 @@ class Trials:
             self.fault(name, f"exit code {code}, said {said}")
         if errors and wrong is not None and wrong not in errors[0][len(ERROR) :][: len(wrong) + 20]:
             self.fault(name, f"blames something else: {errors[0]}")
-        if errors and (len(errors[0]) > 3000 or len(errors[0]) < len(ERROR) + 15):
+        if errors and (len(errors[0]) > 3000 + len("".join(map(str, arguments))) or len(errors[0]) < len(ERROR) + 15):
             self.fault(name, f"an error of {len(errors[0])} characters: {errors[0][:300]}")
         if changed := [path for path in {**before, **after} if before.get(path) != after.get(path)]:
             self.fault(name, f"exit code {code}, {changed[:3]} was changed, made or removed; {errors}")
