@@ -1,6 +1,7 @@
 """Token windows out of datasets, for calibration and for evaluation. Knows tokenizers and `datasets`, no models."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Source:
     """Where the documents of a dataset come from.
 
     Attributes:
-        path: hub id, the name of a `datasets` builder for local files, "text" for a file that is a single document, or
-            "folder" for one that `datasets` saved to disk.
+        path: hub id, the name of a `datasets` builder for local files, "text" for a file that is a single document,
+            "json" for one of records, or "folder" for what `datasets` saved to disk.
         options: further arguments of `datasets.load_dataset`.
         column: holds the text.
         joiner: stands between two documents.
@@ -290,6 +291,8 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
 
 def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:
     """The records of a split."""
+    if source.path == "json":
+        return _json_rows(name, Path(source.options["data_files"]))
     from datasets import Dataset, load_dataset, load_from_disk  # takes a second that --help and plain text need not pay
     from datasets.utils.logging import disable_progress_bar
 
@@ -302,6 +305,27 @@ def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:
     if split not in saved:
         raise SnpError(f"dataset {name}: unknown split {split!r}; expected one of {', '.join(saved)}.")
     return saved[split]
+
+
+def _json_rows(name: str, path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file with one JSON object a line, or with a list of them.
+
+    Read here, since pyarrow takes a column's type from where it begins, and ends the process where lists are deep.
+    """
+    with path.open(encoding="utf-8-sig") as file:
+        listed = path.suffix == ".json" and file.read(100).lstrip().startswith("[")
+        file.seek(0)
+        for number, text in enumerate([file.read()] if listed else file, 1):
+            if not text.strip():
+                continue
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise SnpError(f"dataset {name}: expected JSON, line {number:,} is none ({reason(error)}).") from error
+            for row in value if listed else [value]:
+                if not isinstance(row, dict):
+                    raise SnpError(f"dataset {name}: expected objects with a column of text, got {shown(row)[:60]}.")
+                yield row
 
 
 def _explained(name: str, action: Callable[[], Any]) -> Any:

@@ -107,6 +107,73 @@ def test_damaged_files_are_one_line(tmp_path, tokenizer):
         calibrate(tokenizer, str(tmp_path / "bad.parquet"))
 
 
+def test_records_without_text_are_left_out_and_counted(texts, tmp_path, tokenizer, caplog):
+    """Null is none; an empty text is one, as in WikiText's blank lines, and is joined like any other."""
+    file = tmp_path / "data.jsonl"
+    rows = [row for text in texts for row in (None, text, "")]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    windows = evaluate(tokenizer, str(file))
+    ids = tokenizer("\n\n".join(row for row in rows if row is not None))["input_ids"]
+    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert "40 of 120 records hold no text and were left out" in caplog.text
+    file.write_text("".join(json.dumps({"text": None}) + "\n" for _ in texts))
+    with pytest.raises(SnpError, match="expected at least one window of 16 tokens, got [012] tokens"):
+        evaluate(tokenizer, str(file))
+    assert "40 of 40 records hold no text" in caplog.text
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, ["a"], {"a": 1}])
+def test_a_json_file_is_a_list_of_records_or_one_a_line(texts, tmp_path, tokenizer):
+    rows = [{"text": text, "id": i} for i, text in enumerate(texts)]
+    plain = evaluate(tokenizer, write(tmp_path / "plain.jsonl", texts))
+    for content in (json.dumps(rows), " \n" + json.dumps(rows, indent=1), "\n\n".join(map(json.dumps, rows))):
+        (tmp_path / "data.json").write_text(content)
+        assert evaluate(tokenizer, str(tmp_path / "data.json")).digest == plain.digest
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]) + "\n\n" + '{"text": "a"\n')
+    with pytest.raises(SnpError, match="data.jsonl: expected JSON, line 3 is none"):
+        evaluate(tokenizer, str(tmp_path / "data.jsonl"))
+
+
+def test_a_record_that_holds_something_else_is_named(value, texts, tmp_path, tokenizer):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": value}) + "\n" for i, _ in enumerate(texts)))
+    with pytest.raises(SnpError, match="expected text in column 'text', record 1 has .*--text-column"):
+        evaluate(tokenizer, str(file))
+
+
+def test_folders_that_the_dataset_library_saved(texts, tmp_path, tokenizer, caplog):
+    one = datasets.Dataset.from_dict({"text": [*texts, None]})
+    one.save_to_disk(tmp_path / "one")
+    two = {"train": one, "test": datasets.Dataset.from_dict({"text": texts[:30]})}
+    datasets.DatasetDict(two).save_to_disk(tmp_path / "two")
+    plain = evaluate(tokenizer, write(tmp_path / "plain.jsonl", texts))
+    assert evaluate(tokenizer, str(tmp_path / "one")).digest == plain.digest
+    assert "1 of 41 records hold no text" in caplog.text
+    assert evaluate(tokenizer, str(tmp_path / "two"), split="train").digest == plain.digest
+    assert evaluate(tokenizer, str(tmp_path / "two")).description.startswith("two (test), ")
+    with pytest.raises(SnpError, match="unknown split 'dev'; expected one of train, test"):
+        evaluate(tokenizer, str(tmp_path / "two"), split="dev")
+    (tmp_path / "three").mkdir()
+    with pytest.raises(SnpError, match="three: is a folder without state.json or dataset_dict.json"):
+        evaluate(tokenizer, str(tmp_path / "three"))
+    (tmp_path / "three/state.json").write_text("{")
+    with pytest.raises(SnpError, match="three cannot be read: .* Check the file"):
+        evaluate(tokenizer, str(tmp_path / "three"))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet", "json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[" * 10_000, b"null", b"\n\n", b'{"text": "a"}\n{'])
+def test_files_of_anything_are_one_line(content, ending, tmp_path, tokenizer):
+    file = tmp_path / f"data.{ending}"
+    file.write_bytes(content)
+    if ending == "txt" and content.startswith(b"["):
+        assert calibrate(tokenizer, str(file)).tokens.numel()  # text like any other
+        return
+    with pytest.raises(SnpError) as refused:
+        calibrate(tokenizer, str(file))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_named_datasets_ask_the_hub_for_the_right_thing(name, monkeypatch, tokenizer, texts):
     """The hub is not reached; what is checked is the request, the split and the joining."""
