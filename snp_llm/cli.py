@@ -13,9 +13,9 @@ from dataclasses import make_dataclass
 from typing import Annotated, Any, TypeVar
 
 import huggingface_hub
-import torch
 import transformers
 import tyro
+from accelerate.utils.memory import should_reduce_batch_size
 
 from snp_llm import commands
 from snp_llm.errors import SnpError, reason, shown
@@ -121,13 +121,15 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
         run(recipe, talk)
     except SnpError as error:
         return _fail(str(error))
-    except torch.OutOfMemoryError as error:
-        return _fail(f"out of memory on the device ({reason(error)}). Use a smaller --batch-size or --seq-len.")
     # What nothing before has put into words of its own: a file that went away, a disk that is full, names and texts in
     # odd encodings. Said in one line all the same, with what raised it.
     except (OSError, RecursionError, UnicodeError, MemoryError) as error:
         name = f" {shown(error.filename)}" if isinstance(error, OSError) and error.filename else ""
         return _fail(f"{type(error).__name__}{name}: {reason(error)}.")
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return _fail(f"out of memory ({reason(error)[:200]}). Use a smaller batch size or --seq-len.")
     except KeyboardInterrupt as interrupt:
         said = dict(enumerate(interrupt.args))  # the exit code, and what is the case by now
         return _fail(f"interrupted; {said.get(1, 'no output was written')}.", code=said.get(0, 130))

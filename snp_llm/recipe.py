@@ -159,8 +159,8 @@ class Recipe:
     round_to: int | None = None
     """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
     calibration: Text | None = None
-    """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, `random`
-    token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""
+    """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, a folder that
+    `datasets` saved, `random` token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""
     calibration_split: Text | None = None
     """Default: the training split."""
     text_column: str = "text"

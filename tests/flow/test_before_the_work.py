@@ -415,7 +415,15 @@ def test_names_are_printed_as_they_are(name, tmp_path, tokenizer, capsys, monkey
 
 
 def test_what_nothing_foresaw_is_one_line_too(capsys, monkeypatch):
-    for error in (OSError(5, "I/O error", "a\nb"), RecursionError("deep"), MemoryError(), "\ud800", OSError("x\ny")):
+    too_large = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto")
+    for error in (
+        too_large,
+        OSError(5, "I/O error", "a\nb"),
+        RecursionError("deep"),
+        MemoryError(),
+        "\ud800",
+        OSError("x\ny"),
+    ):
 
         def fail(*_given, error=error):
             raise error if isinstance(error, Exception) else UnicodeError(error)
