@@ -21,7 +21,8 @@ TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed
 def test_a_budget_is_met_and_not_exceeded(kind, model_type, tokenizer):
     """Counted on the model that comes out, biases and all, not on what the plan thought of it."""
     dense = small_model(model_type)
-    recipe = small_recipe(num_samples=2, round_to=1, **{f"target_{kind}": "0.95x"})
+    # On some texts heads alone are cut where there are so few; their steps are too coarse for the lower limit.
+    recipe = small_recipe(num_samples=2, round_to=1, bos="once", **{f"target_{kind}": "0.95x"})
     pruned = prune(dense, tokenizer, recipe).model
     before, after = (model_size(m, 32) for m in (dense, pruned))
     ratio = after.parameters / before.parameters if kind == "params" else after.flops / before.flops
