@@ -241,8 +241,8 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
     a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
-    more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place; after
-    some such exchanges only those before it go.
+    more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
+    After some such exchanges only those before it go.
 
     Args:
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
