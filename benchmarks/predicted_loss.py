@@ -24,15 +24,16 @@ import transformers
 from torch import Tensor, nn
 
 from snp_llm import Recipe, checkpoint, perplexity
-from snp_llm.data import evaluation_windows
-from snp_llm.device import Clock, compute_device
-from snp_llm.journal import Journal
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.windows import evaluation_windows
+from snp_llm.models.anatomy import Site, linear
 from snp_llm.models.blocks import run_block, watch_inputs
-from snp_llm.models.families import Site, linear
-from snp_llm.pipeline import Visited, read_calibration, resolve, visit
-from snp_llm.site import cut
-from snp_llm.stream import Stream, capture, in_batches
-from snp_llm.sums import add_batch, empty_sums, held_out
+from snp_llm.pruning.cut import cut
+from snp_llm.pruning.pipeline import Visited, visit
+from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.pruning.statistics import add_batch, empty_sums, held_out
+from snp_llm.pruning.stream import Stream, capture, in_batches
+from snp_llm.runtime.device import Clock, compute_device
 
 
 def main() -> None:

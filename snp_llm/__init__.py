@@ -1,13 +1,49 @@
 """One-shot structured pruning of language models.
 
-Importing it makes pruned models known to transformers' Auto classes, so that they load without remote code.
+Importing it makes pruned models known to transformers' Auto classes, so that they load without remote code: at the
+moment at which transformers itself is imported, since that takes seconds which `snp-llm --help` need not.
 """
 
-from snp_llm.errors import SnpError
-from snp_llm.measure import perplexity
-from snp_llm.pipeline import PrunedModel, prune
-from snp_llm.recipe import Recipe
-from snp_llm.recipe_file import load_recipe, save_recipe
-from snp_llm.version import __version__
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+from snp_llm.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from snp_llm.evaluate.perplexity import perplexity
+    from snp_llm.pruning.pipeline import PrunedModel, prune
+    from snp_llm.recipe.file import load_recipe, save_recipe
+    from snp_llm.recipe.recipe import Recipe
+    from snp_llm.runtime.errors import SnpError
 
 __all__ = ["PrunedModel", "Recipe", "SnpError", "__version__", "load_recipe", "perplexity", "prune", "save_recipe"]
+
+PLACES = {
+    "PrunedModel": "pruning.pipeline",
+    "Recipe": "recipe.recipe",
+    "SnpError": "runtime.errors",
+    "load_recipe": "recipe.file",
+    "perplexity": "evaluate.perplexity",
+    "prune": "pruning.pipeline",
+    "save_recipe": "recipe.file",
+}
+AUTO = "transformers.models.auto"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{PLACES[name]}"), name)
+
+
+def _register(module: Any) -> None:
+    """Makes pruned models known once the Auto classes are whole: those of models import those of configs."""
+    if module.__name__ == f"{AUTO}.modeling_auto" or f"{AUTO}.modeling_auto" not in sys.modules:
+        importlib.import_module(f"{__name__}.models.layouts")
+
+
+for _name in ("configuration_auto", "modeling_auto"):
+    register_post_import_hook(_register, f"{AUTO}.{_name}")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from snp_llm import Recipe
-from snp_llm.data import BUNDLED
+from snp_llm.data.windows import BUNDLED
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -112,9 +112,10 @@ def tokenizer():
 @pytest.fixture
 def quick_prunes(monkeypatch):
     """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
-    from snp_llm import checkpoint, commands
+    from snp_llm import checkpoint
+    from snp_llm.cli import report as report_command
 
-    monkeypatch.setattr(commands, "write_page", lambda _folder: None)
+    monkeypatch.setattr(report_command, "write_page", lambda _folder: None)
     monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe
-from snp_llm.device import Clock, compute_device
-from snp_llm.errors import SnpError
-from snp_llm.journal import Journal
-from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.pruning.pipeline import cut_once, visit
+from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.errors import SnpError
 
 from .common import Method, Prune, Pruned, pruned
 

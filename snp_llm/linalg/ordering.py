@@ -10,18 +10,25 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import column_blocks, random_signs
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
+from snp_llm.runtime.errors import SnpError
 
 GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
+
 CANDIDATES = 2  # times r, the cheapest units, from which those are taken that can go together
+
 EXCHANGES = 4  # of a dear unit for the next one, before fewer go than could
+
 RISE = 1.05  # times what the next in line costs: what a unit may come to cost through others that go at once
+
 ZCA_EXACT_UP_TO = 512  # channels
+
 LEAST_SIGNS = 128  # random projections of a column, whose norm comes out to 12 %
+
 SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one atom up to rounding
+
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from snp_llm.cli import evaluate_main, main, prune_main
+from snp_llm.cli.main import main
+from snp_llm.cli.parse import evaluate_main, prune_main
 from tests.conftest import save_model, small_model, small_opt
 
 pytestmark = pytest.mark.usefixtures("quick_prunes")
@@ -272,7 +273,7 @@ def test_a_trained_model_stays_close(shared, tmp_path):
         arguments += ["--calibration", str(shared / "data/wikitext-2/wiki.valid.tokens")]
         assert prune_main(arguments) == 0
         from snp_llm import perplexity
-        from snp_llm.data import evaluation_windows
+        from snp_llm.data.windows import evaluation_windows
 
         tokenizer = AutoTokenizer.from_pretrained(out)
         windows = evaluation_windows(

@@ -13,7 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from snp_llm import Recipe, cli, evaluation, hub, latency
+from snp_llm import Recipe
+from snp_llm.checkpoint import hub
+from snp_llm.cli import parse
+from snp_llm.evaluate import tasks
+from snp_llm.models import blocks
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
@@ -61,7 +65,7 @@ def folder(tmp_path_factory):
     (folder / "mine.yaml").write_text(MINE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.prune_main(["tiny-opt", *shlex.split(f"{CHEAP} {FEW}".format(output="pruned"))]) == 0
+        assert parse.prune_main(["tiny-opt", *shlex.split(f"{CHEAP} {FEW}".format(output="pruned"))]) == 0
     return folder
 
 
@@ -70,7 +74,7 @@ def ticks(monkeypatch):
     """A clock that no machine's load moves: a block takes a nanosecond for every parameter that it has, the rest of the
     model as long as 100,000."""
     clock = SimpleNamespace(now=0.0)
-    run_block, run_rest = latency.run_block, latency.run_without_blocks
+    run_block, run_rest = blocks.run_block, blocks.run_without_blocks
 
     def block(module, *given):
         clock.now += 1e-9 * sum(p.numel() for p in module.parameters())
@@ -80,8 +84,8 @@ def ticks(monkeypatch):
         clock.now += 1e-4
         return run_rest(*given)
 
-    monkeypatch.setattr(latency, "run_block", block)
-    monkeypatch.setattr(latency, "run_without_blocks", rest)
+    monkeypatch.setattr(blocks, "run_block", block)
+    monkeypatch.setattr(blocks, "run_without_blocks", rest)
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
 
@@ -93,9 +97,9 @@ def outside(monkeypatch):
     monkeypatch.setattr(
         hub, "push", lambda folder, name, *, private: asked.append((str(folder), name, private)) or "url"
     )
-    monkeypatch.setattr(evaluation, "check_harness", lambda: None)
-    monkeypatch.setattr(evaluation, "find_tasks", lambda tasks: asked.append(tasks))
-    monkeypatch.setattr(evaluation, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
+    monkeypatch.setattr(tasks, "check_harness", lambda: None)
+    monkeypatch.setattr(tasks, "find_tasks", lambda tasks: asked.append(tasks))
+    monkeypatch.setattr(tasks, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0")
     monkeypatch.setattr("torch.compile", lambda module, **_named: asked.append("compiled") or module)
     return asked
@@ -106,7 +110,7 @@ def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monk
     monkeypatch.chdir(folder)
     output = tmp_path / "output"
     command, *words = shlex.split(run.format(output=output))
-    main = {"eval": cli.evaluate_main}.get(command) or getattr(cli, f"{command}_main")
+    main = {"eval": parse.evaluate_main}.get(command) or getattr(cli, f"{command}_main")
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             main(words)

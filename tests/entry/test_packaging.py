@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from snp_llm.version import __version__
+from snp_llm.runtime.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
 EXTRAS = {"bench", "docs", "eval", "test"}

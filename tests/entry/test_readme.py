@@ -33,14 +33,14 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm import Recipe, checkpoint, cli
-from snp_llm import commands as commands_room
-from snp_llm.data import BUNDLED
+from snp_llm import Recipe, checkpoint
+from snp_llm.cli import main, parse
+from snp_llm.data.windows import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
-from snp_llm.models.families import Family
-from snp_llm.recipe_file import read_settings
-from snp_llm.version import __version__
+from snp_llm.models.families.family import Family
+from snp_llm.recipe.file import read_settings
+from snp_llm.runtime.version import __version__
 from tests.conftest import save_model, small_opt
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +127,7 @@ def folder(tmp_path_factory, tokenizer):
     options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
+        assert parse.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
     for name in set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", everything)):
         shutil.copytree(folder / "pruned", folder / name)
     return folder
@@ -241,7 +241,7 @@ def substitute(words: list[str]) -> list[str]:
 
 def call_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", words)
-    return cli.main()
+    return main.main()
 
 
 def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_there_are_blocks_of_every_kind():
 
 def test_options_that_are_named_exist(capsys, monkeypatch):
     known = set(FOREIGN_OPTIONS)
-    for command in re.findall(r"^  snp-llm (\w+)", cli.USAGE, re.M):
+    for command in re.findall(r"^  snp-llm (\w+)", main.USAGE, re.M):
         with pytest.raises(SystemExit):
             call_own(["snp-llm", command, "--help"], monkeypatch)
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))

@@ -10,12 +10,15 @@ from unittest import mock
 
 import pytest
 
-from snp_llm import page, prune
-from snp_llm.cli import main, prune_main
-from snp_llm.commands import write_page
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size
-from snp_llm.report import PAGE, REPORT, Measured, build_report, write_report
+from snp_llm import prune
+from snp_llm.checkpoint.output import PAGE, REPORT
+from snp_llm.cli.main import main
+from snp_llm.cli.parse import prune_main
+from snp_llm.cli.report import write_page
+from snp_llm.models.size import model_size
+from snp_llm.report import page, read
+from snp_llm.report.facts import Measured, build_report, write_report
+from snp_llm.runtime.errors import SnpError
 from tests.browser import CHROMIUM, start_browser
 from tests.conftest import save_model, small_opt, small_recipe
 
@@ -234,7 +237,7 @@ def test_several_runs_are_compared(runs, capsys):
 
 def test_methods_are_lines_of_their_own(runs, tmp_path):
     other = copy_of(runs[1], tmp_path, lambda report: report["recipe"].update(allocation="uniform"))
-    text = page.make_page(page.read_run(runs[0]), [page.read_run(other)])
+    text = page.make_page(read.read_run(runs[0]), [read.read_run(other)])
     assert "allocation uniform" in text and "allocation loss" in text
 
 

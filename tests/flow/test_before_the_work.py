@@ -10,15 +10,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from snp_llm import SnpError, bench, cli, evaluation, hub, prune
-from snp_llm.errors import reason, shown
-from snp_llm.measure import model_size
-from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm import SnpError, prune
+from snp_llm.checkpoint import hub
+from snp_llm.checkpoint.output import REPORT
+from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.cli import parse
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import PRUNED_CLASSES
-from snp_llm.pipeline import resolve
-from snp_llm.report import REPORT
-from snp_llm.skeleton import load_skeleton
-from snp_llm.widths import check_budget
+from snp_llm.models.size import model_size
+from snp_llm.pruning.run import resolve
+from snp_llm.pruning.widths.plan import check_budget
+from snp_llm.runtime.errors import reason, shown
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
 LEAST_FFN = 8  # channels, the usual --round-to
@@ -143,7 +146,7 @@ def test_what_passes_the_check_is_pruned(layout, allocation, tokenizer):
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_budgets_are_refused_by_the_config_alone(options, message, more, no_weights, tmp_path, capsys):
     text = ["--calibration", tmp_path / "text.jsonl", "--eval-dataset", tmp_path / "text.jsonl"]
-    error = refused(capsys, cli.prune_main, no_weights, "--output", tmp_path / "out", *text, *options, *more)
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *text, *options, *more)
     assert re.search(message, error), error
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "text.jsonl"]
 
@@ -159,8 +162,8 @@ def test_names_of_texts_are_checked_first(no_weights, tmp_path, capsys):
         (["--calibration", tmp_path], "is a folder without state.json or dataset_dict.json"),
         (["--calibration", "bundled", "--calibration-split", "dev"], "unknown split 'dev'"),
     ):
-        assert re.search(message, refused(capsys, cli.prune_main, no_weights, *options)), message
-    error = refused(capsys, cli.evaluate_main, no_weights, "--dataset", "typo.txt")
+        assert re.search(message, refused(capsys, parse.prune_main, no_weights, *options)), message
+    error = refused(capsys, parse.evaluate_main, no_weights, "--dataset", "typo.txt")
     assert "dataset typo.txt: no such file" in error
 
 
@@ -168,16 +171,16 @@ def test_a_model_that_is_a_file_or_has_no_tokenizer(tmp_path, capsys):
     folder = tmp_path / "model"
     small_opt().save_pretrained(folder)
     text = ["--calibration", "bundled", "--eval-dataset", "bundled"]
-    assert "no tokenizer in that folder" in refused(capsys, cli.prune_main, folder, *text)
-    assert "no tokenizer in that folder" in refused(capsys, cli.evaluate_main, folder, "--dataset", "bundled")
-    assert "no tokenizer in that folder" in refused(capsys, cli.bench_main, folder, folder, "--prompt-lengths", "8")
+    assert "no tokenizer in that folder" in refused(capsys, parse.prune_main, folder, *text)
+    assert "no tokenizer in that folder" in refused(capsys, parse.evaluate_main, folder, "--dataset", "bundled")
+    assert "no tokenizer in that folder" in refused(capsys, parse.bench_main, folder, folder, "--prompt-lengths", "8")
     for main, options in (
-        (cli.prune_main, text),
-        (cli.inspect_main, []),
-        (cli.evaluate_main, ["--dataset", "bundled"]),
+        (parse.prune_main, text),
+        (parse.inspect_main, []),
+        (parse.evaluate_main, ["--dataset", "bundled"]),
     ):
         assert "is a file; expected a folder" in refused(capsys, main, folder / "config.json", *options)
-    assert cli.inspect_main([str(folder)]) == 0  # which needs none
+    assert parse.inspect_main([str(folder)]) == 0  # which needs none
 
 
 def test_all_lines_of_an_error_count():
@@ -236,10 +239,10 @@ def test_configs_that_no_model_can_have(command, changes, message, no_weights, c
     config = json.loads((no_weights / "config.json").read_text())
     (no_weights / "config.json").write_text(json.dumps({**config, **changes}))
     main, *words = {
-        "prune": (cli.prune_main, "--calibration", "bundled", "--no-eval", "--output", no_weights.parent / "out"),
-        "inspect": (cli.inspect_main,),
-        "eval": (cli.evaluate_main, "--dataset", "bundled"),
-        "bench": (cli.bench_main, no_weights, "--prompt-lengths", "8"),
+        "prune": (parse.prune_main, "--calibration", "bundled", "--no-eval", "--output", no_weights.parent / "out"),
+        "inspect": (parse.inspect_main,),
+        "eval": (parse.evaluate_main, "--dataset", "bundled"),
+        "bench": (parse.bench_main, no_weights, "--prompt-lengths", "8"),
     }[command]
     assert re.search(message, refused(capsys, main, no_weights, *words))
 
@@ -253,9 +256,9 @@ def pruned(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("pruned")
     model = save_model(small_opt(), tokenizer, folder / "dense")
     options = ["--calibration", "bundled", "--num-samples", "4", "--seq-len", "32", "--no-eval"]
-    assert cli.prune_main([str(model), "--output", str(folder / "out"), *options]) == 0
+    assert parse.prune_main([str(model), "--output", str(folder / "out"), *options]) == 0
     few = ["--batch-sizes", "1", "--prompt-lengths", "8", "--new-tokens", "1", "--repeats", "1", "--no-memory"]
-    assert cli.bench_main([str(model), str(folder / "out"), *few, "--save"]) == 0
+    assert parse.bench_main([str(model), str(folder / "out"), *few, "--save"]) == 0
     return folder / "out"
 
 
@@ -301,10 +304,10 @@ def test_broken_reports_are_noticed_before_anything_is_measured(content, copy, c
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
     with mock.patch.object(evaluation, "evaluate", None), mock.patch.object(bench, "bench", None):
         for main, arguments in (
-            (cli.report_main, [copy]),
-            (cli.push_main, [copy, "user/name"]),
-            (cli.evaluate_main, [copy, "--dataset", "bundled", "--save"]),
-            (cli.bench_main, [copy, copy, "--save"]),
+            (parse.report_main, [copy]),
+            (parse.push_main, [copy, "user/name"]),
+            (parse.evaluate_main, [copy, "--dataset", "bundled", "--save"]),
+            (parse.bench_main, [copy, copy, "--save"]),
         ):
             assert f"{REPORT}: expected a report of `snp-llm prune`" in refused(capsys, main, *arguments)
     assert before == {file.name: file.read_bytes() for file in copy.iterdir()}
@@ -314,7 +317,7 @@ def test_broken_reports_are_noticed_before_anything_is_measured(content, copy, c
 def test_a_report_with_a_value_of_another_kind_is_a_page_or_one_line(every, copy, capsys):
     for key, odd in [*odd_reports(json.loads((copy / REPORT).read_text()))][::every]:
         (copy / REPORT).write_text(json.dumps(odd))
-        if cli.report_main([str(copy)]):
+        if parse.report_main([str(copy)]):
             error = capsys.readouterr().err
             assert error.startswith("snp-llm: error: ") and error.count("\n") == 1 and len(error) < 700, key
 
@@ -326,7 +329,7 @@ def test_a_report_that_takes_no_results_is_noticed_first(changes, copy, capsys):
     report = json.loads((copy / REPORT).read_text())
     (copy / REPORT).write_text(json.dumps({**report, **changes}))
     with mock.patch.object(evaluation, "evaluate", None):
-        assert "Prune again" in refused(capsys, cli.evaluate_main, copy, "--dataset", "bundled", "--save")
+        assert "Prune again" in refused(capsys, parse.evaluate_main, copy, "--dataset", "bundled", "--save")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", None])
@@ -335,18 +338,18 @@ def test_a_card_that_takes_no_section_is_noticed_first(content, copy, capsys):
     if content is not None:
         (copy / "README.md").write_bytes(content)
     with mock.patch.object(bench, "bench", None):
-        assert "README.md" in refused(capsys, cli.bench_main, copy, copy, "--save")
+        assert "README.md" in refused(capsys, parse.bench_main, copy, copy, "--save")
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:12].decode("latin-1"))
 def test_a_broken_benchmark_is_one_line(content, copy, capsys):
     (copy / "bench.json").write_bytes(content)
-    if cli.report_main([str(copy)]):
+    if parse.report_main([str(copy)]):
         assert capsys.readouterr().err.count("\n") == 1
     else:  # JSON of another kind is shown as it is
         assert content in (b"null", b"[]", b"5", b'"x"')
     if content not in (b"null", b"[]", b"5", b'"x"'):
-        assert "bench.json" in refused(capsys, cli.push_main, copy, "user/name")
+        assert "bench.json" in refused(capsys, parse.push_main, copy, "user/name")
 
 
 INDEXES = ('{"weight_map": null}', "{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": [5]}}')
@@ -357,7 +360,7 @@ INDEXES = ('{"weight_map": null}', "{}", '{"weight_map": {}}', '{"weight_map": {
 )
 def test_a_broken_index_is_not_uploaded(content, copy, capsys):
     (copy / hub.INDEX).write_bytes(content)
-    assert hub.INDEX in refused(capsys, cli.push_main, copy, "user/name")
+    assert hub.INDEX in refused(capsys, parse.push_main, copy, "user/name")
 
 
 WHOLE = {"device": "cpu", "dtype": "float32", "batch_size": 1, "seq_len": 32, "whole": 1.0}
@@ -380,11 +383,11 @@ def test_a_broken_table_of_latencies_is_noticed_before_weights_are_read(content,
     file = tmp_path / "table.json"
     file.write_bytes(content)
     options = ["--target-latency", "0.5x", "--latency-table", file, "--calibration", "bundled", "--no-eval"]
-    error = refused(capsys, cli.prune_main, no_weights, "--output", tmp_path / "out", *options)
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *options)
     assert f"{file}: expected a table" in error or "latency table: has " in error
     file.unlink()
     nowhere = ["--latency-table", tmp_path / "nowhere/table.json"]
-    error = refused(capsys, cli.prune_main, no_weights, "--output", tmp_path / "out", *options, *nowhere)
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *options, *nowhere)
     assert "expected a folder there that can be written to" in error
 
 
@@ -399,7 +402,7 @@ def test_inside_the_model_the_result_goes_beside_it(here, model, tmp_path, token
     before = sorted(folder.rglob("*"))
     monkeypatch.chdir(folder / here)
     options = ["--calibration", "bundled", "--num-samples", "4", "--seq-len", "32", "--no-eval"]
-    assert cli.prune_main([model, *options]) == 0
+    assert parse.prune_main([model, *options]) == 0
     assert f"goes beside it, to {tmp_path / 'model-snp-30'}" in capsys.readouterr().err
     assert (tmp_path / "model-snp-30/model.safetensors").exists() and sorted(folder.rglob("*")) == before
 
@@ -410,7 +413,7 @@ def test_names_are_printed_as_they_are(name, tmp_path, tokenizer, capsys, monkey
     folder = name.replace("/", "")
     save_model(small_opt(), tokenizer, tmp_path / folder)
     few = ["--dataset", "bundled", "--seq-len", "32", "--max-windows", "1"]
-    assert cli.evaluate_main([folder, folder, *few]) == 0
+    assert parse.evaluate_main([folder, folder, *few]) == 0
     assert capsys.readouterr().out.count(f"\n{folder} ") == 2
 
 
@@ -428,5 +431,5 @@ def test_what_nothing_foresaw_is_one_line_too(capsys, monkeypatch):
         def fail(*_given, error=error):
             raise error if isinstance(error, Exception) else UnicodeError(error)
 
-        monkeypatch.setattr("snp_llm.commands.run_inspect", fail)
-        refused(capsys, cli.inspect_main, "tiny-opt")
+        monkeypatch.setattr("snp_llm.cli.inspect.run_inspect", fail)
+        refused(capsys, parse.inspect_main, "tiny-opt")

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.checkpoint import folder_bytes, save
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size, perplexity
-from snp_llm.models.families import find_blocks, find_family, find_sites
-from snp_llm.pipeline import plan, read_calibration, resolve
+from snp_llm.checkpoint.save import folder_bytes, save
+from snp_llm.evaluate.perplexity import perplexity
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.size import model_size
+from snp_llm.pruning.pipeline import plan
+from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -56,7 +59,7 @@ def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatc
     first = plan(dense, tokenizer, recipe)
     table = json.loads(file.read_text())
     assert (table["device"], table["dtype"], table["seq_len"]) == ("cpu", "float64", 32) and table["whole"] > 0
-    monkeypatch.setattr("snp_llm.latency.measure_table", None)  # may not be measured again
+    monkeypatch.setattr("snp_llm.pruning.widths.latency.measure_table", None)  # may not be measured again
     assert plan(dense, tokenizer, recipe) == first
     other = small_model("llama", intermediate_size=96)
     with pytest.raises(SnpError, match="latency table: has .*expected ffn of 96 channels.*measured on another model"):
@@ -70,7 +73,7 @@ def test_latency_buys_what_saves_time(tokenizer, tmp_path):
     """A table in which the FFN costs nothing: the whole saving has to come out of the heads."""
     dense, file = small_model("llama", num_key_value_heads=6), tmp_path / "latency.json"
     sites = find_sites(find_blocks(dense, find_family(dense.config)), find_family(dense.config))
-    from snp_llm.latency import key
+    from snp_llm.pruning.widths.latency import key
 
     attention, ffn = key(sites[0]), key(sites[1])
     table = {"device": "cpu", "dtype": "float64", "batch_size": 1, "seq_len": 32, "whole": 2.0}
@@ -135,7 +138,9 @@ def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer)
 
 def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
     dense = small_opt()
-    monkeypatch.setattr("snp_llm.search.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0)
+    monkeypatch.setattr(
+        "snp_llm.evaluate.perplexity.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0
+    )
     with pytest.raises(SnpError, match=r"expected a rise of at most 5 %, got 10.00 % at a sparsity of 0.007 already"):
         prune(dense, tokenizer, small_recipe(max_perplexity_increase="5%", num_samples=4, round_to=4))
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 
 from snp_llm import checkpoint, prune
-from snp_llm.cli import evaluate_main, prune_main
-from snp_llm.errors import SnpError
+from snp_llm.cli.parse import evaluate_main, prune_main
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
 
 

@@ -4,8 +4,8 @@ import datasets
 import pytest
 import torch
 
-from snp_llm.data import NAMED, calibration_windows, evaluation_windows
-from snp_llm.errors import SnpError
+from snp_llm.data.windows import NAMED, calibration_windows, evaluation_windows
+from snp_llm.runtime.errors import SnpError
 
 
 def calibrate(tokenizer, name, **overrides):

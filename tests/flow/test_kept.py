@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from snp_llm import checkpoint, prune
-from snp_llm.cli import prune_main
-from snp_llm.errors import SnpError
-from snp_llm.models.families import find_family
-from snp_llm.tokenizer_files import CONFIG, check_carried, find_tokenizer_files
+from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_files
+from snp_llm.cli.parse import prune_main
+from snp_llm.models.families.decoders import find_family
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snp_llm import output
-from snp_llm.cli import prune_main
-from snp_llm.errors import DiskError, SnpError
+from snp_llm.checkpoint import output
+from snp_llm.cli.parse import prune_main
+from snp_llm.runtime.errors import DiskError, SnpError
 
 FILES = ("model.safetensors", "config.json", "README.md", "recipe.yaml", "prune_report.json")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snp_llm import checkpoint, ranks
+from snp_llm import checkpoint
+from snp_llm.runtime import ranks
 from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow

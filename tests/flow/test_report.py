@@ -4,8 +4,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from snp_llm import prune, report
-from snp_llm.measure import model_size
+from snp_llm import prune
+from snp_llm.checkpoint import output
+from snp_llm.models.size import model_size
+from snp_llm.report import card as model_cards
+from snp_llm.report import facts, rows
 from tests.conftest import small_opt, small_recipe
 
 
@@ -16,15 +19,15 @@ def run(tokenizer):
         dense, tokenizer, small_recipe(model="user/small", sparsity=0.3, eval_dataset="wikitext2", dampening=0.01)
     )
     sizes = [model_size(m, 32) for m in (dense, pruned.model)]
-    before, after = (report.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
+    before, after = (facts.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
     facts = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
-    return pruned, before, after, report.build_report(pruned, before, after, facts)
+    return pruned, before, after, facts.build_report(pruned, before, after, facts)
 
 
 def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
     pruned, before, _, summary = run
-    report.write_report(summary, tmp_path)
-    read = json.loads((tmp_path / report.REPORT).read_text())
+    facts.write_report(summary, tmp_path)
+    read = json.loads((tmp_path / output.REPORT).read_text())
     assert read["recipe"]["seq_len"] == 32 and read["recipe"]["calibration"] == "bundled" and read["seed"] == 0
     assert read["calibration"]["sha256"] == pruned.calibration.digest
     assert set(read["versions"]) == {"python", "torch", "transformers"}
@@ -39,7 +42,7 @@ def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
 
 
 def test_card_front_matter_is_yaml_that_the_hub_understands(run):
-    card = report.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
+    card = model_cards.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
     _, front, text = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["base_model"] == "user/small" and data["library_name"] == "transformers"
@@ -52,7 +55,7 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
 
 
 def test_card_of_a_local_plain_model(run):
-    card = report.model_card(run[3], None, model_type="opt", has_code=False)
+    card = model_cards.model_card(run[3], None, model_type="opt", has_code=False)
     assert "base_model" not in card and "trust_remote_code" not in card and "custom_code" not in card
     assert "other engine that reads `opt` checkpoints" in card
 
@@ -61,7 +64,7 @@ def test_closing_table_has_both_models_side_by_side(run):
     pruned, before, after, _ = run
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(report.closing_table(before, after, pruned))
+        console.print(rows.closing_table(before, after, pruned))
     text = capture.get()
     for name in (
         "parameters",

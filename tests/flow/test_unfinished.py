@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snp_llm.journal import Journal
+from snp_llm.checkpoint.journal import Journal
 from tests.conftest import small_model
 from tests.flow.forked import Runner, runner
 

@@ -6,11 +6,13 @@ from torch import nn
 from transformers import MistralForCausalLM, OPTForCausalLM
 
 from snp_llm import SnpError, prune
-from snp_llm.models.families import FAMILIES, find_blocks, find_family, find_sites
-from snp_llm.models.layouts import assemble, describe_layout, needs_code, uniform_widths
-from snp_llm.models.modeling_snp_opt import SnpOPTForCausalLM
+from snp_llm.cli.layout import describe_layout
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.layouts import assemble, needs_code, uniform_widths
+from snp_llm.models.modeling.modeling_snp_opt import SnpOPTForCausalLM
 from snp_llm.models.surgery import prune_site
-from snp_llm.pipeline import resolve
+from snp_llm.pruning.run import resolve
 from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
 
 FAMILY = FAMILIES[0]

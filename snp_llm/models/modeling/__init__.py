@@ -1,0 +1,1 @@
+"""What travels with a pruned model. Needs nothing but transformers."""

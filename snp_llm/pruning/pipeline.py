@@ -1,0 +1,273 @@
+"""From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.windows import Windows, split_windows
+from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.models.anatomy import Site, find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.family import Family
+from snp_llm.models.layouts import assemble
+from snp_llm.models.surgery import pad_site
+from snp_llm.pruning.identity import decided_widths, identity
+from snp_llm.pruning.result import SiteResult
+from snp_llm.pruning.run import announce_heads, check_weights, read_calibration, resolve
+from snp_llm.pruning.sensitivity import OnStep, SiteCurves, visit_dense, visit_passes
+from snp_llm.pruning.sequential import Finish, prune_blocks
+from snp_llm.pruning.stream import capture
+from snp_llm.pruning.widths.plan import find_target, plan_widths
+from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.errors import SnpError
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned model with everything that is known about it.
+
+    Attributes:
+        model: an ordinary transformers model; its untouched tensors are the dense model's own.
+        tokenizer: the dense model's.
+        recipe: with the defaults that depend on the model filled in.
+        sites: results in pruning order.
+        calibration: the windows that were used.
+        seconds: by phase.
+        sparsity: of all sites together, asked for or found by a search; None where the budget was another.
+        trials: sparsities that a search tried, and the relative rise of perplexity at each; empty without a search.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    sites: list[SiteResult]
+    calibration: Windows
+    seconds: dict[str, float]
+    sparsity: float | None
+    trials: list[tuple[float, float]] = field(default_factory=list)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    journal: Journal | None = None,
+    on_step: OnStep = lambda _line: None,
+) -> PrunedModel:
+    """Remove units from every attention and FFN site and repair the out-projections by least squares.
+
+    Args:
+        model: dense model of a supported family; left as it was.
+        tokenizer: its tokenizer.
+        recipe: all settings. Everything about files and evaluation is ignored here.
+        journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
+        on_step: called with a line of text after each site, and after each block of the dense model's visit.
+
+    Raises:
+        SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
+    """
+    recipe, journal = resolve(recipe, model, tokenizer), journal or Journal()
+    clock = Clock(compute_device(recipe.device))
+    allowed = recipe.perplexity_increase
+    if allowed is not None:
+        windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
+        journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
+        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
+
+        def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
+            phase = journal.phase(f"sparsity-{sparsity:.5f}")
+            once = replace(recipe, sparsity=sparsity, max_perplexity_increase=None)
+            return cut_once(visited, once, clock, phase, on_step)
+
+        def predicted(sparsity: float) -> float | None:
+            return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
+
+        found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, recipe.batch_size, clock)
+        facts = (windows, clock.seconds, found.sparsity, found.trials)
+        return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
+    windows = read_calibration(tokenizer, recipe, model)
+    journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
+    if recipe.steps == 1:
+        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
+        pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
+    else:
+        pruned, results = cut_in_steps(model, windows, recipe, clock, journal, on_step)
+    sparsity = None if recipe.separate else recipe.sparsity
+    return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
+
+
+def plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    on_step: OnStep = lambda _line: None,
+) -> list[tuple[Site, int]]:
+    """The width of every site that `prune` would choose, without pruning.
+
+    Raises:
+        SnpError: the widths follow from pruning itself: in several steps, or from a permitted rise of perplexity.
+    """
+    if recipe.steps > 1 or recipe.perplexity_increase is not None:
+        raise SnpError(
+            "--dry-run: expected a budget whose widths are known before anything is cut, got --steps or "
+            "--max-perplexity-increase. Leave them out, or run without --dry-run."
+        )
+    recipe = resolve(recipe, model, tokenizer)
+    clock = Clock(compute_device(recipe.device))
+    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
+    visited = visit(model, windows, recipe, clock, Journal(), on_step)
+    return list(zip(visited.sites, visited.widths(recipe), strict=True))
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A dense model of which everything is known that has to be before the first cut.
+
+    Attributes:
+        model, family, blocks, sites: what is to be cut.
+        windows: calibration windows; None where nothing but a plan of fixed widths is wanted.
+        curves: of every site, or None each.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    blocks: nn.ModuleList
+    sites: Sequence[Site]
+    windows: Windows | None
+    curves: Sequence[SiteCurves | None]
+
+    def gradient(self, number: int) -> Tensor | None:
+        """F of a site, by its number, read when it is asked for."""
+        curves = self.curves[number]
+        return None if curves is None else curves.gradient
+
+    def widths(self, recipe: Recipe) -> list[int]:
+        """Units kept at every site under a recipe's budget."""
+        target = find_target(self.model, self.family, self.sites, recipe)
+        return plan_widths(self.model, self.family, self.sites, self.curves, target, recipe)
+
+
+def visit(
+    model: PreTrainedModel, windows: Windows | None, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
+) -> Visited:
+    """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
+    family = find_family(model.config)
+    blocks = find_blocks(model, family)
+    sites = find_sites(blocks, family, recipe.head_unit)
+    check_weights(model, blocks)
+    announce_heads(sites, recipe)
+    curves: Sequence[SiteCurves | None] = [None] * len(sites)
+    if windows is not None and visit_passes(recipe):
+        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, journal, on_step)
+    return Visited(model, family, blocks, sites, windows, curves)
+
+
+def cut_once(
+    visited: Visited, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
+) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The pruned model and what happened at every site."""
+    finish = partial(pad, visited.family, []) if recipe.layout == "padded" else None
+    widths = decided_widths(lambda: visited.widths(recipe), recipe, journal)
+    blocks, results = cut_blocks(visited, visited.blocks, widths, finish, recipe, clock, journal, on_step)
+    return assemble(visited.model, visited.family, blocks), results
+
+
+def cut_in_steps(
+    model: PreTrainedModel, windows: Windows, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
+) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The same in several rounds, each with statistics, gradients and widths of its own.
+
+    Every round removes as much of the budget's unit as any other. What sites are repaired to give stays that of the
+    first model. Errors in the results are those of the last round; predicted losses and seconds add up.
+    """
+    family = find_family(model.config)
+    dense_blocks = find_blocks(model, family)
+    first = find_sites(dense_blocks, family, recipe.head_unit)
+    target = find_target(model, family, first, recipe)
+    current = model
+    results: list[SiteResult] = []
+    for step in range(1, recipe.steps + 1):
+        visited = visit(current, windows, recipe, clock, journal.phase(f"visit-{step}"), on_step)
+        rest = target.rest([site.units for site in visited.sites], step / recipe.steps, first)
+        phase = journal.phase(f"cut-{step}")
+        decide = partial(plan_widths, current, family, visited.sites, visited.curves, rest, recipe)
+        widths = decided_widths(decide, recipe, phase)
+        padded = recipe.layout == "padded" and step == recipe.steps
+        finish = partial(pad, family, results) if padded else None
+        blocks, found = cut_blocks(visited, dense_blocks, widths, finish, recipe, clock, phase, on_step)
+        results = [before.then(after) for before, after in zip(results, found, strict=True)] if results else found
+        current = assemble(current, family, blocks)
+    return current, results
+
+
+def pad(
+    family: Family,
+    earlier: Sequence[SiteResult],
+    block: nn.Module,
+    dense_block: nn.Module,
+    results: Sequence[SiteResult],
+) -> None:
+    """Puts a pruned block back into its dense shape, in place, with zeros where units are gone.
+
+    Args:
+        family: its family.
+        earlier: what happened at all sites in earlier rounds, if there were any.
+        block: as it is.
+        dense_block: as it was at first.
+        results: what happened at its sites in this round.
+    """
+    for result in results:
+        before = [r for r in earlier if r.site.name == result.site.name]
+        whole = before[0].then(result) if before else result
+        if len(whole.kept) < whole.site.units:
+            pad_site(block, dense_block, family, whole.site, whole.kept)
+
+
+def cut_blocks(
+    visited: Visited,
+    reference: nn.ModuleList,
+    widths: Sequence[int],
+    finish: Finish | None,
+    recipe: Recipe,
+    clock: Clock,
+    journal: Journal,
+    on_step: OnStep,
+) -> tuple[nn.ModuleList, list[SiteResult]]:
+    """All blocks cut to the given widths, in sequence, repaired towards what the reference blocks give."""
+    assert visited.windows is not None
+    stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock, journal.folder)
+    pruned_blocks, results = prune_blocks(
+        visited.blocks,
+        reference,
+        visited.family,
+        visited.sites,
+        stream,
+        widths,
+        visited.gradient,
+        finish,
+        recipe,
+        clock,
+        journal,
+        on_step,
+    )
+    losses = [None if c is None else c.loss for c in visited.curves]
+    return pruned_blocks, [
+        result if loss is None else replace(result, predicted_loss=float(loss[width]))
+        for result, loss, width in zip(results, losses, widths, strict=True)
+    ]
+
+
+def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
+    """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
+    losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
+    if len(losses) < len(visited.sites):
+        return None
+    return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))
