@@ -113,9 +113,9 @@ def tokenizer():
 def quick_prunes(monkeypatch):
     """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
     from snp_llm import checkpoint
-    from snp_llm.cli import report as report_command
+    from snp_llm.cli import prune
 
-    monkeypatch.setattr(report_command, "write_page", lambda _folder: None)
+    monkeypatch.setattr(prune, "write_page", lambda _folder: None)
     monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
 
 

@@ -157,11 +157,11 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     sizes = [model_sizes.model_size(m, recipe.seq_len) for m in models]
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (facts.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
-    facts: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
-    facts["device"] = describe_device(device)
+    more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+    more["device"] = describe_device(device)
     if windows is not None:
-        facts["evaluation"] = windows.description
-    summary = facts.build_report(pruned, before, after, facts)
+        more["evaluation"] = windows.description
+    summary = facts.build_report(pruned, before, after, more)
     base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
     model_cards.write_card(summary, pruned, base_model, partial)
     save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))

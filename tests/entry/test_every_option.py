@@ -18,6 +18,7 @@ from snp_llm.checkpoint import hub
 from snp_llm.cli import parse
 from snp_llm.evaluate import tasks
 from snp_llm.models import blocks
+from snp_llm.pruning.widths import latency
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
@@ -84,8 +85,8 @@ def ticks(monkeypatch):
         clock.now += 1e-4
         return run_rest(*given)
 
-    monkeypatch.setattr(blocks, "run_block", block)
-    monkeypatch.setattr(blocks, "run_without_blocks", rest)
+    monkeypatch.setattr(latency, "run_block", block)
+    monkeypatch.setattr(latency, "run_without_blocks", rest)
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
 
@@ -110,7 +111,7 @@ def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monk
     monkeypatch.chdir(folder)
     output = tmp_path / "output"
     command, *words = shlex.split(run.format(output=output))
-    main = {"eval": parse.evaluate_main}.get(command) or getattr(cli, f"{command}_main")
+    main = {"eval": parse.evaluate_main}.get(command) or getattr(parse, f"{command}_main")
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             main(words)

@@ -9,7 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from snp_llm import Recipe, SnpError, load_recipe
-from snp_llm.cli import parse
+from snp_llm.cli import bench, evaluate, inspect, parse, prune, push, report
 from snp_llm.recipe.checks import RANGES, flag
 from snp_llm.recipe.commands import BenchRecipe, EvaluationRecipe, InspectRecipe, PushRecipe, ReportRecipe
 from snp_llm.recipe.file import read_settings
@@ -94,8 +94,9 @@ def test_numbers_in_python(case):
 def runs(monkeypatch):
     """Recipes that commands would have run."""
     found = []
-    for name in [name for name in dir(commands) if name.startswith("run_")]:
-        monkeypatch.setattr(commands, name, lambda recipe, *_: found.append(recipe))
+    for room in (bench, evaluate, inspect, prune, push, report):
+        for name in [name for name in dir(room) if name.startswith("run_")]:
+            monkeypatch.setattr(room, name, lambda recipe, *_: found.append(recipe))
     return found
 
 

@@ -24,10 +24,10 @@ def serve() -> None:
     import datasets  # noqa: F401 - the forks need it
 
     from snp_llm import checkpoint
-    from snp_llm.pruning.estimate import refuse
+    from snp_llm.cli import prune
 
     checkpoint.verify = lambda *_: 0.0
-    refuse.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
+    prune.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
 

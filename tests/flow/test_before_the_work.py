@@ -302,7 +302,7 @@ def odd_reports(report):
 def test_broken_reports_are_noticed_before_anything_is_measured(content, copy, capsys):
     (copy / REPORT).write_bytes(content)
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
-    with mock.patch.object(evaluation, "evaluate", None), mock.patch.object(bench, "bench", None):
+    with mock.patch("snp_llm.evaluate.side_by_side.evaluate", None), mock.patch("snp_llm.evaluate.speed.bench", None):
         for main, arguments in (
             (parse.report_main, [copy]),
             (parse.push_main, [copy, "user/name"]),
@@ -328,7 +328,7 @@ def test_a_report_with_a_value_of_another_kind_is_a_page_or_one_line(every, copy
 def test_a_report_that_takes_no_results_is_noticed_first(changes, copy, capsys):
     report = json.loads((copy / REPORT).read_text())
     (copy / REPORT).write_text(json.dumps({**report, **changes}))
-    with mock.patch.object(evaluation, "evaluate", None):
+    with mock.patch("snp_llm.evaluate.side_by_side.evaluate", None):
         assert "Prune again" in refused(capsys, parse.evaluate_main, copy, "--dataset", "bundled", "--save")
 
 
@@ -337,7 +337,7 @@ def test_a_card_that_takes_no_section_is_noticed_first(content, copy, capsys):
     (copy / "README.md").unlink()
     if content is not None:
         (copy / "README.md").write_bytes(content)
-    with mock.patch.object(bench, "bench", None):
+    with mock.patch("snp_llm.evaluate.speed.bench", None):
         assert "README.md" in refused(capsys, parse.bench_main, copy, copy, "--save")
 
 

@@ -78,7 +78,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     drift = Drift(drift.cross + held_drift.cross, drift.first + held_drift.first)
     results = []
     for threshold in (10**9, 1):
-        monkeypatch.setattr("snp_llm.pruning.statistics.SINGLE_PRECISION_FROM", threshold)
+        monkeypatch.setattr("snp_llm.pruning.factor.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model, family)[0])
         statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
         factored, _ = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))

@@ -10,7 +10,6 @@ import torch
 from snp_llm import prune
 from snp_llm.pruning import statistics, stream
 from snp_llm.pruning.stream import BatchSize, in_batches
-from snp_llm.runtime import device, storage
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Shelf, let_go
 from tests.conftest import small_model, small_recipe
@@ -55,8 +54,8 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
         return real(windows, batch, limited)
 
-    for module in ("stream", "sequential", "visit", "targets"):
-        monkeypatch.setattr(f"snp_llm.{module}.in_batches", on_a_small_device)
+    for module in ("stream", "sequential", "sensitivity", "reference"):
+        monkeypatch.setattr(f"snp_llm.pruning.{module}.in_batches", on_a_small_device)
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "going on with 2 at a time" in m]
     for a, b in zip(expected.sites, found.sites, strict=True):
@@ -67,11 +66,11 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
 def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(
-        "snp_llm.pruning.statistics.enough_windows", lambda _widest, _seq_len: 3
+        "snp_llm.pruning.sequential.enough_windows", lambda _widest, _seq_len: 3
     )  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
-    monkeypatch.setattr(device, "has_room", lambda _device, size: size < 10_000)
+    monkeypatch.setattr(statistics, "has_room", lambda _device, size: size < 10_000)
     caplog.set_level(logging.INFO, logger="snp_llm")
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "mlp.down_proj: no room for sums of" in m and "computed on the CPU" in m]
@@ -83,13 +82,16 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
 @pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
     monkeypatch.setattr(
-        "snp_llm.pruning.statistics.enough_windows", lambda _widest, _seq_len: 3
+        "snp_llm.pruning.sequential.enough_windows", lambda _widest, _seq_len: 3
     )  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
     monkeypatch.setattr(statistics, "FILES_FROM", 1)
     released = []
-    monkeypatch.setattr(storage, "let_go", lambda files: released.append(len(files)) or let_go(files))
+    for module in ("factor", "repair"):
+        monkeypatch.setattr(
+            f"snp_llm.pruning.{module}.let_go", lambda files: released.append(len(files)) or let_go(files)
+        )
     found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
     # Second moments, those of held-out windows, and what outputs lack of their targets, likewise, and second moments
     # where there are no targets; the visit has none.

@@ -48,7 +48,7 @@ def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path,
         weights.extend(weakref.ref(parameter) for parameter in copy.parameters())
         return copy
 
-    monkeypatch.setattr("snp_llm.models.offload.copy_unhooked", copied)
+    monkeypatch.setattr("snp_llm.pruning.sequential.copy_unhooked", copied)
     save_model(small_model(model_type), tokenizer, tmp_path / "dense")
     dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=tmp_path / "scratch")
     gc.disable()
