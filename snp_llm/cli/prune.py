@@ -133,7 +133,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         )
         text.check_tokens(windows, dense)
     journal = Journal(partial / output.JOURNAL, recipe.save_every)
-    steps = recipe.steps * (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
+    steps = (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
     with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]

@@ -14,12 +14,12 @@ from snp_llm.models.anatomy import Site, find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.layouts import assemble
-from snp_llm.models.surgery import pad_site
 from snp_llm.pruning.identity import decided_widths, identity
+from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.run import announce_heads, check_weights, read_calibration, resolve
 from snp_llm.pruning.sensitivity import OnStep, SiteCurves, visit_dense, visit_passes
-from snp_llm.pruning.sequential import Finish, prune_blocks
+from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.stream import capture
 from snp_llm.pruning.widths.plan import find_target, plan_widths
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
@@ -94,11 +94,8 @@ def prune(
         return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
     windows = read_calibration(tokenizer, recipe, model)
     journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
-    if recipe.steps == 1:
-        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
-        pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
-    else:
-        pruned, results = cut_in_steps(model, windows, recipe, clock, journal, on_step)
+    visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
+    pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
     sparsity = None if recipe.separate else recipe.sparsity
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
 
@@ -113,12 +110,12 @@ def plan(
     """The width of every site that `prune` would choose, without pruning.
 
     Raises:
-        SnpError: the widths follow from pruning itself: in several steps, or from a permitted rise of perplexity.
+        SnpError: the widths follow from pruning itself, by a permitted rise of perplexity.
     """
-    if recipe.steps > 1 or recipe.perplexity_increase is not None:
+    if recipe.perplexity_increase is not None:
         raise SnpError(
-            "--dry-run: expected a budget whose widths are known before anything is cut, got --steps or "
-            "--max-perplexity-increase. Leave them out, or run without --dry-run."
+            "--dry-run: expected a budget whose widths are known before anything is cut, got "
+            "--max-perplexity-increase. Leave it out, or run without --dry-run."
         )
     recipe = resolve(recipe, model, tokenizer)
     clock = Clock(compute_device(recipe.device))
@@ -174,92 +171,25 @@ def cut_once(
     visited: Visited, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
 ) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site."""
-    finish = partial(pad, visited.family, []) if recipe.layout == "padded" else None
-    widths = decided_widths(lambda: visited.widths(recipe), recipe, journal)
-    blocks, results = cut_blocks(visited, visited.blocks, widths, finish, recipe, clock, journal, on_step)
-    return assemble(visited.model, visited.family, blocks), results
-
-
-def cut_in_steps(
-    model: PreTrainedModel, windows: Windows, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
-) -> tuple[PreTrainedModel, list[SiteResult]]:
-    """The same in several rounds, each with statistics, gradients and widths of its own.
-
-    Every round removes as much of the budget's unit as any other. What sites are repaired to give stays that of the
-    first model. Errors in the results are those of the last round; predicted losses and seconds add up.
-    """
-    family = find_family(model.config)
-    dense_blocks = find_blocks(model, family)
-    first = find_sites(dense_blocks, family, recipe.head_unit)
-    target = find_target(model, family, first, recipe)
-    current = model
-    results: list[SiteResult] = []
-    for step in range(1, recipe.steps + 1):
-        visited = visit(current, windows, recipe, clock, journal.phase(f"visit-{step}"), on_step)
-        rest = target.rest([site.units for site in visited.sites], step / recipe.steps, first)
-        phase = journal.phase(f"cut-{step}")
-        decide = partial(plan_widths, current, family, visited.sites, visited.curves, rest, recipe)
-        widths = decided_widths(decide, recipe, phase)
-        padded = recipe.layout == "padded" and step == recipe.steps
-        finish = partial(pad, family, results) if padded else None
-        blocks, found = cut_blocks(visited, dense_blocks, widths, finish, recipe, clock, phase, on_step)
-        results = [before.then(after) for before, after in zip(results, found, strict=True)] if results else found
-        current = assemble(current, family, blocks)
-    return current, results
-
-
-def pad(
-    family: Family,
-    earlier: Sequence[SiteResult],
-    block: nn.Module,
-    dense_block: nn.Module,
-    results: Sequence[SiteResult],
-) -> None:
-    """Puts a pruned block back into its dense shape, in place, with zeros where units are gone.
-
-    Args:
-        family: its family.
-        earlier: what happened at all sites in earlier rounds, if there were any.
-        block: as it is.
-        dense_block: as it was at first.
-        results: what happened at its sites in this round.
-    """
-    for result in results:
-        before = [r for r in earlier if r.site.name == result.site.name]
-        whole = before[0].then(result) if before else result
-        if len(whole.kept) < whole.site.units:
-            pad_site(block, dense_block, family, whole.site, whole.kept)
-
-
-def cut_blocks(
-    visited: Visited,
-    reference: nn.ModuleList,
-    widths: Sequence[int],
-    finish: Finish | None,
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-    on_step: OnStep,
-) -> tuple[nn.ModuleList, list[SiteResult]]:
-    """All blocks cut to the given widths, in sequence, repaired towards what the reference blocks give."""
     assert visited.windows is not None
+    widths = decided_widths(lambda: visited.widths(recipe), recipe, journal)
     stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock, journal.folder)
-    pruned_blocks, results = prune_blocks(
+    blocks, results = prune_blocks(
         visited.blocks,
-        reference,
         visited.family,
         visited.sites,
         stream,
         widths,
         visited.gradient,
-        finish,
         recipe,
         clock,
         journal,
         on_step,
     )
+    if recipe.layout == "padded":
+        blocks = padded_blocks(visited.blocks, blocks, visited.family, results, journal.phase("padded"))
     losses = [None if c is None else c.loss for c in visited.curves]
-    return pruned_blocks, [
+    return assemble(visited.model, visited.family, blocks), [
         result if loss is None else replace(result, predicted_loss=float(loss[width]))
         for result, loss, width in zip(results, losses, widths, strict=True)
     ]

@@ -1,6 +1,6 @@
 """What happened at a site, and its curves as they are drawn. Computes nothing else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,18 +79,6 @@ class SiteResult:
     dampening: float
     seconds: float
     curve: Curve | None = None
-
-    def then(self, later: "SiteResult") -> "SiteResult":
-        """The result of both, one cut after the other: errors and curve are those of the later."""
-        losses = (self.predicted_loss, later.predicted_loss)
-        return replace(
-            later,
-            site=self.site,
-            kept=self.kept[later.kept],
-            energy=self.energy * later.energy,
-            predicted_loss=None if None in losses else sum(x for x in losses if x is not None),
-            seconds=self.seconds + later.seconds,
-        )
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"

@@ -37,19 +37,14 @@ from snp_llm.runtime.device import Clock
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
 
-# Last touches to a pruned block, given the block as it was at first and what happened at its sites.
-Finish = Callable[[nn.Module, nn.Module, Sequence[SiteResult]], None]
-
 
 def prune_blocks(
     blocks: nn.ModuleList,
-    reference: nn.ModuleList,
     family: Family,
     sites: Sequence[Site],
     stream: Stream,
     widths: Sequence[int],
     gradients: Gradients,
-    finish: Finish | None,
     recipe: Recipe,
     clock: Clock,
     journal: Journal,
@@ -58,14 +53,12 @@ def prune_blocks(
     """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
 
     Args:
-        blocks: to be cut; left as they are.
-        reference: dense blocks, whose outputs are what sites are repaired to give; mostly the same.
+        blocks: dense, to be cut; left as they are.
         family: theirs.
         sites: attention and FFN of every block.
         stream: the calibration tokens before the first block; used up.
         widths: units to keep at every site.
         gradients: F of every site, or None.
-        finish: last touches to a pruned block, or None.
         recipe: all settings, resolved.
         clock: of the compute device.
         journal: keeps finished blocks, and knows those that an interrupted run has finished.
@@ -86,20 +79,17 @@ def prune_blocks(
     for index in range(first):
         here = slice(2 * index, 2 * index + 2)
         found = [_result(site, facts) for site, facts in zip(sites[here], journal.facts(index), strict=True)]
-        pruned_blocks.append(
-            finished_block(blocks[index], reference[index], family, found, finish, journal.file(index))
-        )
+        pruned_blocks.append(finished_block(blocks[index], family, found, journal.file(index)))
         results += found
     for index in range(first, len(blocks)):
-        old_block, dense_block = blocks[index], reference[index]
+        dense_block = blocks[index]
         here = slice(2 * index, 2 * index + 2)
         # So far the streams are the same: before the block, and after it.
         entered, untouched = (
-            old_block is dense_block and all(w == s.units for s, w in zip(sites[:end], widths, strict=False))
-            for end in (here.start, here.stop)
+            all(w == s.units for s, w in zip(sites[:end], widths, strict=False)) for end in (here.start, here.stop)
         )
-        home = next(old_block.parameters()).device
-        with on_device(old_block, clock.device), on_device(dense_block, clock.device):
+        home = next(dense_block.parameters()).device
+        with on_device(dense_block, clock.device):
             targets = None
             if recipe.target != "self" and not untouched:
                 with clock.phase("forward passes"):
@@ -108,12 +98,10 @@ def prune_blocks(
                     targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
                 if entered:
                     targets = replace(targets, attention=None)
-            block = copy_unhooked(old_block)
+            block = copy_unhooked(dense_block)
             found = prune_block(
                 block, family, sites[here], stream, widths[here], gradients, targets, recipe, clock, on_step
             )
-            if finish is not None:
-                finish(block, dense_block, found)
         if recipe.target != "self" and targets is None:
             dense.hidden.copy_(stream.hidden[: len(dense.hidden)])
         results += found
@@ -263,22 +251,13 @@ def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, jour
     return block
 
 
-def finished_block(
-    block: nn.Module,
-    dense_block: nn.Module,
-    family: Family,
-    results: Sequence[SiteResult],
-    finish: Finish | None,
-    file: Path,
-) -> nn.Module:
+def finished_block(block: nn.Module, family: Family, results: Sequence[SiteResult], file: Path) -> nn.Module:
     """A block that an interrupted run has finished. What was done to it is done again, to tensors that are not there.
 
     Args:
         block: as it was before the cut; left as it is.
-        dense_block: as it was at first.
         family: its family.
         results: what happened at its sites.
-        finish: last touches, or None.
         file: that its tensors are in.
     """
     pruned = copy_unhooked(block)
@@ -286,8 +265,6 @@ def finished_block(
         site, out = result.site, linear(pruned, result.site.out_projection)
         weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]
         prune_site(pruned, family, site, result.kept, weight, out.bias)
-    if finish is not None:
-        finish(pruned, dense_block, results)
     leave_on_disk(pruned, file)
     return pruned
 

@@ -45,7 +45,6 @@ RANGES = {
     "head_sparsity": SHARE,
     "target_weight": Range(float, 0, 1),
     "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
-    "steps": Range(int, 1, 1000),
     "round_to": COUNT,
     "num_samples": COUNT,
     "seq_len": Range(int, 2, COUNT.most),

@@ -80,8 +80,6 @@ class Recipe:
     """Those times: read if the file is there, else written to it."""
     max_perplexity_increase: Annotated[str | None, tyro.conf.arg(metavar="5%")] = None
     """The largest sparsity, found by bisection, at which perplexity on held-out calibration text rises by no more."""
-    steps: int = 1
-    """Reach the target in so many rounds, each with statistics and gradients of its own."""
     ordering: Literal["zca", "zca-exact", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
     """Which units go first: the score that ranks them. zca is the paper's, by quadrature
     above 2,048 channels; zca-exact decomposes at every size."""
@@ -170,10 +168,6 @@ class Recipe:
         _ = self.budget, self.perplexity_increase  # whether they can be read
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
-        if self.steps > 1 and self.max_perplexity_increase is not None:
-            raise SnpError(
-                "--steps: expected 1 with --max-perplexity-increase, whose search prunes many times already."
-            )
         if self.output is not None:
             check_output_name(self.output)
         if self.push_to_hub is not None:

@@ -211,8 +211,6 @@ def limits(run: Run) -> list[str]:
     )
     if any(s.get("predicted_loss") is None for s in report["sites"]):
         found.append("No loss was predicted for some sites: that needs the loss gradients, which these settings spare.")
-    if recipe.get("steps", 1) > 1:
-        found.append(f"Of {recipe['steps']} rounds, errors and curves are those of the last.")
     return found
 
 

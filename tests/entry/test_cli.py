@@ -95,7 +95,11 @@ def test_budgets_that_cannot_be_are_refused(opt_folder, tmp_path, capsys):
         capsys, [str(opt_folder), "--target-params", "1B", *out], "--target-params: expected less than the model has"
     )
     refuse(capsys, [str(opt_folder), "--target-params", "2K", *out], "--target-params: expected at least .*. Ask for")
-    refuse(capsys, [str(opt_folder), "--steps", "2", "--dry-run", *out], "--dry-run: expected a budget whose widths")
+    refuse(
+        capsys,
+        [str(opt_folder), "--max-perplexity-increase", "5%", "--dry-run", *out],
+        "--dry-run: expected a budget whose widths",
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -29,7 +29,7 @@ RUNS = (
     "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --target dense "
     f"--target-weight 0.5 --dampening 0.1 --head-unit query --layout padded {FEW}",
     f"prune tiny-opt --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
-    f"prune tiny-opt --dtype bfloat16 --hidden-device disk --steps 2 --resume {CHEAP} {FEW}",
+    f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",

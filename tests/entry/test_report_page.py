@@ -171,7 +171,7 @@ def test_what_was_not_measured_is_said(runs, tmp_path):
             report[model]["perplexity"] = report[model]["speed"] = None
         report["sparsity"]["target"] = 0.9
         report["trials"] = [{"sparsity": 0.45, "perplexity_rise": 0.0123}]
-        report["recipe"] |= {"layout": "padded", "steps": 3, "target_params": "0.7x"}
+        report["recipe"] |= {"layout": "padded", "target_params": "0.7x"}
 
     text = Reader(page.write_page(copy_of(runs[0], tmp_path, forget)).read_text()).text
     assert "Perplexity was not measured." in text and "Speed was not measured." in text

@@ -75,7 +75,6 @@ def test_what_each_option_saves():
     many = of(model, batch_size=6, seq_len=64)  # else the algebra takes more than a batch
     assert of(model, batch_size=1, seq_len=64).host_bytes < many.host_bytes
     assert of(model, allocation="uniform", metric="error").flops < plain.flops
-    assert of(model, steps=3).flops == pytest.approx(3 * plain.flops)
     assert of(model.half()).host_bytes < plain.host_bytes
 
 

@@ -78,8 +78,8 @@ def test_killed_at_twenty_moments_it_comes_to_the_same_bits(prune, dense, finish
 
 
 @pytest.mark.exhaustive
-def test_several_rounds_and_a_padded_layout(prune, dense, tmp_path):
-    command = (dense, *SETTINGS, "--steps", 2, "--layout", "padded", "--hidden-device", "disk")
+def test_a_padded_layout(prune, dense, tmp_path):
+    command = (dense, *SETTINGS, "--layout", "padded", "--hidden-device", "disk")
     assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]
     kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=1)
 

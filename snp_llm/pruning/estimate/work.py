@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -70,7 +70,6 @@ def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
     holding = len(DAMPENINGS) if recipe.dampening is None else 1
     drifting = recipe.target != "self"
     work = []
-    rounds = recipe.steps
     gram = sum(2.0 * n * n * SHARE_OF_GRAM for n, _ in sites)
     if recipe.needs_gradients:
         moments = 2.0 * d * d * SHARE_OF_GRAM * len(sites)
@@ -105,7 +104,7 @@ def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
         kept = 0.0 if site.groups else k  # of groups some go that are not among the worst
         cuts.append((n, _factor_flops(n, d, recipe, kept) + chosen + 6.0 * d * n * n))
     work += _algebra_work("linear algebra", cuts)
-    return [replace(w, flops=w.flops * rounds) for w in work]
+    return work
 
 
 def _algebra_work(name: str, flops: Sequence[tuple[int, float]]) -> list[Work]:

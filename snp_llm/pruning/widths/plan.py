@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -45,26 +45,6 @@ class Target:
 
     costs: Costs
     removals: list[tuple[tuple[str, ...], float, float]]
-
-    def rest(self, units: Sequence[int], share: float, sites: Sequence[Site]) -> "Target":
-        """What has still to go to reach a share of this target, once sites are down to these units.
-
-        Args:
-            units: of every site now.
-            share: of the removal, at most 1.
-            sites: as they were when the target was set.
-        """
-        removals = []
-        for kinds, removal, whole in self.removals:
-            gone = sum(
-                float(costs[-1] - costs[now])
-                for costs, now, site in zip(self.costs.sites, units, sites, strict=True)
-                if site.kind in kinds
-            )
-            removals.append((kinds, max(0.0, share * removal - gone), whole))
-        # A width costs what it did when the site had more units.
-        now = [costs[: count + 1] for costs, count in zip(self.costs.sites, units, strict=True)]
-        return Target(replace(self.costs, sites=now), removals)
 
 
 def find_target(model: PreTrainedModel, family: Family, sites: Sequence[Site], recipe: Recipe) -> Target:
