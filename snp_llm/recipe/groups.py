@@ -7,8 +7,8 @@ AMOUNT = ("sparsity", *GOALS, "latency_table")
 SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
-    *("steps", "ordering", "metric", "allocation", "target", "target_weight", "head_unit", "layout", "dampening"),
-    *("absorb_bias", "round_to"),
+    *("ordering", "metric", "allocation", "target", "target_weight", "dampening", "absorb_bias"),
+    *("head_unit", "layout", "round_to"),
 )
 
 TEXT = ("calibration", "calibration_split", "text_column", "bos")  # a run knows it by its tokens, not by its name

@@ -94,8 +94,6 @@ def _methods(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What sets each run apart besides its sparsity: settings that are not the same in all."""
     recipes = [r["recipe"] for r in reports]
     varied = [
-        name
-        for name in recipes[0]
-        if name in LINE and any(recipe.get(name) != recipes[0][name] for recipe in recipes)
+        name for name in recipes[0] if name in LINE and any(recipe.get(name) != recipes[0][name] for recipe in recipes)
     ]
     return [", ".join(f"{name.replace('_', ' ')} {setting_words(r.get(name))}" for name in varied[:3]) for r in recipes]
