@@ -13,27 +13,12 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.tokenizer import tokenizer_sum
 from snp_llm.data.windows import Windows
 from snp_llm.models.offload import fingerprint
+from snp_llm.recipe.groups import IDENTITY
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.files import checksum
 from snp_llm.runtime.version import __version__
-
-# Settings without influence on the pruned weights; the model and its texts are known by their contents.
-NO_MATTER = (
-    *("model", "output", "overwrite", "resume", "save_every", "dry_run", "hidden_device", "trust_remote_code"),
-    *(
-        "calibration",
-        "calibration_split",
-        "text_column",
-        "bos",
-        "eval",
-        "eval_dataset",
-        "eval_split",
-        "push_to_hub",
-        "private",
-    ),
-)
 
 
 def decided_widths(decide: Callable[[], list[int]], recipe: Recipe, journal: Journal) -> list[int]:
@@ -66,7 +51,7 @@ def identity(
     """What a pruned model depends on; an unfinished run is only gone on with where all of it is the same."""
     generation = model.generation_config
     return {
-        "setting": {key: value for key, value in recipe.as_dict().items() if key not in NO_MATTER},
+        "setting": {key: value for key, value in recipe.as_dict().items() if key in IDENTITY},
         "config": _config_values(model.config),
         "generation config": {} if generation is None else _config_values(generation),
         "tokenizer": tokenizer_sum(tokenizer),

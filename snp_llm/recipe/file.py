@@ -9,12 +9,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from snp_llm.recipe.checks import LONGEST_NAME
+from snp_llm.recipe.groups import ONCE
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.errors import SnpError, reason, shown
 from snp_llm.runtime.version import __version__
-
-# Settings of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
-PER_RUN = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")
 
 HINTS = get_type_hints(Recipe)
 
@@ -88,7 +86,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 
 def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) -> None:
-    """Writes all settings but those of `PER_RUN`, under a comment that says where they come from.
+    """Writes all settings but those of `ONCE`, under a comment that says where they come from.
 
     Args:
         recipe: as `prune` resolved it, for a file that makes the same model again.
@@ -97,11 +95,11 @@ def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) ->
     remarks = [
         f"Written by snp-llm {__version__}" + (f" for: {command}" if command else "."),
         "The same model again: snp-llm prune --config THIS_FILE --output FOLDER",
-        f"Not kept, to be said anew: {', '.join(PER_RUN)}.",
+        f"Not kept, to be said anew: {', '.join(ONCE)}.",
     ]
     # A line break in an argument would otherwise end the comment.
     comment = "".join(f"# {''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)}\n" for line in remarks)
-    settings = {name: value for name, value in asdict(recipe).items() if name not in PER_RUN}
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ONCE}
     Path(path).write_text(comment + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -3,20 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from snp_llm.recipe.recipe import GOALS
+from snp_llm.recipe.groups import LINE
 from snp_llm.report import figures
 from snp_llm.report.figures import Line, Panel
 from snp_llm.report.parts import Picture, as_picture
 from snp_llm.report.read import SAME_PERPLEXITY, Run, model_name, speed_up_of
 from snp_llm.report.words import percent, setting_words
 from snp_llm.runtime.errors import SnpError
-
-# Of a recipe, what two runs may differ in and still be points of one line.
-NOT_A_METHOD = {"model", "output", "overwrite", "push_to_hub", "private", "trust_remote_code", "dry_run"}
-
-NOT_A_METHOD |= {"sparsity", *GOALS, "latency_table", "device", "hidden_device", "batch_size"}
-
-NOT_A_METHOD |= {"eval", "eval_dataset", "eval_split"}
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
@@ -101,8 +94,6 @@ def _methods(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What sets each run apart besides its sparsity: settings that are not the same in all."""
     recipes = [r["recipe"] for r in reports]
     varied = [
-        name
-        for name in recipes[0]
-        if name not in NOT_A_METHOD and any(recipe.get(name) != recipes[0][name] for recipe in recipes)
+        name for name in recipes[0] if name in LINE and any(recipe.get(name) != recipes[0][name] for recipe in recipes)
     ]
     return [", ".join(f"{name.replace('_', ' ')} {setting_words(r.get(name))}" for name in varied[:3]) for r in recipes]

@@ -109,7 +109,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("snp_llm"),
+        loader=jinja2.PackageLoader("snp_llm.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -14,7 +14,7 @@ from snp_llm.checkpoint import hub
 from snp_llm.checkpoint.output import RECIPE
 from snp_llm.cli import parse
 from snp_llm.cli import prune as prune_command
-from snp_llm.recipe.file import PER_RUN
+from snp_llm.recipe.groups import ONCE
 from snp_llm.runtime.version import __version__
 
 pytestmark = pytest.mark.usefixtures("quick_prunes")
@@ -109,7 +109,7 @@ def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
     command = shlex.join(["snp-llm", "prune", *arguments, *QUICK])
     assert comment == f"# Written by snp-llm {__version__} for: {command}"
     saved = yaml.safe_load("\n".join(rest))
-    assert set(saved) == {field.name for field in fields(Recipe)} - set(PER_RUN)
+    assert set(saved) == {field.name for field in fields(Recipe)} - set(ONCE)
     assert saved["round_to"] == 8 and saved["eval_dataset"] == "wikitext2" and saved["calibration"] == "bundled"
     assert out / RECIPE in hub.model_files(out)  # it goes along to the Hub
     # Nothing that replaces, uploads or trusts comes back with the file.

@@ -16,7 +16,7 @@ from snp_llm.cli.main import main
 from snp_llm.cli.parse import prune_main
 from snp_llm.cli.report import write_page
 from snp_llm.models.size import model_size
-from snp_llm.report import page, read
+from snp_llm.report import compare, page, read
 from snp_llm.report.facts import Measured, build_report, write_report
 from snp_llm.runtime.errors import SnpError
 from tests.browser import CHROMIUM, start_browser
@@ -239,6 +239,20 @@ def test_methods_are_lines_of_their_own(runs, tmp_path):
     other = copy_of(runs[1], tmp_path, lambda report: report["recipe"].update(allocation="uniform"))
     text = page.make_page(read.read_run(runs[0]), [read.read_run(other)])
     assert "allocation uniform" in text and "allocation loss" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resume": True, "save_every": 0.0, "overwrite": True, "output": "elsewhere", "push_to_hub": "ada/small"},
+        {"device": "cuda", "hidden_device": "disk", "batch_size": 1, "model": "elsewhere/small-opt"},
+        {"sparsity": None, "target_latency": "0.7x", "latency_table": "times.json", "eval_split": "validation"},
+    ],
+)
+def test_how_a_run_went_is_no_method_of_its_own(changes, runs, tmp_path):
+    other = copy_of(runs[1], tmp_path, lambda report: report["recipe"].update(changes))
+    reports = [json.loads((run / REPORT).read_text()) for run in (runs[1], other)]
+    assert compare._methods(reports) == ["", ""]
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):

@@ -147,8 +147,8 @@ def finished(tokenizer, tmp_path_factory):
     pruned = prune(dense, tokenizer, small_recipe(model="ada/small"))
     checkpoint.save(pruned.model, tokenizer, folder)
     figures = [facts.Measured(model_size(m, 32), 1, 2.0, None) for m in (dense, pruned.model)]
-    facts = {"command": "snp-llm prune ada/small", "evaluation": "bundled (test), 3 windows of 32 tokens"}
-    summary = facts.build_report(pruned, *figures, facts)
+    more = {"command": "snp-llm prune ada/small", "evaluation": "bundled (test), 3 windows of 32 tokens"}
+    summary = facts.build_report(pruned, *figures, more)
     facts.write_report(summary, folder)
     model_cards.write_card(summary, pruned, "ada/small", folder)
     page.write_page(folder)

@@ -20,8 +20,8 @@ def run(tokenizer):
     )
     sizes = [model_size(m, 32) for m in (dense, pruned.model)]
     before, after = (facts.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
-    facts = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
-    return pruned, before, after, facts.build_report(pruned, before, after, facts)
+    more = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
+    return pruned, before, after, facts.build_report(pruned, before, after, more)
 
 
 def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
