@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.save import check_kept
 from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_files
 from snp_llm.cli.parse import prune_main
 from snp_llm.models.families.decoders import find_family
@@ -74,7 +75,7 @@ def test_sparsity_zero_is_what_was_loaded_in_every_layout(model_type, variant, t
         checkpoint.save(pruned.model, tokenizer, tmp_path / layout)
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
         assert torch.equal(saved(TOKENS).logits, expected)
-        checkpoint.check_kept(dense, tmp_path / layout)
+        check_kept(dense, tmp_path / layout)
     if variant == "tied in the config alone":
         assert not saved.config.tie_word_embeddings
 
@@ -93,14 +94,14 @@ def test_a_changed_tensor_outside_the_blocks_is_noticed(model_type, tokenizer, t
         changed.view(torch.int32).view(-1)[0] ^= 1
         save_file({**weights, name: changed}, file, metadata={"format": "pt"})
         with pytest.raises(SnpError, match="not the one that was loaded: .* differs"):
-            checkpoint.check_kept(dense, tmp_path)
+            check_kept(dense, tmp_path)
     save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
     if "lm_head.weight" in weights:
         with pytest.raises(SnpError, match="not the one that was loaded: lm_head.weight differs"):
-            checkpoint.check_kept(dense, tmp_path)
+            check_kept(dense, tmp_path)
     save_file({**weights, "more": torch.ones(1)}, file, metadata={"format": "pt"})
     with pytest.raises(SnpError, match="more differs"):
-        checkpoint.check_kept(dense, tmp_path)
+        check_kept(dense, tmp_path)
 
 
 @pytest.mark.slow
