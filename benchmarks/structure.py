@@ -3,8 +3,8 @@
     python benchmarks/structure.py [CHECKOUT ...]      several side by side; default: this one
 
 Lines are those of the package's modules. A function's length is from `def` to its last line without the docstring;
-nested ones count inside and on their own; parameters without `self`. A level is one more than the deepest module that is
-imported.
+nested ones count inside and on their own; parameters without `self`. A level is one more than the deepest module that
+is imported.
 """
 
 import ast
