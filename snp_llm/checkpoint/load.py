@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
 from snp_llm.data.windows import BUNDLED
-from snp_llm.models import modeling
+from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import embedding_rows
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TINY_OPT = "tiny-opt"
 
-MODELING = Path(modeling.__file__).parent
+MODELING = Path(modeling_snp.__file__)
 
 
 def load(
@@ -152,16 +152,17 @@ def check_own_code(name: str, config: PretrainedConfig, *, trusted: bool) -> Non
     """
     if not needs_code(config):
         return
-    for own in (MODELING / f"modeling_{config.model_type}.py", MODELING / "snp_blocks.py"):
-        theirs = cached_file(find_model(name), own.name, _raise_exceptions_for_missing_entries=False)
-        if theirs is None or Path(theirs).read_bytes() == own.read_bytes():
-            continue
-        if trusted:
-            raise SnpError(
-                f"model {name}: its {own.name} is not this version's, with which a model that is pruned again would be "
-                "saved. Leave out --trust-remote-code to use this version's from the start."
-            )
-        log.warning("model %s: its %s is not this version's, which is used instead", name, own.name)
+    names = (MODELING.name, f"modeling_{config.model_type}.py")  # of its own in every family, in earlier versions
+    found = (cached_file(find_model(name), file, _raise_exceptions_for_missing_entries=False) for file in names)
+    theirs = next((Path(file) for file in found if file), MODELING)
+    if theirs.read_bytes() == MODELING.read_bytes():
+        return
+    if trusted:
+        raise SnpError(
+            f"model {name}: its {theirs.name} is not this version's, with which a model that is pruned again would be "
+            "saved. Leave out --trust-remote-code to use this version's from the start."
+        )
+    log.warning("model %s: its %s is not this version's, which is used instead", name, theirs.name)
 
 
 @contextmanager

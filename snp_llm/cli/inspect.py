@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.layout import describe_layout
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Projection, Site, find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.anatomy import Anatomy, Projection, Site, find_anatomy
 from snp_llm.models.families.family import Family
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
@@ -52,9 +51,8 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         model: a model or its skeleton on the meta device.
         recipe: of the prune whose resources are estimated; not resolved.
     """
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
-    sites = find_sites(blocks, family, recipe.head_unit)
+    anatomy = find_anatomy(model, recipe.head_unit)
+    family, blocks, sites = anatomy.family, anatomy.blocks, anatomy.sites
     resolved = resolve(recipe, model)
     assert resolved.seq_len is not None and resolved.round_to is not None
     size = model_size(model, resolved.seq_len)
@@ -72,7 +70,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "parameters": {"all": size.parameters, **parameters_by_kind(model, family)},
         "bytes": size.bytes,
         "flops_a_token": size.flops,
-        "sparsity": sparsity_facts(model, family, sites, size, recipe),
+        "sparsity": sparsity_facts(anatomy, size, recipe),
         "layouts": {
             layout: describe_layout(model, sites, layout, _resolved_round(model, recipe, layout)) for layout in LAYOUTS
         },
@@ -119,9 +117,7 @@ def _kind(name: str, module: nn.Module, head: nn.Module | None, family: Family) 
     return "other"
 
 
-def sparsity_facts(
-    model: PreTrainedModel, family: Family, sites: list[Site], size: ModelSize, recipe: Recipe
-) -> dict[str, Any]:
+def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[str, Any]:
     """What sparsity, which is a share of the block-linear parameters, means for this model.
 
     Returns:
@@ -132,13 +128,13 @@ def sparsity_facts(
     removed = sparsity * size.block_linear
     largest = {}
     for layout in ("compact", "uniform"):
-        round_to = _resolved_round(model, recipe, layout)
+        round_to = _resolved_round(anatomy.model, recipe, layout)
         gone = {"attention": 0.0, "ffn": 0.0}
         whole = {"attention": 0.0, "ffn": 0.0}
         shaped = Recipe(model=recipe.model, layout=layout, round_to=round_to, head_unit=recipe.head_unit)
-        for site, count in Counter(replace(site, block=0) for site in sites).items():  # most blocks are alike
+        for site, count in Counter(replace(site, block=0) for site in anatomy.sites).items():  # most blocks are alike
             costs = linear_costs(site.units, site.cost)
-            least = site_budget(model, family, site, shaped, None, costs).widths()[0]
+            least = site_budget(anatomy, site, shaped, None, costs).widths()[0]
             gone[site.kind] += count * float(costs[-1] - costs[least])
             whole[site.kind] += count * site.parameters
         largest[layout] = {

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.recipe.recipe import HeadUnit
 from snp_llm.runtime.errors import SnpError
@@ -33,6 +34,7 @@ class Site:
         kind: "attention" or "ffn".
         in_projections: paths of the projections whose rows are the units' channels.
         out_projection: path of the projection whose columns are.
+        module: path of the largest module whose output is that projection's.
         units: how many there are now. An attention unit is a KV group or, where `groups` > 0, a query head.
         unit_size: channels a unit has.
         cost: linear-weight parameters of one unit: its rows in every in-projection and its columns.
@@ -46,6 +48,7 @@ class Site:
     kind: str
     in_projections: tuple[str, ...]
     out_projection: str
+    module: str
     units: int
     unit_size: int
     cost: int
@@ -78,6 +81,50 @@ class Site:
         if self.groups:
             return Heads(width, self.heads.key_value, self.heads.size)
         return Heads(width * (self.heads.query // self.heads.key_value), width, self.heads.size)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model as pruning sees it.
+
+    Attributes:
+        model: as it was loaded.
+        family: its family.
+        blocks: its decoder blocks.
+        sites: of all blocks, in the order in which they are cut.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    blocks: nn.ModuleList
+    sites: tuple[Site, ...]
+
+    def stages(self, index: int) -> tuple[tuple[Site, ...], ...]:
+        """The sites of a block in the order in which their inputs arise; those of one pass through the block together.
+
+        What a stage puts out is what the inputs of the next depend on, so that stages are cut one after the other.
+        """
+        here = [site for site in self.sites if site.block == index]
+        return tuple(tuple(site for site in here if site.kind == kind) for kind in dict.fromkeys(s.kind for s in here))
+
+    def sites_of(self, index: int) -> list[Site]:
+        """The sites of a block, in the order of its stages."""
+        return [site for stage in self.stages(index) for site in stage]
+
+
+def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group") -> Anatomy:
+    """What of a model can be cut, read off its modules.
+
+    Args:
+        model: of a supported family, its weights anywhere.
+        head_unit: as of `find_sites`.
+
+    Raises:
+        SnpError: the model is of no supported family, or its modules are not those of its family.
+    """
+    family = find_family(model.config)
+    blocks = find_blocks(model, family)
+    return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit)))
 
 
 def find_blocks(model: PreTrainedModel, family: Family) -> nn.ModuleList:
@@ -206,6 +253,7 @@ def _attention_site(index: int, block: nn.Module, family: Family, head_unit: Hea
         kind="attention",
         in_projections=family.qkv,
         out_projection=family.attention_out,
+        module=family.attention,
         units=units,
         unit_size=size,
         cost=rows * hidden_in + size * hidden_out,
@@ -224,6 +272,7 @@ def _ffn_site(index: int, block: nn.Module, family: Family) -> Site:
         kind="ffn",
         in_projections=family.ffn_in,
         out_projection=family.ffn_out,
+        module=family.ffn_out,
         units=width,
         unit_size=1,
         cost=parameters // width,

@@ -6,54 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import Heads, Site, find_blocks, find_sites, linear, read_heads
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.decoders import FAMILIES, find_family
 from snp_llm.models.families.family import Family
-from snp_llm.models.modeling.modeling_snp_gemma import SnpGemmaConfig, SnpGemmaForCausalLM
-from snp_llm.models.modeling.modeling_snp_gemma2 import SnpGemma2Config, SnpGemma2ForCausalLM
-from snp_llm.models.modeling.modeling_snp_gemma3_text import SnpGemma3ForCausalLM, SnpGemma3TextConfig
-from snp_llm.models.modeling.modeling_snp_gpt2 import SnpGPT2Config, SnpGPT2LMHeadModel
-from snp_llm.models.modeling.modeling_snp_gpt_neox import SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM
-from snp_llm.models.modeling.modeling_snp_granite import SnpGraniteConfig, SnpGraniteForCausalLM
-from snp_llm.models.modeling.modeling_snp_llama import SnpLlamaConfig, SnpLlamaForCausalLM
-from snp_llm.models.modeling.modeling_snp_mistral import SnpMistralConfig, SnpMistralForCausalLM
-from snp_llm.models.modeling.modeling_snp_olmo2 import SnpOlmo2Config, SnpOlmo2ForCausalLM
-from snp_llm.models.modeling.modeling_snp_opt import SnpOPTConfig, SnpOPTForCausalLM
-from snp_llm.models.modeling.modeling_snp_phi3 import SnpPhi3Config, SnpPhi3ForCausalLM
-from snp_llm.models.modeling.modeling_snp_qwen2 import SnpQwen2Config, SnpQwen2ForCausalLM
-from snp_llm.models.modeling.modeling_snp_qwen3 import SnpQwen3Config, SnpQwen3ForCausalLM
-from snp_llm.models.modeling.modeling_snp_smollm3 import SnpSmolLM3Config, SnpSmolLM3ForCausalLM
-from snp_llm.models.modeling.modeling_snp_stablelm import SnpStableLmConfig, SnpStableLmForCausalLM
 from snp_llm.models.offload import disk_index, read_tensor, wait_on_disk
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
 
 
-PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "snp_opt": (SnpOPTConfig, SnpOPTForCausalLM),
-    "snp_llama": (SnpLlamaConfig, SnpLlamaForCausalLM),
-    "snp_mistral": (SnpMistralConfig, SnpMistralForCausalLM),
-    "snp_qwen2": (SnpQwen2Config, SnpQwen2ForCausalLM),
-    "snp_qwen3": (SnpQwen3Config, SnpQwen3ForCausalLM),
-    "snp_gemma": (SnpGemmaConfig, SnpGemmaForCausalLM),
-    "snp_gemma2": (SnpGemma2Config, SnpGemma2ForCausalLM),
-    "snp_gemma3_text": (SnpGemma3TextConfig, SnpGemma3ForCausalLM),
-    "snp_phi3": (SnpPhi3Config, SnpPhi3ForCausalLM),
-    "snp_gpt2": (SnpGPT2Config, SnpGPT2LMHeadModel),
-    "snp_gpt_neox": (SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM),
-    "snp_smollm3": (SnpSmolLM3Config, SnpSmolLM3ForCausalLM),
-    "snp_olmo2": (SnpOlmo2Config, SnpOlmo2ForCausalLM),
-    "snp_granite": (SnpGraniteConfig, SnpGraniteForCausalLM),
-    "snp_stablelm": (SnpStableLmConfig, SnpStableLmForCausalLM),
-}
+def _pruned_classes(family: Family) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    model_class = getattr(modeling_snp, f"Snp{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]}")
+    return model_class.config_class, model_class
+
+
+PRUNED_CLASSES = {family.pruned_type: _pruned_classes(family) for family in FAMILIES}
 
 for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
-    _config_class.register_for_auto_class()  # so that their files are copied by whoever saves such a model
-    _model_class.register_for_auto_class("AutoModelForCausalLM")
 
 KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
 

@@ -1,8 +1,5 @@
 """One site: order, factor, cut and repair it. Knows one block at a time."""
 
-import time
-from dataclasses import replace
-
 import torch
 from torch import nn
 
@@ -14,9 +11,8 @@ from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.factor import DAMPENING, factor_site
 from snp_llm.pruning.repair import chooses_repair, repair_site
 from snp_llm.pruning.result import SiteResult, sample_curve
+from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Statistics
-from snp_llm.recipe.recipe import Recipe
-from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 
 
@@ -26,18 +22,15 @@ def cut(
     site: Site,
     statistics: Statistics,
     width: int,
-    recipe: Recipe,
-    clock: Clock,
-    start: float,
+    run: Run,
 ) -> SiteResult:
     """Removes all but `width` units of a site from the block, in place."""
+    recipe, clock = run.recipe, run.clock
     if not torch.isfinite(statistics.moments.first).all():
         raise SnpError(f"{site.name}: its inputs hold NaN or Inf; expected finite activations. Try --dtype float32.")
     if width == site.units and statistics.drift is None:  # nothing to do: the weights stay as they are to the bit
         everything = torch.arange(site.units)
-        return SiteResult(
-            site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, time.perf_counter() - start
-        )
+        return SiteResult(site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, 0.0)
     with clock.phase("factorisation"):
         factored, gram = factor_site(block, family, site, statistics, recipe, clock, width)
         W, mean, subspace = factored.W, factored.mean, factored.subspace
@@ -79,4 +72,4 @@ def cut(
         )
     with clock.phase("surgery"):
         prune_site(block, family, site, result.kept, repaired.W, bias)
-    return replace(result, seconds=time.perf_counter() - start)
+    return result

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import on_device
-from snp_llm.models.families.family import Family
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
 from snp_llm.models.surgery import pad_site
 from snp_llm.pruning.result import SiteResult
@@ -15,24 +15,23 @@ from snp_llm.runtime import ranks
 
 
 def padded_blocks(
-    dense: nn.ModuleList, pruned: nn.ModuleList, family: Family, results: Sequence[SiteResult], journal: Journal
+    anatomy: Anatomy, pruned: nn.ModuleList, results: Sequence[SiteResult], journal: Journal
 ) -> nn.ModuleList:
     """Copies of pruned blocks in the shape of the dense ones, one of each in memory at a time.
 
     Args:
-        dense: blocks as they were.
+        anatomy: of the dense model.
         pruned: blocks as they are; left so.
-        family: theirs.
         results: what happened at every site.
         journal: of this phase; keeps the tensors where there is one on disk.
     """
     blocks = nn.ModuleList()
-    for index, (old, new) in enumerate(zip(dense, pruned, strict=True)):
+    for index, (old, new) in enumerate(zip(anatomy.blocks, pruned, strict=True)):
         with on_device(old, torch.device("cpu")), on_device(new, torch.device("cpu")):
             block = copy_unhooked(new)
             for result in results:
                 if result.site.block == index and len(result.kept) < result.site.units:
-                    pad_site(block, old, family, result.site, result.kept)
+                    pad_site(block, old, anatomy.family, result.site, result.kept)
         if journal.folder is not None:
             if ranks.rank() == 0:
                 journal.put(index, dict(block.state_dict()))

@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.models.anatomy import Site, find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
 from snp_llm.models.layouts import assemble
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
-from snp_llm.pruning.run import announce_heads, check_weights, read_calibration, resolve
-from snp_llm.pruning.sensitivity import OnStep, SiteCurves, visit_dense, visit_passes
+from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read_calibration, resolve
+from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.stream import capture
 from snp_llm.pruning.widths.plan import find_target, plan_widths
@@ -75,16 +73,16 @@ def prune(
     """
     recipe, journal = resolve(recipe, model, tokenizer), journal or Journal()
     clock = Clock(compute_device(recipe.device))
+    run = Run(recipe, clock, journal, on_step)
     allowed = recipe.perplexity_increase
     if allowed is not None:
         windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
         journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
-        visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
+        visited = visit(model, windows, run.phase("visit"))
 
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
-            phase = journal.phase(f"sparsity-{sparsity:.5f}")
             once = replace(recipe, sparsity=sparsity, max_perplexity_increase=None)
-            return cut_once(visited, once, clock, phase, on_step)
+            return cut_once(visited, replace(run.phase(f"sparsity-{sparsity:.5f}"), recipe=once))
 
         def predicted(sparsity: float) -> float | None:
             return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
@@ -94,8 +92,7 @@ def prune(
         return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
     windows = read_calibration(tokenizer, recipe, model)
     journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
-    visited = visit(model, windows, recipe, clock, journal.phase("visit"), on_step)
-    pruned, results = cut_once(visited, recipe, clock, journal.phase("cut"), on_step)
+    pruned, results = cut_once(visit(model, windows, run.phase("visit")), run.phase("cut"))
     sparsity = None if recipe.separate else recipe.sparsity
     return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
 
@@ -120,8 +117,8 @@ def plan(
     recipe = resolve(recipe, model, tokenizer)
     clock = Clock(compute_device(recipe.device))
     windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    visited = visit(model, windows, recipe, clock, Journal(), on_step)
-    return list(zip(visited.sites, visited.widths(recipe), strict=True))
+    visited = visit(model, windows, Run(recipe, clock, Journal(), on_step))
+    return list(zip(visited.anatomy.sites, visited.widths(recipe), strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,15 +126,12 @@ class Visited:
     """A dense model of which everything is known that has to be before the first cut.
 
     Attributes:
-        model, family, blocks, sites: what is to be cut.
+        anatomy: what is to be cut.
         windows: calibration windows; None where nothing but a plan of fixed widths is wanted.
         curves: of every site, or None each.
     """
 
-    model: PreTrainedModel
-    family: Family
-    blocks: nn.ModuleList
-    sites: Sequence[Site]
+    anatomy: Anatomy
     windows: Windows | None
     curves: Sequence[SiteCurves | None]
 
@@ -148,48 +142,31 @@ class Visited:
 
     def widths(self, recipe: Recipe) -> list[int]:
         """Units kept at every site under a recipe's budget."""
-        target = find_target(self.model, self.family, self.sites, recipe)
-        return plan_widths(self.model, self.family, self.sites, self.curves, target, recipe)
+        return plan_widths(self.anatomy, self.curves, find_target(self.anatomy, recipe), recipe)
 
 
-def visit(
-    model: PreTrainedModel, windows: Windows | None, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
-) -> Visited:
+def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
-    sites = find_sites(blocks, family, recipe.head_unit)
-    check_weights(model, blocks)
-    announce_heads(sites, recipe)
-    curves: Sequence[SiteCurves | None] = [None] * len(sites)
-    if windows is not None and visit_passes(recipe):
-        curves = visit_dense(model, family, blocks, sites, windows.tokens, recipe, clock, journal, on_step)
-    return Visited(model, family, blocks, sites, windows, curves)
+    anatomy = find_anatomy(model, run.recipe.head_unit)
+    check_weights(anatomy)
+    announce_heads(anatomy.sites, run.recipe)
+    curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
+    if windows is not None and visit_passes(run.recipe):
+        curves = visit_dense(anatomy, windows.tokens, run)
+    return Visited(anatomy, windows, curves)
 
 
-def cut_once(
-    visited: Visited, recipe: Recipe, clock: Clock, journal: Journal, on_step: OnStep
-) -> tuple[PreTrainedModel, list[SiteResult]]:
+def cut_once(visited: Visited, run: Run) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site."""
     assert visited.windows is not None
-    widths = decided_widths(lambda: visited.widths(recipe), recipe, journal)
-    stream = capture(visited.model, visited.blocks, visited.windows.tokens, recipe, clock, journal.folder)
-    blocks, results = prune_blocks(
-        visited.blocks,
-        visited.family,
-        visited.sites,
-        stream,
-        widths,
-        visited.gradient,
-        recipe,
-        clock,
-        journal,
-        on_step,
-    )
-    if recipe.layout == "padded":
-        blocks = padded_blocks(visited.blocks, blocks, visited.family, results, journal.phase("padded"))
+    anatomy = visited.anatomy
+    widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
+    stream = capture(anatomy, visited.windows.tokens, run.recipe, run.clock, run.journal.folder)
+    blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
+    if run.recipe.layout == "padded":
+        blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))
     losses = [None if c is None else c.loss for c in visited.curves]
-    return assemble(visited.model, visited.family, blocks), [
+    return assemble(anatomy.model, anatomy.family, blocks), [
         result if loss is None else replace(result, predicted_loss=float(loss[width]))
         for result, loss, width in zip(results, losses, widths, strict=True)
     ]
@@ -198,6 +175,6 @@ def cut_once(
 def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
     """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
     losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
-    if len(losses) < len(visited.sites):
+    if len(losses) < len(visited.anatomy.sites):
         return None
     return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))

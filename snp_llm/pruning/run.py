@@ -1,24 +1,46 @@
 """A recipe made definite by a model, and that model and its calibration text checked before the first block."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, calibration_windows
-from snp_llm.models.anatomy import Site, find_blocks, find_sites
+from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
-from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.recipe.recipe import Recipe
-from snp_llm.runtime.device import compute_device
+from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tools of a run, never its results.
+
+    Attributes:
+        recipe: all settings, resolved.
+        clock: of the compute device.
+        journal: of the phase that is on: keeps what it has done, and knows what an interrupted one has.
+        on_step: called with a line of text after each site and each block of the dense model.
+    """
+
+    recipe: Recipe
+    clock: Clock
+    journal: Journal
+    on_step: OnStep
+
+    def phase(self, name: str) -> "Run":
+        """The tools of a phase, with the journal of its own."""
+        return replace(self, journal=self.journal.phase(name))
 
 
 def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Recipe:
@@ -39,8 +61,7 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     recipe = replace(recipe, seq_len=seq_len, sparsity=recipe.common_sparsity)
     if recipe.round_to is not None:
         return recipe
-    family = find_family(model.config)
-    narrowest = min(s.units for s in find_sites(find_blocks(model, family), family) if s.kind == "ffn")
+    narrowest = min(site.units for site in find_anatomy(model).sites if site.kind == "ffn")
     coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
     return replace(recipe, round_to=KERNEL_MULTIPLE if coarse else 8)
 
@@ -55,8 +76,9 @@ def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
         log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
-def check_weights(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+def check_weights(anatomy: Anatomy) -> None:
     """Raises SnpError with the tensor's name if a weight is NaN or Inf; one block is in memory at a time."""
+    model, blocks = anatomy.model, anatomy.blocks
     names = {id(module): name for name, module in model.named_modules()}
     cpu = torch.device("cpu")
 

@@ -3,19 +3,18 @@
 Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
-from snp_llm.models.anatomy import Site, linear, weight_of
+from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
 from snp_llm.models.blocks import (
     BlockCall,
     frozen,
@@ -26,8 +25,8 @@ from snp_llm.models.blocks import (
     run_block,
     watch_inputs,
 )
-from snp_llm.models.families.family import Family
 from snp_llm.pruning.factor import factor_site
+from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import (
     Statistics,
     Sums,
@@ -41,7 +40,7 @@ from snp_llm.pruning.statistics import (
 from snp_llm.pruning.stream import Stream, advance, capture, check_finite, in_batches
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import ONCE, Clock
+from snp_llm.runtime.device import ONCE
 from snp_llm.runtime.errors import SnpError
 
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
@@ -52,7 +51,6 @@ FEWEST_WINDOWS = 4  # at least, so that up to so many ranks read the same
 
 HELD_OUT_OF = 4  # one window of so many is held out
 
-OnStep = Callable[[str], None]
 
 Watchers = dict[nn.Module, Callable[[Tensor], None]]
 
@@ -92,18 +90,8 @@ def gradient_windows(hidden: int, seq_len: int) -> int:
     return max(FEWEST_WINDOWS, min(-(-TOKENS_AN_OUTPUT * hidden // seq_len), GRADIENT_TOKENS // seq_len))
 
 
-def visit_dense(
-    model: PreTrainedModel,
-    family: Family,
-    blocks: nn.ModuleList,
-    sites: Sequence[Site],
-    tokens: Tensor,
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-    on_step: OnStep,
-) -> list[SiteCurves]:
-    """Curves and gradients of every site, in the order of `find_sites`, each only where the recipe needs them.
+def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
+    """Curves and gradients of every site, in the order of `anatomy.sites`, each only where the recipe needs them.
 
     The model is visited block by block, on the first windows of the draw. For gradients there and back: forwards,
     keeping what enters each block, and backwards, where each block runs once more to pass the gradient on. For curves
@@ -112,34 +100,28 @@ def visit_dense(
     channels a site has for its tokens.
 
     Args:
-        model: dense model; left as it was.
-        family: its family.
-        blocks: its decoder blocks.
-        sites: all of theirs.
+        anatomy: of the dense model; left as it was.
         tokens: calibration windows, (windows, T), int64.
-        recipe: all settings, resolved.
-        clock: of the compute device.
-        journal: of this phase; keeps curves and gradients.
-        on_step: called with a line a block, twice where there are both.
+        run: of this phase; its journal keeps curves and gradients.
     """
-    gradients, curves = journal.phase("gradients"), journal.phase("curves")
+    recipe, sites, blocks = run.recipe, anatomy.sites, anatomy.blocks
+    gradients, curves = run.phase("gradients"), run.phase("curves")
 
-    def first_windows(count: int, journal: Journal) -> _Visit:
-        some = tokens[: max(count, ranks.rank_count())]
-        return _Visit(model, family, blocks, sites, some, recipe, clock, journal, on_step)
+    def first_windows(count: int, run: Run) -> _Visit:
+        return _Visit(anatomy, tokens[: max(count, ranks.rank_count())], run)
 
-    with frozen(model):
+    with frozen(anatomy.model):
         if recipe.needs_gradients:
             hidden = weight_of(linear(blocks[0], sites[0].out_projection)).shape[0]
             _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
         if recipe.allocation in NEEDS_CURVES:
             widest = max(site.channels for site in sites)
-            _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients)
+            _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients.journal)
     return [
         SiteCurves(
-            energy=curves.get(site.block, f"{site.kind} energy"),
-            loss=curves.get(site.block, f"{site.kind} loss"),
-            read_gradient=partial(gradients.get, site.block, site.kind),
+            energy=curves.journal.get(site.block, f"{site.kind} energy"),
+            loss=curves.journal.get(site.block, f"{site.kind} loss"),
+            read_gradient=partial(gradients.journal.get, site.block, site.kind),
         )
         for site in sites
     ]
@@ -147,17 +129,11 @@ def visit_dense(
 
 @dataclass(frozen=True)
 class _Visit:
-    """What `visit_dense` was given, with the tokens and the journal of one of its passes."""
+    """One pass of the visit: through which model, with which tokens and tools."""
 
-    model: PreTrainedModel
-    family: Family
-    blocks: nn.ModuleList
-    sites: Sequence[Site]
+    anatomy: Anatomy
     tokens: Tensor
-    recipe: Recipe
-    clock: Clock
-    journal: Journal
-    on_step: OnStep
+    run: Run
 
     @property
     def windows(self) -> range:
@@ -166,15 +142,13 @@ class _Visit:
 
     def start(self) -> Stream:
         """The tokens before the first block."""
-        return capture(self.model, self.blocks, self.tokens, self.recipe, self.clock, self.journal.folder)
-
-    def sites_of(self, index: int) -> list[Site]:
-        return [s for s in self.sites if s.block == index]
+        run = self.run
+        return capture(self.anatomy, self.tokens, run.recipe, run.clock, run.journal.folder)
 
 
 def _read_gradients(visit: _Visit) -> None:
     """F of every site, in a pass forwards that keeps what enters each block, and one back."""
-    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
+    blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     device = clock.device
     done, state = journal.last_state(windows, len(visit.tokens))
     if done == len(blocks):
@@ -194,11 +168,11 @@ def _read_gradients(visit: _Visit) -> None:
     else:
         gradients = hidden
         mine = visit.tokens[windows.start : windows.stop]
-        with clock.phase(ONCE), rest_on_device(visit.model, blocks, device):
+        with clock.phase(ONCE), rest_on_device(visit.anatomy.model, blocks, device):
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
-                states.copy_(loss_gradient(visit.model, blocks, window.to(device), states.to(device)))
+                states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
     for index in range(len(blocks) - done - 1, -1, -1):
-        block, entering, here = blocks[index], inputs.pop(), visit.sites_of(index)
+        block, entering, here = blocks[index], inputs.pop(), visit.anatomy.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [empty_moments(len(weight_of(out)), out.weight.dtype, device) for out in outs]
         seen: dict[nn.Module, Tensor] = {}
@@ -215,7 +189,7 @@ def _read_gradients(visit: _Visit) -> None:
                 count = visit.tokens.numel()
                 journal.put(index, {s.kind: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
         journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
-        visit.on_step(f"block {index}: gradients of the dense model")
+        visit.run.on_step(f"block {index}: gradients of the dense model")
     ranks.wait()
 
 
@@ -226,18 +200,18 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         visit: of the model.
         gradients: has F of the sites, or nothing.
     """
-    blocks, clock, journal, windows = visit.blocks, visit.clock, visit.journal, visit.windows
+    blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     first, state = journal.last_state(windows, len(visit.tokens))
     if first == len(blocks):
         return
     stream = visit.start()
     if first:
         stream.hidden.copy_(state["hidden"])
-    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.recipe.needs_gradients
+    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.run.recipe.needs_gradients
     holding_out, held_here = bool(held.any()), held[windows.start : windows.stop]
     summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
     for index in range(first, len(blocks)):
-        block, here = blocks[index], visit.sites_of(index)
+        block, here = blocks[index], visit.anatomy.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
             empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=holding_out)
@@ -263,7 +237,7 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
             if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
                 _factorise(visit, summed, gradients)
                 journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
-        visit.on_step(f"block {index}: curves of the dense model")
+        visit.run.on_step(f"block {index}: curves of the dense model")
 
 
 def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
@@ -293,20 +267,20 @@ def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal)
     curves: dict[int, dict[str, Tensor]] = {}
     while summed:
         index, sums = summed.popitem()
-        with on_device(visit.blocks[index], visit.clock.device), visit.clock.phase("factorisation"):
+        with on_device(visit.anatomy.blocks[index], visit.run.clock.device), visit.run.clock.phase("factorisation"):
             curves[index] = _curves(visit, index, sums, gradients)
-    if visit.journal.folder is None:  # on disk all ranks can read them
+    if visit.run.journal.folder is None:  # on disk all ranks can read them
         curves = {index: found for others in ranks.from_all(curves) for index, found in others.items()}
     for index, found in curves.items():
-        visit.journal.put(index, found)
+        visit.run.journal.put(index, found)
     ranks.wait()
 
 
 def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> dict[str, Tensor]:
     """By kind of site and name: the curves that `SiteCurves` holds; sums are used up."""
     found: dict[str, Tensor] = {}
-    block, recipe = visit.blocks[index], visit.recipe
-    for site in reversed(visit.sites_of(index)):  # the wider one first, whose sums are then gone
+    block, recipe = visit.anatomy.blocks[index], visit.run.recipe
+    for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
         of_site = sums.pop()
         apart = for_algebra(
             site.name,
@@ -317,7 +291,7 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
                 files=of_site.files,
             ),
         )
-        factored = factor_site(block, visit.family, site, apart, recipe, visit.clock)[0]
+        factored = factor_site(block, visit.anatomy.family, site, apart, recipe, visit.run.clock)[0]
         found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
         loss = factored.loss_curve(apart)
         if loss is not None:

@@ -1,8 +1,10 @@
-"""The sequential loop: statistics, ordering, reconstruction, surgery, block after block. Chooses no widths."""
+"""The sequential loop: stage after stage of block after block is gathered, cut and fixed. Chooses no widths."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,226 +13,194 @@ from torch import Tensor, nn
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.anatomy import Projection, Site, linear, weight_of
-from snp_llm.models.blocks import fixed_output, input_of, move, on_device, output_of, run_block, with_first_tensor
+from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
+from snp_llm.models.blocks import fixed_output, inputs_of, on_device, output_of, run_block, with_first_tensor
 from snp_llm.models.families.family import Family
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.cut import cut
-from snp_llm.pruning.reference import Targets, adds_to_stream, block_targets
+from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.result import Curve, SiteResult
-from snp_llm.pruning.sensitivity import OnStep
-from snp_llm.pruning.statistics import (
-    Sums,
-    add_batch,
-    empty_sums,
-    enough_windows,
-    for_algebra,
-    held_out,
-    over_all_ranks,
-)
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite, in_batches
-from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import Clock
 
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
 
 
 def prune_blocks(
-    blocks: nn.ModuleList,
-    family: Family,
-    sites: Sequence[Site],
-    stream: Stream,
-    widths: Sequence[int],
-    gradients: Gradients,
-    recipe: Recipe,
-    clock: Clock,
-    journal: Journal,
-    on_step: OnStep,
+    anatomy: Anatomy, stream: Stream, widths: Sequence[int], gradients: Gradients, run: Run
 ) -> tuple[nn.ModuleList, list[SiteResult]]:
     """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
 
     Args:
-        blocks: dense, to be cut; left as they are.
-        family: theirs.
-        sites: attention and FFN of every block.
+        anatomy: of the dense model; left as it was.
         stream: the calibration tokens before the first block; used up.
         widths: units to keep at every site.
         gradients: F of every site, or None.
-        recipe: all settings, resolved.
-        clock: of the compute device.
-        journal: keeps finished blocks, and knows those that an interrupted run has finished.
-        on_step: called with a line a site.
+        run: of this phase; its journal keeps finished blocks, and knows those that an interrupted run has finished.
     """
-    residual: bool | None = None if recipe.target == "residual" else False  # not known before a block is looked at
-    dense = stream
-    if recipe.target != "self":
-        dense = stream.first(enough_windows(max(site.channels for site in sites), stream.hidden.shape[1]))
+    clock, journal, blocks = run.clock, run.journal, anatomy.blocks
+    dense = DenseStream.beside(stream, anatomy, run)
     first, state = journal.last_state(stream.windows, stream.total)
     if state:
         stream.hidden.copy_(state["hidden"])
-        if dense is not stream:
-            dense.hidden.copy_(state["dense"])
-        residual = bool(state["residual"]) if "residual" in state else residual
+        dense.go_on(state)
     pruned_blocks: list[nn.Module] = []
     results: list[SiteResult] = []
     for index in range(first):
-        here = slice(2 * index, 2 * index + 2)
-        found = [_result(site, facts) for site, facts in zip(sites[here], journal.facts(index), strict=True)]
-        pruned_blocks.append(finished_block(blocks[index], family, found, journal.file(index)))
+        pairs = zip(anatomy.sites_of(index), journal.facts(index), strict=True)
+        found = [_result(site, facts) for site, facts in pairs]
+        pruned_blocks.append(finished_block(blocks[index], anatomy.family, found, journal.file(index)))
         results += found
     for index in range(first, len(blocks)):
-        dense_block = blocks[index]
-        here = slice(2 * index, 2 * index + 2)
-        # So far the streams are the same: before the block, and after it.
-        entered, untouched = (
-            all(w == s.units for s, w in zip(sites[:end], widths, strict=False)) for end in (here.start, here.stop)
-        )
-        home = next(dense_block.parameters()).device
-        with on_device(dense_block, clock.device):
-            targets = None
-            if recipe.target != "self" and not untouched:
-                with clock.phase("forward passes"):
-                    if residual is None:
-                        residual = adds_to_stream(dense_block, family, index, dense)
-                    targets = block_targets(dense_block, family, index, dense, residual=residual, device=clock.device)
-                if entered:
-                    targets = replace(targets, attention=None)
-            block = copy_unhooked(dense_block)
-            found = prune_block(
-                block, family, sites[here], stream, widths[here], gradients, targets, recipe, clock, on_step
-            )
-        if recipe.target != "self" and targets is None:
-            dense.hidden.copy_(stream.hidden[: len(dense.hidden)])
+        home = next(blocks[index].parameters()).device
+        with on_device(blocks[index], clock.device):
+            reference = dense.reference(index, widths)
+            block = copy_unhooked(blocks[index])
+            found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
+        if reference is None:
+            dense.follow(stream)
         results += found
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
             pruned_blocks.append(keep_block(block, found, index, journal))
-            state = {"hidden": stream.hidden}
-            if residual is not None:
-                state["residual"] = torch.tensor(residual)
-            if dense is not stream:
-                state["dense"] = dense.hidden
+            state = {"hidden": stream.hidden, **dense.state()}
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
 
 
+@dataclass
+class FixedSite:
+    """A site that has been cut, in a stage that others come after: what it puts out is computed once and kept.
+
+    Attributes:
+        module: whose output it is; nothing inside is run any more.
+        form: what the module returns, with its hidden states left out.
+        inputs: of the pruned out-projection before it was pruned, (windows, T, channels); None once outputs are known.
+        outputs: of the pruned out-projection, (windows, T, d).
+        channels: of the inputs that were kept.
+        out: the pruned out-projection.
+    """
+
+    module: nn.Module
+    form: Any
+    inputs: Tensor | None
+    outputs: Tensor
+    channels: Tensor
+    out: nn.Module
+
+    def output(self, at: slice, device: torch.device) -> Tensor:
+        """What the site puts out for the windows `at`."""
+        if self.inputs is None:
+            return self.outputs[at].to(device)
+        output: Tensor = self.out(self.inputs[at].to(device)[..., self.channels])
+        self.outputs[at] = output
+        return output
+
+
 def prune_block(
     block: nn.Module,
-    family: Family,
-    sites: Sequence[Site],
+    anatomy: Anatomy,
     stream: Stream,
     widths: Sequence[int],
     gradients: Gradients,
-    targets: Targets | None,
-    recipe: Recipe,
-    clock: Clock,
-    on_step: OnStep,
+    reference: Reference | None,
+    run: Run,
 ) -> list[SiteResult]:
-    """Cuts a block's attention, then its FFN, in place, and the stream moves on to what the block then puts out.
+    """Cuts the sites of a block, in place, stage after stage; the stream moves on to what the block then puts out.
 
-    A block costs little more than one forward pass: attention's inputs to the out-projection are computed once and
-    kept, so that after its cut only the out-projection has to run, and the FFN sees exactly what the pruned block will
-    give it. Of a dense out-projection no output is computed: what that lacks is known from the sums.
+    A block costs little more than one forward pass: the inputs of an out-projection are computed once and kept, so that
+    after its cut only the out-projection has to run, and the next stage sees exactly what the pruned block will give
+    it. Of a dense out-projection no output is computed: what that lacks is known from the sums.
     """
-    attention_site, ffn_site = sites
-    index, device, attention = attention_site.block, clock.device, block.get_submodule(family.attention)
-    attention_out, ffn_out = linear(block, family.attention_out), linear(block, family.ffn_out)
-    hidden, call, windows = stream.hidden, stream.calls[index], len(stream.windows)
-    targeted = stream.total if targets is None else targets.windows  # the first of all windows
-    held = held_out(targeted)[stream.windows.start : stream.windows.stop]
+    fixed: list[FixedSite] = []
+    results: list[SiteResult] = []
+    stages = anatomy.stages(stream.index)
+    for stage in stages:
+        start, goes_on = time.perf_counter(), stage is not stages[-1]
+        with run.clock.phase("forward passes"), torch.no_grad():
+            forms = [_form(block, site, stream, fixed) for site in stage if goes_on]
+            sums, inputs = gather(block, stage, stream, fixed, reference, run, keep=goes_on)
+        for earlier in fixed:
+            earlier.inputs = None
+        for site in stage:
+            number = anatomy.sites.index(site)
+            result = cut_site(block, anatomy.family, site, sums.pop(0), widths[number], partial(gradients, number), run)
+            results.append(replace(result, seconds=time.perf_counter() - start))
+            run.on_step(str(results[-1]))
+            if goes_on:
+                fixed.append(fix(block, result, forms.pop(0), inputs.pop(0), stream))
+
+    def run_on(at: slice) -> Tensor:
+        with _fixing(fixed, at, run.clock.device):
+            return run_block(block, stream.hidden[at], stream.call)
+
+    with run.clock.phase("forward passes"):
+        for at, output in in_batches(len(stream.windows), stream.batch, run_on):
+            check_finite(output, stream.index)
+            stream.hidden[at] = output
+    return results
+
+
+def gather(
+    block: nn.Module,
+    stage: Sequence[Site],
+    stream: Stream,
+    fixed: Sequence[FixedSite],
+    reference: Reference | None,
+    run: Run,
+    *,
+    keep: bool,
+) -> tuple[list[Sums], list[Tensor]]:
+    """Sums over the inputs of a stage's out-projections, in one pass, and with `keep` the inputs themselves."""
+    device, windows = run.clock.device, len(stream.windows)
+    outs = [linear(block, site.out_projection) for site in stage]
+    referred = stream.total if reference is None else reference.windows  # the first of all windows
+    held = held_out(referred)[stream.windows.start : stream.windows.stop]
     held = nn.functional.pad(held, (0, windows - len(held)))
+    sums = []
+    for site, out in zip(stage, outs, strict=True):
+        drifting = reference is not None and site in reference.outputs
+        missing = drifting and referred < stream.total
+        options = {"drifting": drifting, "holding_out": run.recipe.holds_out, "some_untargeted": missing}
+        sums.append(empty_sums(site.name, out, device, stream.shelf, **options))
+    shapes = [(windows, stream.hidden.shape[1], weight_of(out).shape[1]) for out in outs if keep]
+    kept = [stream.shelf.empty(*shape, dtype=stream.hidden.dtype) for shape in shapes]
 
-    def new_sums(site: Site, out: Projection, *, drifting: bool) -> Sums:
-        return empty_sums(
-            site.name,
-            out,
-            device,
-            stream.shelf,
-            drifting=drifting,
-            holding_out=recipe.holds_out,
-            some_untargeted=drifting and targeted < stream.total,
-        )
+    def to_outs(at: slice) -> tuple[list[Tensor], list[Tensor]]:
+        with _fixing(fixed, at, device) as before:
+            return before, inputs_of(outs, block, stream.hidden[at], stream.call)
 
-    def cut_site(site: Site, sums: Sums, width: int, start: float) -> SiteResult:
-        with clock.phase("Gram matrices"):
-            sums = over_all_ranks(sums)
-
-        def cut_here() -> SiteResult:
-            with clock.phase("Gram matrices"):
-                gradient = gradients(2 * index + (site is ffn_site))
-                statistics = sums.statistics(linear(block, site.out_projection), gradient)
-                statistics = for_algebra(site.name, statistics)
-            return cut(block, family, site, statistics, width, recipe, clock, start)
-
-        result = cut_on_one_rank(block, family, site, cut_here)
-        on_step(str(result))
-        return result
-
-    contexts = stream.shelf.empty(windows, hidden.shape[1], weight_of(attention_out).shape[1], dtype=hidden.dtype)
-    attended = stream.like_hidden()
-
-    def to_attention_out(at: slice) -> Tensor:
-        return input_of(attention_out, block, hidden[at], call)
-
-    def attention_sums() -> Sums:
-        drifting = targets is not None and targets.attention is not None
-        sums = new_sums(attention_site, attention_out, drifting=drifting)
-        for at, context in in_batches(windows, stream.batch, to_attention_out):
-            target = targets.of_attention(at, hidden, device) if targets is not None else None
-            with clock.phase("Gram matrices"):
-                sums = add_batch(sums, context, target, held[at])
-            contexts[at] = context
-        return sums  # and nothing of the last batch: its memory goes to the algebra
-
-    start = time.perf_counter()
-    with clock.phase("forward passes"), torch.no_grad():
-        _, returned = next(in_batches(1, stream.batch, lambda at: output_of(attention, block, hidden[at], call)))
-        form = with_first_tensor(returned, hidden.new_empty(0))  # a tensor, or what else there is beside it
-        del returned
-        sums = attention_sums()
-    attention_result = cut_site(attention_site, sums, widths[0], start)
-
-    start = time.perf_counter()
-    channels = unit_channels(attention_result.kept, attention_site.unit_size).to(device)
-    pruned_out = linear(block, family.attention_out)
-
-    def to_ffn_out(at: slice) -> tuple[Tensor, Tensor]:
-        output = pruned_out(contexts[at].to(device)[..., channels])
-        with fixed_output(attention, with_first_tensor(form, output)):
-            return output, input_of(ffn_out, block, hidden[at], call)
-
-    def ffn_sums() -> Sums:
-        sums = new_sums(ffn_site, ffn_out, drifting=targets is not None)
-        for at, (output, inputs) in in_batches(windows, stream.batch, to_ffn_out):
-            attended[at] = output
-            target = None if targets is None else targets.of_ffn(at, hidden, output)
-            with clock.phase("Gram matrices"):
-                sums = add_batch(sums, inputs, target, held[at])
-        return sums
-
-    with clock.phase("forward passes"), torch.no_grad():
-        sums = ffn_sums()
-    ffn_result = cut_site(ffn_site, sums, widths[1], start)
-
-    def run_ffn(at: slice) -> Tensor:
-        with fixed_output(attention, move(with_first_tensor(form, attended[at]), device)):
-            return run_block(block, hidden[at], call)
-
-    with clock.phase("forward passes"):
-        for at, output in in_batches(windows, stream.batch, run_ffn):
-            check_finite(output, index)
-            hidden[at] = output
-    return [attention_result, ffn_result]
+    for at, (before, inputs) in in_batches(windows, stream.batch, to_outs):
+        for number, (site, given) in enumerate(zip(stage, inputs, strict=True)):
+            wanted = None if reference is None else reference.of(site, at, stream.hidden, before, device)
+            with run.clock.phase("Gram matrices"):
+                sums[number] = add_batch(sums[number], given, wanted, held[at])
+            if keep:
+                kept[number][at] = given
+    return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 
-def cut_on_one_rank(block: nn.Module, family: Family, site: Site, cut_here: Callable[[], SiteResult]) -> SiteResult:
+def cut_site(
+    block: nn.Module,
+    family: Family,
+    site: Site,
+    sums: Sums,
+    width: int,
+    gradient: Callable[[], Tensor | None],
+    run: Run,
+) -> SiteResult:
     """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits."""
+    with run.clock.phase("Gram matrices"):
+        sums = over_all_ranks(sums)
 
     def here() -> tuple[SiteResult, Tensor, Tensor | None]:
-        result = cut_here()
+        with run.clock.phase("Gram matrices"):
+            statistics = for_algebra(site.name, sums.statistics(linear(block, site.out_projection), gradient()))
+        result = cut(block, family, site, statistics, width, run)
         out = linear(block, site.out_projection)
         return result, weight_of(out), None if out.bias is None else out.bias.detach()
 
@@ -239,6 +209,36 @@ def cut_on_one_rank(block: nn.Module, family: Family, site: Site, cut_here: Call
     if ranks.rank() != owner:
         prune_site(block, family, site, result.kept, weight, bias)
     return result
+
+
+def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:
+    """What the later stages of a block need of a site that has just been cut."""
+    out = linear(block, result.site.out_projection)
+    channels = unit_channels(result.kept, result.site.unit_size).to(out.weight.device)
+    return FixedSite(block.get_submodule(result.site.module), form, inputs, stream.like_hidden(), channels, out)
+
+
+def _form(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite]) -> Any:
+    """What a site's module returns, a tensor or what else there is beside it, with its hidden states left out."""
+    module = block.get_submodule(site.module)
+
+    def returned(at: slice) -> Any:
+        with _fixing(fixed, at, next(block.parameters()).device):
+            return output_of(module, block, stream.hidden[at], stream.call)
+
+    _, found = next(in_batches(1, stream.batch, returned))
+    return with_first_tensor(found, stream.hidden.new_empty(0))
+
+
+@contextmanager
+def _fixing(fixed: Sequence[FixedSite], at: slice, device: torch.device) -> Iterator[list[Tensor]]:
+    """Lets the sites that have been cut return what they do for the windows `at`; gives these outputs."""
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for site in fixed:  # each before the next: what it puts out may be what that computes from
+            outputs.append(site.output(at, device))
+            stack.enter_context(fixed_output(site.module, with_first_tensor(site.form, outputs[-1])))
+        yield outputs
 
 
 def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, journal: Journal) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import BlockCall, capture_calls, rest_on_device, run_block
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
@@ -38,6 +38,7 @@ class Stream:
     Attributes:
         hidden: hidden states, (windows, T, d), on the shelf.
         calls: every block's other arguments, for one window; windows are equally long, so they hold for any batch.
+        index: of the block that comes next.
         windows: which of all calibration windows these are.
         total: how many there are on all ranks together.
         batch: windows at a time.
@@ -50,6 +51,16 @@ class Stream:
     total: int
     batch: BatchSize
     shelf: Shelf
+    index: int = 0
+
+    @property
+    def call(self) -> BlockCall:
+        """Other arguments of the block that comes next."""
+        return self.calls[self.index]
+
+    def before(self, index: int) -> "Stream":
+        """These hidden states, where the block of that number comes next."""
+        return replace(self, index=index)
 
     def like_hidden(self) -> Tensor:
         """Room for as many hidden states."""
@@ -63,8 +74,7 @@ class Stream:
 
 
 def capture(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
+    anatomy: Anatomy,
     tokens: Tensor,
     recipe: Recipe,
     clock: Clock,
@@ -73,8 +83,7 @@ def capture(
     """Embeds this rank's share of the calibration tokens and records how the model calls its blocks.
 
     Args:
-        model: dense, or pruned before.
-        blocks: its decoder blocks.
+        anatomy: of the model, dense or pruned before.
         tokens: all calibration windows, (windows, T), int64.
         recipe: batch size, and where hidden states wait.
         clock: of the compute device.
@@ -86,7 +95,7 @@ def capture(
             f"calibration: expected a window or more for each of {ranks.rank_count()} ranks, got {len(tokens)}. Use "
             "more --num-samples or fewer ranks."
         )
-    mine = ranks.share(len(tokens))
+    mine, model, blocks = ranks.share(len(tokens)), anatomy.model, anatomy.blocks
     size = recipe.batch_size
     with clock.phase(ONCE), rest_on_device(model, blocks, torch.device("cpu")):
         first, calls = capture_calls(model, blocks, tokens[:1])

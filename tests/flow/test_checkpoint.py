@@ -329,8 +329,8 @@ def test_config_says_how_to_load_it(tokenizer, tmp_path):
     checkpoint.save(prune(small_opt(), tokenizer, small_recipe()).model, tokenizer, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.auto_map == {
-        "AutoConfig": "modeling_snp_opt.SnpOPTConfig",
-        "AutoModelForCausalLM": "modeling_snp_opt.SnpOPTForCausalLM",
+        "AutoConfig": "modeling_snp.SnpOPTConfig",
+        "AutoModelForCausalLM": "modeling_snp.SnpOPTForCausalLM",
     }
     assert config.architectures == ["SnpOPTForCausalLM"]
-    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp_opt.py").exists()
+    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp.py").exists()

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.gram import Drift, Moments
 from snp_llm.linalg.least_squares import KeptSums, choose_repair
 from snp_llm.models.anatomy import find_blocks, find_sites
@@ -11,6 +12,7 @@ from snp_llm.pruning.cut import cut
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.repair import DAMPENINGS, VIEWS, viewed
 from snp_llm.pruning.result import CURVE_POINTS, sample_curve
+from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Statistics
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
@@ -84,7 +86,9 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         factored, _ = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
         curve = factored.loss_curve(statistics)
-        result = cut(block, family, site, statistics, 40, small_recipe(), Clock(torch.device("cpu")), 0.0)
+        result = cut(
+            block, family, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal(), print)
+        )
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results
     assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.models.anatomy import find_blocks, find_sites, linear
+from snp_llm.models.anatomy import find_anatomy, find_blocks, linear
 from snp_llm.models.families.decoders import find_family
-from snp_llm.pruning.run import resolve
+from snp_llm.pruning.run import Run, resolve
 from snp_llm.pruning.sensitivity import gradient_windows, visit_dense, visit_passes
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.runtime.device import Clock
@@ -18,11 +18,9 @@ TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed
 
 def visit(model, **overrides):
     recipe = resolve(small_recipe(**overrides), model)
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
-    sites = find_sites(blocks, family)
-    clock = Clock(torch.device("cpu"))
-    return sites, visit_dense(model, family, blocks, sites, TOKENS, recipe, clock, Journal(), lambda _line: None)
+    anatomy = find_anatomy(model)
+    run = Run(recipe, Clock(torch.device("cpu")), Journal(), lambda _line: None)
+    return anatomy.sites, visit_dense(anatomy, TOKENS, run)
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)

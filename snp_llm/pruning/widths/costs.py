@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Site, find_blocks, linear, row_units
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import Anatomy, Site, linear, row_units
 from snp_llm.models.size import model_size
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe
@@ -53,15 +51,11 @@ def sparsity_costs(sites: Sequence[Site]) -> Costs:
     )
 
 
-def budget_costs(
-    model: PreTrainedModel, family: Family, sites: Sequence[Site], budget: Budget, recipe: Recipe
-) -> Costs:
+def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
     """Costs in the unit of a budget, of the whole model.
 
     Args:
-        model: dense model.
-        family: its family.
-        sites: of all its blocks.
+        anatomy: of the dense model.
         budget: what to count.
         recipe: resolved; FLOPs and latency are those of a window of its length.
 
@@ -69,13 +63,13 @@ def budget_costs(
         SnpError: a latency table that does not fit the model.
     """
     assert recipe.seq_len is not None
-    blocks, size = find_blocks(model, family), model_size(model, recipe.seq_len)
+    blocks, sites, size = anatomy.blocks, anatomy.sites, model_size(anatomy.model, recipe.seq_len)
     if budget.kind == "latency":
-        return latency_costs(sites, read_or_measure(model, family, sites, recipe))
+        return latency_costs(sites, read_or_measure(anatomy, recipe))
     per_unit = []
     for site in sites:
         paths = [linear(blocks[site.block], path) for path in site.in_projections]
-        rows = [int((units == 0).sum()) for units in row_units(blocks[site.block], family, site)]
+        rows = [int((units == 0).sum()) for units in row_units(blocks[site.block], anatomy.family, site)]
         parameters = site.cost + sum(count for count, path in zip(rows, paths, strict=True) if path.bias is not None)
         attended = site.unit_size if site.kind == "attention" else 0
         per_unit.append(

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.anatomy import Site, embedding_rows, find_blocks, linear, weight_of
+from snp_llm.models.anatomy import Anatomy, Site, embedding_rows, linear, weight_of
 from snp_llm.models.blocks import (
     BlockCall,
     capture_calls,
@@ -77,7 +76,7 @@ def key(site: Site) -> str:
     return f"{site.kind} of {site.units} {site.unit} of {site.unit_size}, {site.parameters:,} parameters"
 
 
-def read_or_measure(model: PreTrainedModel, family: Family, sites: Sequence[Site], recipe: Recipe) -> LatencyTable:
+def read_or_measure(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
     """The table of `recipe.latency_table` if that file is there; else a new one, written there if it is named.
 
     Raises:
@@ -86,7 +85,7 @@ def read_or_measure(model: PreTrainedModel, family: Family, sites: Sequence[Site
     file = None if recipe.latency_table is None else Path(recipe.latency_table)
     if file is not None and file.exists():
         return read_table(file)
-    table = measure_table(model, family, sites, recipe)
+    table = measure_table(anatomy, recipe)
     if file is not None:
         try:
             file.write_text(json.dumps(asdict(table), indent=1) + "\n", encoding="utf-8")
@@ -132,29 +131,27 @@ def read_table(file: Path) -> LatencyTable:
     return table
 
 
-def measure_table(model: PreTrainedModel, family: Family, sites: Sequence[Site], recipe: Recipe) -> LatencyTable:
+def measure_table(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
     """Times a block of every shape at `STEPS` widths of either site, prefilling one window, and the rest of the model.
 
     Args:
-        model: dense model.
-        family: its family.
-        sites: of all its blocks.
+        anatomy: of the dense model.
         recipe: resolved: device, window length.
     """
     assert recipe.seq_len is not None
-    device, blocks = compute_device(recipe.device), find_blocks(model, family)
+    device, model, blocks = compute_device(recipe.device), anatomy.model, anatomy.blocks
     tokens = torch.randint(embedding_rows(model), (1, recipe.seq_len), generator=torch.Generator().manual_seed(0))
     hidden, calls = capture_calls(model, blocks, tokens)
     hidden = hidden.to(device)
     found: dict[str, dict[int, float]] = {}
     whole = 0.0
-    dense_seconds: dict[tuple[str, str], float] = {}
+    dense_seconds: dict[tuple[str, ...], float] = {}
     for index, block in enumerate(blocks):
-        here = [s for s in sites if s.block == index]
-        shape = (key(here[0]), key(here[1]))
+        here = anatomy.sites_of(index)
+        shape = tuple(key(site) for site in here)
         if shape not in dense_seconds:
             with on_device(block, device):
-                medians = _time_all(block, family, here, hidden, move(calls[index], device))
+                medians = _time_all(block, anatomy.family, here, hidden, move(calls[index], device))
             for (name, width), seconds in medians.items():
                 found.setdefault(name, {})[width] = seconds
             dense_seconds[shape] = min(medians[key(site), site.units] for site in here)

@@ -18,9 +18,7 @@ from snp_llm.linalg.allocation import (
     pooled_widths,
     total_cost,
 )
-from snp_llm.models.anatomy import Site, find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
 from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
@@ -47,7 +45,7 @@ class Target:
     removals: list[tuple[tuple[str, ...], float, float]]
 
 
-def find_target(model: PreTrainedModel, family: Family, sites: Sequence[Site], recipe: Recipe) -> Target:
+def find_target(anatomy: Anatomy, recipe: Recipe) -> Target:
     """A recipe's budget in numbers.
 
     Raises:
@@ -55,13 +53,13 @@ def find_target(model: PreTrainedModel, family: Family, sites: Sequence[Site], r
     """
     budget = recipe.budget
     if budget is not None:
-        costs = budget_costs(model, family, sites, budget, recipe)
+        costs = budget_costs(anatomy, budget, recipe)
         return Target(costs, [(("attention", "ffn"), removal_wanted(costs, budget), costs.dense)])
     removals = []
     for kinds, sparsity in recipe.sparsities:
-        whole = float(sum(site.parameters for site in sites if site.kind in kinds))
+        whole = float(sum(site.parameters for site in anatomy.sites if site.kind in kinds))
         removals.append((kinds, sparsity * whole, whole))
-    return Target(sparsity_costs(sites), removals)
+    return Target(sparsity_costs(anatomy.sites), removals)
 
 
 def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -81,33 +79,23 @@ def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
     if unknown or recipe.perplexity_increase is not None:
         return
-    family = find_family(model.config)
-    sites = find_sites(find_blocks(model, family), family, recipe.head_unit)
-    target = find_target(model, family, sites, recipe)
+    anatomy = find_anatomy(model, recipe.head_unit)
+    sites, target = anatomy.sites, find_target(anatomy, recipe)
     for kinds, removal, _ in target.removals:
         concerned = [i for i, site in enumerate(sites) if site.kind in kinds]
         own = [sites[i] for i in concerned]
-        budgets = [site_budget(model, family, sites[i], recipe, None, target.costs.sites[i]) for i in concerned]
+        budgets = [site_budget(anatomy, sites[i], recipe, None, target.costs.sites[i]) for i in concerned]
         if recipe.allocation in NEEDS_CURVES:
             sites_to_cut(own, budgets, removal, target.costs, recipe)
         else:  # such a rule may refuse what others would not, and needs no more than shapes for it
             fit_budget(own, budgets, removal, target.costs, recipe)
 
 
-def plan_widths(
-    model: PreTrainedModel,
-    family: Family,
-    sites: Sequence[Site],
-    curves: Sequence[SiteCurves | None],
-    target: Target,
-    recipe: Recipe,
-) -> list[int]:
+def plan_widths(anatomy: Anatomy, curves: Sequence[SiteCurves | None], target: Target, recipe: Recipe) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
     Args:
-        model: dense model.
-        family: its family.
-        sites: of all its blocks.
+        anatomy: of the dense model.
         curves: what the visit to the dense model gave for each; None where the allocation needs none.
         target: what has to go.
         recipe: all settings, resolved.
@@ -115,8 +103,9 @@ def plan_widths(
     Raises:
         SnpError: the target cannot be met with the units that may go.
     """
+    sites = anatomy.sites
     budgets = [
-        site_budget(model, family, site, recipe, curve, cost)
+        site_budget(anatomy, site, recipe, curve, cost)
         for site, curve, cost in zip(sites, curves, target.costs.sites, strict=True)
     ]
     widths = [site.units for site in sites]
@@ -136,7 +125,7 @@ def plan_widths(
                 100 * removed / whole,
             )
     if recipe.layout == "uniform":
-        check_uniform(model, family, sites, widths)
+        check_uniform(anatomy, widths)
     return widths
 
 
@@ -215,8 +204,9 @@ def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int,
     )
 
 
-def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site], widths: Sequence[int]) -> None:
+def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
+    model, family, sites = anatomy.model, anatomy.family, anatomy.sites
     heads = {s.heads_after(w) for s, w in zip(sites, widths, strict=True) if s.heads}
     ffn = {w for s, w in zip(sites, widths, strict=True) if s.kind == "ffn"}
     if len(heads) > 1 or len(ffn) > 1 or plain_type(model, family, min(heads)) is None:
@@ -227,9 +217,7 @@ def check_uniform(model: PreTrainedModel, family: Family, sites: Sequence[Site],
         )
 
 
-def site_budget(
-    model: PreTrainedModel, family: Family, site: Site, recipe: Recipe, curves: SiteCurves | None, costs: Tensor
-) -> SiteBudget:
+def site_budget(anatomy: Anatomy, site: Site, recipe: Recipe, curves: SiteCurves | None, costs: Tensor) -> SiteBudget:
     """What the allocation may know of a site, and the widths that the layout lets it have."""
     assert recipe.round_to is not None
     multiple = recipe.round_to if site.kind == "ffn" else site.groups or 1
@@ -237,7 +225,7 @@ def site_budget(
     if not site.prunable:
         permitted = ()
     elif recipe.layout == "uniform" and site.kind == "attention":
-        permitted = uniform_widths(model, family, site)
+        permitted = uniform_widths(anatomy.model, anatomy.family, site)
     return SiteBudget(
         kind=site.kind,
         units=site.units,

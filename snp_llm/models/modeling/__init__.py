@@ -1,1 +1,0 @@
-"""What travels with a pruned model. Needs nothing but transformers."""
