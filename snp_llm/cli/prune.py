@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
@@ -40,9 +39,11 @@ from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
 from snp_llm.recipe.file import save_recipe
-from snp_llm.recipe.recipe import GOALS, Recipe
+from snp_llm.recipe.recipe import Recipe
 from snp_llm.report import card as model_cards
-from snp_llm.report import facts, rows
+from snp_llm.report import facts
+from snp_llm.report.rows import closing_table
+from snp_llm.report.words import asked
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import Clock, compute_device, describe_device
 from snp_llm.runtime.terminal import print_json, progress
@@ -82,9 +83,9 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
         if ranks.rank():
             log.setLevel(logging.ERROR)  # rank 0 says it for all
         with output.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume, inputs=inputs) as partial:
-            summary, table = prune_into(partial, recipe, command, talk)
+            summary = prune_into(partial, recipe, command, talk)
         if ranks.rank() == 0:
-            finish(recipe, folder, summary, table, talk)
+            finish(recipe, folder, summary, talk)
 
 
 def output_folder(recipe: Recipe) -> Path:
@@ -106,11 +107,11 @@ def check_model(recipe: Recipe) -> None:
     check_budget(skeleton, run.resolve(recipe, skeleton))
 
 
-def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> tuple[dict[str, Any], Table]:
+def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> dict[str, Any]:
     """Everything between a parsed recipe and a folder that only has to get its name.
 
     Returns:
-        The report and the closing table; both are empty but on rank 0.
+        The report; empty but on rank 0.
     """
     device = compute_device(recipe.device)
     clock = Clock(device)
@@ -152,7 +153,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             perplexity.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
         ]
     if ranks.rank():
-        return {}, Table()
+        return {}
     speeds = prefill.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
     sizes = [model_sizes.model_size(m, recipe.seq_len) for m in models]
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
@@ -168,10 +169,10 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
     summary["files"] = sorted({*written, output.REPORT})  # of which --overwrite replaces no more
     facts.write_report(summary, partial)
-    return summary, rows.closing_table(before, after, pruned)
+    return summary
 
 
-def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table, talk: Talk) -> None:
+def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) -> None:
     """What is left once the model is safe: the page, the closing words, the upload."""
     write_page(folder)
     if talk.json:
@@ -181,8 +182,9 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], table: Table, 
             result["url"] = hub.push(folder, recipe.push_to_hub, private=recipe.private)
         print_json(result)
         return
-    print(f"{recipe.model} -> {folder}: sparsity {summary['sparsity']['achieved']:.4f}, {asked(recipe)} asked for")
-    Console().print(table)
+    achieved = summary["sparsity"]["achieved"]
+    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe.as_dict())} asked for")
+    Console().print(closing_table(summary))
     if "evaluation" in summary:
         print(f"perplexity on {summary['evaluation']}")
     print(f"calibrated on {summary['calibration']['text']}")
@@ -257,7 +259,7 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reci
         print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
-        f"{removed / size.block_linear:.3f} ({asked(recipe)} asked for); nothing was written"
+        f"{removed / size.block_linear:.3f} ({asked(recipe.as_dict())} asked for); nothing was written"
     )
 
 
@@ -270,16 +272,6 @@ def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reci
         "block_linear_before": size.block_linear,
         "block_linear_after": size.block_linear - removed,
         "sparsity": removed / size.block_linear,
-        "asked": asked(recipe),
+        "asked": asked(recipe.as_dict()),
         "sites": sites,
     }
-
-
-def asked(recipe: Recipe) -> str:
-    """What the user wanted."""
-    for goal in GOALS:
-        if (value := getattr(recipe, goal)) is not None:
-            return f"--{goal.replace('_', '-')} {value}"
-    if not recipe.separate:
-        return f"{recipe.sparsity_of('ffn'):g}"
-    return f"{recipe.sparsity_of('attention'):g} of attention and {recipe.sparsity_of('ffn'):g} of FFN"

@@ -9,13 +9,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from snp_llm.checkpoint.output import CARD, PAGE, REPORT, read_card
 from snp_llm.models.layouts import needs_code
 from snp_llm.pruning.pipeline import PrunedModel
+from snp_llm.report.rows import markdown_table
 from snp_llm.runtime.files import write_text
 
 
 def model_card(report: dict[str, Any], base_model: str | None, *, model_type: str, has_code: bool) -> str:
     """The folder's README.md: front matter for the hub, then what was done and how to load it."""
     recipe, sparsity = report["recipe"], report["sparsity"]
-    dense, pruned = report["dense"], report["pruned"]
+    pruned = report["pruned"]
     evaluation = report.get("evaluation")
     measured = pruned["perplexity"] is not None and evaluation is not None
     name = f"{Path(recipe['model']).name} pruned"
@@ -35,6 +36,9 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
         model_name=name if measured else None,
         eval_results=[result] if measured else None,
     )
+    said = [f"Perplexity on {evaluation}."] if measured else []
+    if pruned["speed"] is not None and "device" in report:
+        said.append(f"Speed on {report['device']}.")
     trust = ", trust_remote_code=True" if has_code else ""
     lines = [
         f"# {Path(recipe['model']).name}, {100 * sparsity['achieved']:.1f} % of its block-linear parameters removed",
@@ -42,17 +46,9 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
         "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
         "",
-        "| | dense | pruned |",
-        "|---|---:|---:|",
-        f"| parameters | {dense['size']['parameters']:,} | {pruned['size']['parameters']:,} |",
-        f"| block-linear parameters | {dense['size']['block_linear']:,} | {pruned['size']['block_linear']:,} |",
-        f"| size on disk, MB | {dense['disk'] / 1e6:,.2f} | {pruned['disk'] / 1e6:,.2f} |",
-        f"| MFLOPs a token | {dense['size']['flops'] / 1e6:,.2f} | {pruned['size']['flops'] / 1e6:,.2f} |",
-    ]
-    if measured:
-        lines.append(f"| perplexity | {dense['perplexity']:,.2f} | {pruned['perplexity']:,.2f} |")
-        lines += ["", f"Perplexity on {evaluation}."]
-    lines += [
+        *markdown_table(report),
+        "",
+        " ".join(said),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -89,7 +85,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
     config = pruned.model.config
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
 
 
 def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:

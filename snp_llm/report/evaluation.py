@@ -1,14 +1,13 @@
 """The results of an evaluation in the report of a pruned model."""
 
-import json
 import os
 from pathlib import Path
 
 from snp_llm.checkpoint.output import REPORT, read_report
 from snp_llm.evaluate.side_by_side import Evaluated
 from snp_llm.recipe.commands import EvaluationRecipe
+from snp_llm.report.facts import write_report
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.files import write_text
 
 
 def check_folder(folder: Path) -> None:
@@ -43,4 +42,4 @@ def save(result: Evaluated, recipe: EvaluationRecipe, folder: Path) -> None:
         found = {task: {**metrics, **limited} for task, metrics in result.tasks.items()}
         report["tasks"] = {**report.get("tasks", {}), **found}
         report["versions"]["lm_eval"] = version("lm_eval")
-    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_report(report, folder)

@@ -1,4 +1,4 @@
-"""What a run did, as JSON, as a model card and as the closing table. Knows results, changes nothing."""
+"""What a run did, as JSON. Knows results, changes nothing."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from snp_llm.models.size import ModelSize
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.pruning.result import SiteResult
 from snp_llm.runtime.device import versions
+from snp_llm.runtime.files import write_text
 from snp_llm.runtime.version import __version__
 
 
@@ -110,4 +111,4 @@ def predicted_ratio(pruned: PrunedModel) -> float | None:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    (folder / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")

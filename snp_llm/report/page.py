@@ -5,7 +5,6 @@ it reaches the page through the template's escaping only.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from typing import Any
 import jinja2
 
 from snp_llm.checkpoint.output import BENCH, PAGE, REPORT
+from snp_llm.pruning.widths.plan import FARTHEST_FROM_TARGET
 from snp_llm.report import drawing, figures
 from snp_llm.report.compare import compare
 from snp_llm.report.figures import SitePoint
-from snp_llm.report.parts import Picture, Row, Table, as_picture
-from snp_llm.report.read import Measurements, Run, asked, model_name, read_run
+from snp_llm.report.parts import Picture, Table, as_picture
+from snp_llm.report.read import Measurements, Run, model_name, read_run
+from snp_llm.report.rows import summary
 from snp_llm.report.words import (
+    asked,
     brief,
     brief_count,
     change_words,
@@ -30,10 +32,9 @@ from snp_llm.report.words import (
     title_of,
 )
 from snp_llm.runtime.errors import SnpError, reason
+from snp_llm.runtime.files import write_text
 
 KINDS = {"attention": "Attention", "ffn": "FFN"}
-
-FARTHEST_FROM_TARGET = 0.005
 
 
 def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
@@ -50,14 +51,8 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
         SnpError: no readable report there, or runs that cannot be compared.
     """
     text = make_page(read_run(folder), [read_run(other) for other in others])
-    page, unfinished = folder / PAGE, folder / f".{PAGE}.part"
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, page)  # a page is there whole or not at all
-    except OSError as error:
-        raise SnpError(f"{page}: cannot be written ({reason(error)}).") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    page = folder / PAGE
+    write_text(page, text)
     return page
 
 
@@ -119,44 +114,12 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def summary(report: Mapping[str, Any]) -> list[Row]:
-    """Dense and pruned side by side; what was not measured is left out."""
-    dense, pruned = report["dense"], report["pruned"]
-    sites = report["sites"]
-    ffn = [s for s in sites if s["kind"] == "ffn"]
-    heads = [s["heads"] for s in sites if s.get("heads")]
-    rows = [
-        ("parameters", dense["size"]["parameters"], pruned["size"]["parameters"], ",.0f"),
-        ("block-linear parameters", dense["size"]["block_linear"], pruned["size"]["block_linear"], ",.0f"),
-    ]
-    for name, key in (("attention heads", "query"), ("key-value heads", "key_value")):
-        before, after = (sum(h[when][key] for h in heads) for when in ("before", "after"))
-        if heads and not (key == "key_value" and before == sum(h["before"]["query"] for h in heads)):
-            rows.append((name, before, after, ",.0f"))
-    if not heads:
-        attention = [s for s in sites if s["kind"] == "attention"]
-        unit = attention[0]["unit"] if attention else "heads"
-        rows.append((unit, *(sum(s[f"units_{when}"] for s in attention) for when in ("before", "after")), ",.0f"))
-    rows += [
-        ("FFN channels", sum(s["units_before"] for s in ffn), sum(s["units_after"] for s in ffn), ",.0f"),
-        ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
-        ("MFLOPs a token", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
-        ("perplexity", dense["perplexity"], pruned["perplexity"], ",.2f"),
-        ("prefill, tokens a second", dense["speed"], pruned["speed"], ",.0f"),
-    ]
-    return [
-        Row(name, format(before, form), format(after, form), f"{after / before:.3f}" if before else "")
-        for name, before, after, form in rows
-        if before is not None and after is not None
-    ]
-
-
 def tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The four numbers to be read first: name, value, and what it is compared with."""
     dense, pruned, sparsity = report["dense"], report["pruned"], report["sparsity"]
     before, after = dense["size"]["parameters"], pruned["size"]["parameters"]
     found = [
-        ("sparsity of the blocks", percent(sparsity["achieved"]), f"{asked(report)} asked for"),
+        ("sparsity of the blocks", percent(sparsity["achieved"]), f"{asked(report['recipe'], percent)} asked for"),
         ("parameters", brief_count(after), f"{change_words(after / before)} from {brief_count(before)}"),
     ]
     if pruned["perplexity"] is not None and dense["perplexity"]:

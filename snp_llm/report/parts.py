@@ -1,4 +1,4 @@
-"""What a page is made of: rows, tables and pictures. Knows not what they say."""
+"""What a page is made of: tables and pictures. Knows not what they say."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,16 +9,6 @@ from snp_llm.report import drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the summary: dense, pruned and their ratio, as text."""
-
-    name: str
-    dense: str
-    pruned: str
-    ratio: str
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snp_llm.checkpoint.output import BENCH, REPORT, read_report
-from snp_llm.recipe.recipe import GOALS
 from snp_llm.report.parts import Table
-from snp_llm.report.words import percent
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 
@@ -78,20 +76,6 @@ def _clean(value: Any) -> Any:
 def model_name(report: Mapping[str, Any]) -> str:
     """The dense model's name without its folders."""
     return Path(os.path.normpath(str(report["recipe"]["model"]))).name
-
-
-def asked(report: Mapping[str, Any]) -> str:
-    """What the user wanted, from the recipe."""
-    recipe = report["recipe"]
-    for name, value in recipe.items():
-        if value is not None and name in GOALS:
-            return f"--{name.replace('_', '-')} {value}"
-    own = [
-        f"{percent(recipe[name])} of {kind}"
-        for name, kind in (("head_sparsity", "attention"), ("ffn_sparsity", "FFN"))
-        if recipe.get(name) is not None
-    ]
-    return " and ".join(own) or percent(recipe["sparsity"])
 
 
 def speed_up_of(report: Mapping[str, Any]) -> float | None:

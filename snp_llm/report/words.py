@@ -1,7 +1,10 @@
 """Numbers and settings as a page says them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from snp_llm.recipe.checks import flag
+from snp_llm.recipe.recipe import GOALS, SPARSITY
 
 LARGE = 1e4  # from here on without decimals
 
@@ -67,3 +70,16 @@ def brief_count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:,.0f}"
+
+
+def asked(recipe: Mapping[str, Any], share: Callable[[float], str] = "{:g}".format) -> str:
+    """The budget that a recipe's settings ask for, by name; `share` writes a sparsity."""
+    for goal in GOALS:
+        if recipe.get(goal) is not None:
+            return f"{flag(goal)} {recipe[goal]}"
+    common, *own = (recipe.get(name) for name in ("sparsity", "head_sparsity", "ffn_sparsity"))
+    common = SPARSITY if common is None else common
+    if own == [None, None]:
+        return share(common)
+    attention, ffn = (share(common if value is None else value) for value in own)
+    return f"{attention} of attention and {ffn} of FFN"

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -57,8 +57,10 @@ def _whole(file: Path) -> Iterator[Path]:
         new.replace(file)
         _flush(file.parent)
     except (OSError, SafetensorError) as error:
-        new.unlink(missing_ok=True)
-        raise DiskError(f"{file}: cannot be written ({error}). Make room there.") from error
+        raise DiskError(f"{file}: cannot be written ({error}). Make room there, or allow it.") from error
+    finally:
+        with suppress(OSError):  # it is gone, if all went well, or cannot go
+            new.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -176,7 +176,7 @@ def test_what_was_not_measured_is_said(runs, tmp_path):
     text = Reader(page.write_page(copy_of(runs[0], tmp_path, forget)).read_text()).text
     assert "Perplexity was not measured." in text and "Speed was not measured." in text
     assert "90 % were asked for" in text and "speed not measured" in text
-    for words in ("+1.23 %", "saves nothing", "Of 3 rounds", "--target-params 0.7x asked for"):
+    for words in ("+1.23 %", "saves nothing", "--target-params 0.7x asked for"):
         assert words in text, words
 
 
