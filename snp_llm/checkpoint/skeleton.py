@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from snp_llm.checkpoint.load import check_config, explained, find_model
+from snp_llm.checkpoint.loading import check_config, explained, find_model
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.runtime.errors import SnpError, reason, shown

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import Recipe, prune
-from snp_llm.checkpoint.save import save
+from snp_llm.checkpoint.saving import save
 from snp_llm.cli.inspect import inspect
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.checkpoint.save import folder_bytes, save
+from snp_llm.checkpoint.saving import folder_bytes, save
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family

@@ -40,7 +40,7 @@ def test_with_the_package_imported_no_remote_code_is_needed(tokenizer, tmp_path)
 
 
 def test_large_models_are_sharded(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("snp_llm.checkpoint.save.LARGEST_SHARD", "100KB")
+    monkeypatch.setattr("snp_llm.checkpoint.saving.LARGEST_SHARD", "100KB")
     pruned = prune(small_opt(), tokenizer, small_recipe())
     checkpoint.save(pruned.model, tokenizer, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 and (tmp_path / "model.safetensors.index.json").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from snp_llm import checkpoint, prune
-from snp_llm.checkpoint.save import check_kept
+from snp_llm.checkpoint.saving import check_kept
 from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_files
 from snp_llm.cli.parse import prune_main
 from snp_llm.models.families.decoders import find_family

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm.checkpoint.load import explained, find_model
+from snp_llm.checkpoint.loading import explained, find_model
 from snp_llm.checkpoint.tokenizer import carry_over, find_tokenizer_files, without_code
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.families.decoders import find_family
