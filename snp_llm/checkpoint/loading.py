@@ -24,7 +24,7 @@ from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import embedding_rows
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
-from snp_llm.models.offload import complete_index, other_shapes
+from snp_llm.models.offload import complete_index, in_two_files, other_shapes
 from snp_llm.runtime.errors import SnpError, reason
 
 log = logging.getLogger(__name__)
@@ -70,12 +70,19 @@ def load(
             **({} if on_disk is None else {"device_map": {"": "disk"}, "offload_folder": str(on_disk)}),
         )
     model, info = loaded
-    complete_index(model)
-    if mismatched := sorted([*info["mismatched_keys"], *other_shapes(model)]):
+    with explained(name):
+        complete_index(model)
+        mismatched, twice = sorted([*info["mismatched_keys"], *other_shapes(model)]), in_two_files(model)
+    if mismatched:
         key, found, expected = mismatched[0]
         raise SnpError(
             f"model {name}: {len(mismatched)} tensors disagree with its config; {key} is {tuple(found)}, expected "
             f"{tuple(expected)}. The checkpoint is damaged, or its config.json is another model's."
+        )
+    if twice:
+        raise SnpError(
+            f"model {name}: two of its files hold {twice[0]}, with different values; expected every tensor once. "
+            "Remove it from the file that model.safetensors.index.json does not name for it."
         )
     for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
         if keys:

@@ -1,6 +1,7 @@
 """A model's shapes from its config alone, on the meta device. Reads no weights and no tokenizer."""
 
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +79,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
     """The model that a config describes, its tensors without data, in the dtype that it would be loaded in.
 
     Raises:
-        SnpError: not found, unsupported, or a config that no model can be built from.
+        SnpError: not found, unsupported, or a config that no model can be built from or saved with.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
     wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
@@ -95,10 +96,14 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
         family = find_family(config)
         find_sites(find_blocks(model, family), family)
         run_dry(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            model.config.save_pretrained(scratch)  # refuses values that loading takes
     except SnpError:
         raise
     except Exception as error:  # whatever transformers and torch say of values that do not fit together
-        raise SnpError(f"model {name}: no model can be built from its config. {reason(error)}") from error
+        raise SnpError(
+            f"model {name}: no model can be built from its config, or saved with it. {reason(error)}"
+        ) from error
     return model
 
 

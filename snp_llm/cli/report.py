@@ -7,6 +7,7 @@ from snp_llm.checkpoint import output
 from snp_llm.recipe.commands import ReportRecipe, Talk
 from snp_llm.report import page
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.files import write_text
 from snp_llm.runtime.terminal import print_json
 
 log = logging.getLogger("snp_llm")
@@ -26,7 +27,10 @@ def write_page(folder: Path) -> None:
 def run_report(recipe: ReportRecipe, talk: Talk) -> None:
     """The page of every folder, each beside the others."""
     folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
-    pages = [page.write_page(folder, [other for other in folders if other != folder]) for folder in folders]
+    texts = [page.page_of(folder, [other for other in folders if other != folder]) for folder in folders]
+    pages = [folder / output.PAGE for folder in folders]
+    for file, text in zip(pages, texts, strict=True):  # all of them, or none
+        write_text(file, text)
     if talk.json:
         print_json({"pages": [str(written) for written in pages]})
     else:

@@ -282,6 +282,7 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
             if text is None:
                 nulls += 1
             elif isinstance(text, str):
+                _explained(name, text.encode)  # JSON may escape halves of characters
                 yield text
             else:
                 raise SnpError(

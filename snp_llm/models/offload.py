@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
@@ -67,6 +68,19 @@ def other_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[int
                 shape, expected = tuple(tensors.get_slice(key).get_shape()), tuple(parameters[name].shape)
                 if shape != expected:
                     found.append((name, shape, expected))
+    return found
+
+
+def in_two_files(model: nn.Module) -> list[str]:
+    """Names of tensors that two of a model's files hold with different values, of which readers take either one."""
+    first: dict[str, str] = {}
+    found = []
+    for file in sorted({entry["safetensors_file"] for entry in disk_index(model).values()}):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no mapping
+                if first.setdefault(key, file) != file:
+                    with safe_open(first[key], framework="pt") as others:
+                        found += [] if torch.equal(tensors.get_tensor(key), others.get_tensor(key)) else [key]
     return found
 
 

@@ -50,10 +50,14 @@ def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
     Raises:
         SnpError: no readable report there, or runs that cannot be compared.
     """
-    text = make_page(read_run(folder), [read_run(other) for other in others])
     page = folder / PAGE
-    write_text(page, text)
+    write_text(page, page_of(folder, others))
     return page
+
+
+def page_of(folder: Path, others: Sequence[Path] = ()) -> str:
+    """The page as `write_page` writes it."""
+    return make_page(read_run(folder), [read_run(other) for other in others])
 
 
 def make_page(run: Run, others: Sequence[Run] = ()) -> str:

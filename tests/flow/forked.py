@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ def run(
     kill_after: float | None = None,
     die_at: tuple[str, int] | None = None,
     die_by: int = signal.SIGKILL,
+    die_later: float = 0.0,
     ranks: int = 1,
     doomed: int = 0,
 ) -> dict[str, Any]:
@@ -45,8 +47,10 @@ def run(
     Args:
         arguments: of `snp-llm prune`.
         kill_after: seconds until SIGKILL.
-        die_at: a phase, and the blocks done in it after which a process kills itself.
+        die_at: a phase, and the blocks done in it after which a process kills itself; ("saving", 0) for the beginning
+            of that.
         die_by: the signal for that.
+        die_later: seconds from then.
         ranks: processes that prune together.
         doomed: the one that is killed.
     """
@@ -55,10 +59,10 @@ def run(
         port = free.getsockname()[1]
     start, codes = time.monotonic(), {}
     with tempfile.TemporaryFile("w+") as stderr:
-        children = {
-            fork(arguments, stderr.fileno(), rank, ranks, port, die_at if rank == doomed else None, die_by): rank
-            for rank in range(ranks)
-        }
+        children = {}
+        for rank in range(ranks):
+            doom = (die_at if rank == doomed else None, die_by, die_later)
+            children[fork(arguments, stderr.fileno(), rank, ranks, port, *doom)] = rank
         while len(codes) < ranks:
             child, status = os.waitpid(-1, os.WNOHANG)
             if child:
@@ -75,7 +79,14 @@ def run(
 
 
 def fork(
-    arguments: list[str], stderr: int, rank: int, ranks: int, port: int, die_at: tuple[str, int] | None, die_by: int
+    arguments: list[str],
+    stderr: int,
+    rank: int,
+    ranks: int,
+    port: int,
+    die_at: tuple[str, int] | None,
+    die_by: int,
+    die_later: float,
 ) -> int:
     child = os.fork()
     if child:
@@ -85,18 +96,30 @@ def fork(
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    from snp_llm import checkpoint
     from snp_llm.checkpoint.journal import Journal
     from snp_llm.cli.parse import prune_main
 
     if die_at is not None:
-        save_state = Journal.save_state
+        save_state, save = Journal.save_state, checkpoint.save
 
-        def save_and_die(journal: Journal, done: int, *rest: Any, **options: Any) -> None:
-            save_state(journal, done, *rest, **options)
-            if (journal.folder.name, done) == tuple(die_at):
+        def die(place: tuple[str, int]) -> None:
+            if place == tuple(die_at) and die_later:
+                timer = threading.Timer(die_later, os.kill, (os.getpid(), die_by))
+                timer.daemon = True
+                timer.start()
+            elif place == tuple(die_at):
                 os.kill(os.getpid(), die_by)
 
-        Journal.save_state = save_and_die
+        def save_state_and_die(journal: Journal, done: int, *rest: Any, **options: Any) -> None:
+            save_state(journal, done, *rest, **options)
+            die((journal.folder.name, done))
+
+        def die_and_save(*rest: Any, **options: Any) -> None:
+            die(("saving", 0))
+            save(*rest, **options)
+
+        Journal.save_state, checkpoint.save = save_state_and_die, die_and_save
     code = prune_main(arguments)
     sys.stderr.flush()
     os._exit(code)

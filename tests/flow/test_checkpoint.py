@@ -183,6 +183,25 @@ def test_every_family_and_layout_reloads_where_the_package_does_not_exist(tokeni
     assert all(torch.equal(reloaded[name], logits) for name, logits in expected.items())
 
 
+def test_a_tensor_in_two_files(tokenizer, tmp_path):
+    """Readers take either one, so that they have to be the same; and what an index names has to be there."""
+    folder = tmp_path / "sharded"
+    tokenizer.save_pretrained(folder)
+    small_opt().save_pretrained(folder, max_shard_size="60KB")
+    one, other = sorted(folder.glob("*.safetensors"))[:2]
+    tensors, others = load_file(one), load_file(other)
+    name = next(iter(tensors))
+    save_file({**others, name: tensors[name]}, other, metadata={"format": "pt"})
+    checkpoint.load(str(folder), "auto", on_disk=tmp_path / "scratch")
+    save_file({**others, name: tensors[name] + 1}, other, metadata={"format": "pt"})
+    with pytest.raises(SnpError, match=f"two of its files hold {name}, with different values"):
+        checkpoint.load(str(folder), "auto", on_disk=tmp_path / "scratch")
+    save_file({k: v for k, v in tensors.items() if k != name}, one, metadata={"format": "pt"})
+    save_file(others, other, metadata={"format": "pt"})
+    with pytest.raises(SnpError, match=f"model .*: cannot be loaded. .*{name}"):
+        checkpoint.load(str(folder), "auto", on_disk=tmp_path / "scratch")
+
+
 def test_shapes_that_disagree_with_the_config(opt_folder):
     config = json.loads((opt_folder / "config.json").read_text())
     config["ffn_dim"] = 48

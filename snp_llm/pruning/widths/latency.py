@@ -120,8 +120,8 @@ def read_table(file: Path) -> LatencyTable:
             name: {int(width): float(seconds) for width, seconds in widths.items()}
             for name, widths in values["sites"].items()
         }
-        table = LatencyTable(**values)
-        times = [float(table.whole), *(seconds for widths in table.sites.values() for seconds in widths.values())]
+        table = LatencyTable(**{**values, "whole": float(values["whole"])})
+        times = [table.whole, *(seconds for widths in table.sites.values() for seconds in widths.values())]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise SnpError(f"{where} ({reason(error)}).") from error
     if any(len(widths) < 2 or min(widths) < 1 for widths in table.sites.values()):
