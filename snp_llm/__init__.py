@@ -1,14 +1,12 @@
 """One-shot structured pruning of language models.
 
-Importing it makes pruned models known to transformers' Auto classes, so that they load without remote code: at the
-moment at which transformers itself is imported, since that takes seconds which `snp-llm --help` need not.
+Importing it makes pruned models known to transformers' Auto classes, so that they load without remote code.
 """
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from wrapt import register_post_import_hook
 
 from snp_llm.runtime.version import __version__
 
@@ -30,7 +28,7 @@ PLACES = {
     "prune": "pruning.pipeline",
     "save_recipe": "recipe.file",
 }
-AUTO = "transformers.models.auto"
+PROGRAM = "snp-llm"
 
 
 def __getattr__(name: str) -> Any:
@@ -39,11 +37,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{PLACES[name]}"), name)
 
 
-def _register(module: Any) -> None:
-    """Makes pruned models known once the Auto classes are whole: those of models import those of configs."""
-    if module.__name__ == f"{AUTO}.modeling_auto" or f"{AUTO}.modeling_auto" not in sys.modules:
-        importlib.import_module(f"{__name__}.models.layouts")
-
-
-for _name in ("configuration_auto", "modeling_auto"):
-    register_post_import_hook(_register, f"{AUTO}.{_name}")
+# That takes seconds, which `snp-llm --help` need not: the console script imports what its commands use.
+if Path((sys.argv or [""])[0]).stem != PROGRAM:
+    importlib.import_module(f"{__name__}.models.layouts")

@@ -1,7 +1,11 @@
 """Imports go down one list of folders, and never in a circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import snp_llm
 
@@ -63,3 +67,34 @@ def test_the_function_survives_the_import_of_the_program():
 
     assert snp_llm.prune is prune
     assert all(getattr(snp_llm, name) is not None for name in snp_llm.__all__)
+
+
+# In what order people import things. Each is followed by a look whether a pruned config and model are known.
+FIRST = (
+    "from transformers import AutoModelForCausalLM",
+    "from transformers import AutoConfig",
+    "from transformers import PreTrainedModel",
+    "from transformers import OPTForCausalLM",
+    "import transformers; transformers.PreTrainedModel",
+    "from transformers import AutoTokenizer, pipeline",
+    "from snp_llm import prune",
+    "from snp_llm import Recipe, perplexity",
+    "import snp_llm.cli.prune",
+    "import snp_llm.prune",
+    "import snp_llm.checkpoint",
+)
+KNOWN = (
+    "from transformers import AutoConfig, AutoModelForCausalLM; "
+    "config = AutoConfig.for_model('snp_opt'); AutoModelForCausalLM._model_mapping[type(config)]"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "first", [FIRST[0], FIRST[2], FIRST[6], *(pytest.param(f, marks=pytest.mark.exhaustive) for f in FIRST)]
+)
+def test_pruned_models_are_known_whatever_is_imported_first(first, before):
+    code = f"import snp_llm; {first}; {KNOWN}" if before else f"{first}; import snp_llm; {KNOWN}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
+    assert run.returncode == 0, run.stderr[-1000:]
