@@ -122,5 +122,5 @@ def _writable(name: str, home: Path) -> bool:
         return True
     try:
         return Path(name).resolve().is_relative_to(home)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return True
