@@ -33,7 +33,7 @@ RELOAD = Path(__file__).with_name("reload.py")
 
 
 def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, tokenizer_of: str | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, *, tokenizer_of: str | None = None
 ) -> None:
     """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one.
 
@@ -43,6 +43,7 @@ def save(
         folder: to write into.
         tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
     """
+    folder = Path(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)

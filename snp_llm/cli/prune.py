@@ -23,7 +23,7 @@ from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli.layout import describe_layout
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
-from snp_llm.data.windows import Windows, check_dataset, evaluation_windows
+from snp_llm.data.windows import BUNDLED, Windows, check_dataset, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
@@ -212,7 +212,7 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
 def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
     """What a run reads, by what it is; none of it is to be replaced by what the run writes."""
     named = {
-        "the input model": checkpoint.find_model(recipe.model),
+        "the input model": str(BUNDLED / recipe.model) if recipe.model == checkpoint.TINY_OPT else recipe.model,
         "the calibration text": recipe.calibration,
         "the evaluation text": recipe.eval_dataset,
         "the latency table": recipe.latency_table,

@@ -175,9 +175,11 @@ def test_overwrite(opt_folder, tmp_path, capsys):
     assert prune_main(arguments) == 0
     capsys.readouterr()
     refuse(capsys, arguments, "exists. Choose another --output, or replace it with --overwrite")
-    (out / "stale").write_text("")
+    (out / "model.safetensors").write_text("stale")
     assert prune_main([*arguments, "--overwrite"]) == 0
-    assert not (out / "stale").exists() and (out / "model.safetensors").exists()
+    assert (out / "model.safetensors").stat().st_size > 1000
+    (out / "mine").write_text("")
+    refuse(capsys, [*arguments, "--overwrite"], "holds mine, which `snp-llm prune` did not write there")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from snp_llm import Recipe
 from snp_llm.checkpoint import hub
 from snp_llm.cli import parse
-from snp_llm.evaluate import tasks
+from snp_llm.evaluate import side_by_side
 from snp_llm.models import blocks
 from snp_llm.pruning.widths import latency
 
@@ -28,7 +28,7 @@ CHEAP = "--ordering variance --target self --dampening 0.1 --allocation uniform"
 RUNS = (
     "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --target dense "
     f"--target-weight 0.5 --dampening 0.1 --head-unit query --layout padded {FEW}",
-    f"prune tiny-opt --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
+    f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
@@ -98,9 +98,9 @@ def outside(monkeypatch):
     monkeypatch.setattr(
         hub, "push", lambda folder, name, *, private: asked.append((str(folder), name, private)) or "url"
     )
-    monkeypatch.setattr(tasks, "check_harness", lambda: None)
-    monkeypatch.setattr(tasks, "find_tasks", lambda tasks: asked.append(tasks))
-    monkeypatch.setattr(tasks, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
+    monkeypatch.setattr(side_by_side, "check_harness", lambda: None)
+    monkeypatch.setattr(side_by_side, "find_tasks", lambda tasks: asked.append(tasks))
+    monkeypatch.setattr(side_by_side, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0")
     monkeypatch.setattr("torch.compile", lambda module, **_named: asked.append("compiled") or module)
     return asked

@@ -122,7 +122,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
     """What the blocks are calibrated on, for every value; an interrupted run does not go on with another one."""
     model, tokenizer = small_model("gemma2", torch.float32), make_tokenizer("adds")
     seen = []
-    monkeypatch.setattr("snp_llm.pruning.pipeline.capture", lambda *given: seen.append(given[2]) or pytest.fail("seen"))
+    monkeypatch.setattr("snp_llm.pruning.pipeline.capture", lambda *given: seen.append(given[1]) or pytest.fail("seen"))
     identities = {}
     for bos in ("auto", "always", "once", "never"):
         recipe = small_recipe(bos=bos, seed=5, allocation="uniform", metric="error", target="self")

@@ -65,9 +65,7 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
 
 def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(
-        "snp_llm.pruning.sequential.enough_windows", lambda _widest, _seq_len: 3
-    )  # not all have targets
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
     monkeypatch.setattr(statistics, "has_room", lambda _device, size: size < 10_000)
@@ -81,9 +79,7 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
 
 @pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
-    monkeypatch.setattr(
-        "snp_llm.pruning.sequential.enough_windows", lambda _widest, _seq_len: 3
-    )  # not all have targets
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
     monkeypatch.setattr(statistics, "FILES_FROM", 1)

@@ -31,7 +31,7 @@ def test_every_site_is_the_least_squares_solution_for_its_target(model_type, tar
 
     Where some windows have no target, what the output lacks of it is fitted on the others, and the cut on all.
     """
-    monkeypatch.setattr("snp_llm.pruning.sequential.enough_windows", lambda _widest, _seq_len: targeted)
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: targeted)
     dense = small_model(model_type)
     pruned = prune(dense, tokenizer, small_recipe(**CUTS, target=target, target_weight=1.0))
     family = find_family(dense.config)
