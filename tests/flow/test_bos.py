@@ -145,7 +145,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
             bos=resolve_bos(bos, model, tokenizer),
         )
         assert torch.equal(windows.tokens, seen[-1])
-        identities[bos] = identity(model, windows, recipe)
+        identities[bos] = identity(model, tokenizer, windows, recipe)
     assert identities["auto"] == identities["always"]
     assert identities["always"] != identities["once"] and identities["always"] != identities["never"]
 
