@@ -101,49 +101,6 @@ def test_a_missing_column_lists_what_is_there(texts, tmp_path, tokenizer):
         calibrate(tokenizer, path, column="body")
 
 
-def test_every_form_of_json(texts, tmp_path, tokenizer, caplog):
-    records = [{"id": i, "text": text} for i, text in enumerate(texts)]
-    lines = [json.dumps(record) for record in records]
-    expected = evaluate(tokenizer, write(tmp_path / "data.txt", texts)).digest
-    forms = {
-        "lines": "\n".join(lines),
-        "blank lines, BOM, other line ends": "\ufeff\r\n" + "\r\n\r\n".join(lines) + "\r\n",
-        "list": json.dumps(records),
-        "indented": "\n" + json.dumps(records, indent=1),
-        "texts": json.dumps(texts),
-        "a text a line": "\n".join(map(json.dumps, texts)),
-        "nulls and records without": "\n".join(["null", '{"id": 1}', *lines, "null", '{"text": null}', "{}"]),
-        "a list with nulls": json.dumps([None, *records, None]),
-    }
-    for number, (form, text) in enumerate(forms.items()):
-        for ending in ("json", "jsonl"):
-            (tmp_path / f"{number}.{ending}").write_bytes(text.encode())
-            assert evaluate(tokenizer, str(tmp_path / f"{number}.{ending}")).digest == expected, form
-    assert "5 of 45 records hold no text" in caplog.text and "2 of 42 records" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("null", "got 1 tokens"),
-        ("null\n" * 9, "got 1 tokens"),
-        ("[]", "got 1 tokens"),
-        ("", "got 1 tokens"),
-        ('{"text": "a"}\n3', "line 2: expected an object with a text in it, got 3"),
-        ("[[1]]", r"record 1: expected an object with a text in it, got \[1\]"),
-        ('{"text": "a"}\n{"text"', "cannot be read: Expecting"),
-        ('{"text": "\\ud800"}', "cannot be read: .*surrogates"),
-        ("[" * 100_000, "cannot be read: .*recursion"),
-        ("no JSON", "cannot be read: Expecting value"),
-        ('{"id": 1}\n' * 3000, "expected a text column 'text'; its columns are id"),
-    ],
-)
-def test_json_that_holds_no_text(text, message, tmp_path, tokenizer):
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(SnpError, match=message):
-        calibrate(tokenizer, str(tmp_path / "bad.json"))
-
-
 def test_damaged_files_are_one_line(tmp_path, tokenizer):
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all" * 10)
     with pytest.raises(SnpError, match="bad.parquet cannot be read"):
