@@ -59,7 +59,8 @@ def save(
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     if file.exists():
         values = change(json.loads(file.read_text(encoding="utf-8")))
-        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
 
 
 def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor) -> float:

@@ -68,7 +68,8 @@ def without_code(folder: Path) -> None:
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     kept = {key: value for key, value in values.items() if key not in CODE_KEYS}
     if kept != values:
-        file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
 
 
 def check_carried(name: str, files: dict[str, Path], tokenizer: PreTrainedTokenizerBase, types: Iterable[str]) -> None:
