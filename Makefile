@@ -31,7 +31,7 @@ venv-transformers-4: .venv-transformers-4/.installed
 
 .venv-transformers-4/.installed:
 	$(PYTHON) -m venv .venv-transformers-4
-	.venv-transformers-4/bin/python -m pip install -q --extra-index-url $(CPU_WHEELS) $(TORCH) 'transformers==4.57.*'
+	.venv-transformers-4/bin/python -m pip install -q --retries 0 --extra-index-url $(CPU_WHEELS) $(TORCH) 'transformers==4.57.*'
 	touch $@
 
 lint: $(VENV)/.installed

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from snp_llm import Recipe, checkpoint, pipeline
-from snp_llm.device import compute_device
-from snp_llm.estimate import estimate, human_bytes, human_flops, human_time, matmul_rates
-from snp_llm.skeleton import load_skeleton
+from snp_llm import Recipe, checkpoint
+from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.pruning import pipeline, run
+from snp_llm.pruning.estimate.estimate import estimate
+from snp_llm.pruning.estimate.work import matmul_rates
+from snp_llm.runtime.device import compute_device
+from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def main() -> None:
     if args.paper:
         recipe = replace(recipe, ordering="zca", allocation="variance", metric="error", target="self", dampening=0.01)
     skeleton = load_skeleton(args.model)
-    recipe = pipeline.resolve(recipe, skeleton)
+    recipe = run.resolve(recipe, skeleton)
     needed = estimate(skeleton, recipe)
     device = compute_device("auto")
     guess = needed.seconds(matmul_rates(device, needed.dtypes))

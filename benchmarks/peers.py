@@ -33,10 +33,10 @@ from peers.snp import PAPER, make_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint, perplexity
-from snp_llm.data import Windows, calibration_windows, evaluation_windows
-from snp_llm.device import compute_device
-from snp_llm.errors import SnpError
-from snp_llm.figures import Line, Panel, quality_figure
+from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
+from snp_llm.report.figures import Line, Panel, quality_figure
+from snp_llm.runtime.device import compute_device
+from snp_llm.runtime.errors import SnpError
 
 FARTHEST_FROM_TARGET = 0.01
 OURS = "ours"

@@ -22,10 +22,10 @@ import transformers
 import tyro
 
 from snp_llm import Recipe, checkpoint, perplexity, prune
-from snp_llm.data import evaluation_windows
-from snp_llm.device import compute_device
-from snp_llm.figures import Line, Panel, quality_figure
-from snp_llm.pipeline import resolve
+from snp_llm.data.windows import evaluation_windows
+from snp_llm.pruning.run import resolve
+from snp_llm.report.figures import Line, Panel, quality_figure
+from snp_llm.runtime.device import compute_device
 
 ORDERINGS = "zca,saw,variance,residual,obs,greedy,random"
 

@@ -12,7 +12,6 @@ import copy
 import csv
 import statistics
 import sys
-import time
 from functools import partial
 from math import log
 from pathlib import Path
@@ -24,15 +23,16 @@ import transformers
 from torch import Tensor, nn
 
 from snp_llm import Recipe, checkpoint, perplexity
-from snp_llm.data import evaluation_windows
-from snp_llm.device import Clock, compute_device
-from snp_llm.journal import Journal
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.windows import evaluation_windows
+from snp_llm.models.anatomy import Site, linear
 from snp_llm.models.blocks import run_block, watch_inputs
-from snp_llm.models.families import Site, linear
-from snp_llm.pipeline import Visited, read_calibration, resolve, visit
-from snp_llm.site import cut
-from snp_llm.stream import Stream, capture, in_batches
-from snp_llm.sums import add_batch, empty_sums, held_out
+from snp_llm.pruning.cut import cut
+from snp_llm.pruning.pipeline import Visited, visit
+from snp_llm.pruning.run import Run, read_calibration, resolve
+from snp_llm.pruning.statistics import add_batch, empty_sums, held_out
+from snp_llm.pruning.stream import Stream, capture, in_batches
+from snp_llm.runtime.device import Clock, compute_device
 
 
 def main() -> None:
@@ -55,10 +55,11 @@ def main() -> None:
     )
     clock = Clock(compute_device("auto"))
     windows = read_calibration(tokenizer, recipe, model)
-    visited = visit(model, windows, recipe, clock, Journal(), lambda line: print(line, flush=True))
-    stream = capture(model, visited.blocks, windows.tokens, recipe, clock)
+    run = Run(recipe, clock, Journal(), lambda line: print(line, flush=True))
+    visited = visit(model, windows, run)
+    stream = capture(visited.anatomy, windows.tokens, recipe, clock)
     shares = [float(s) for s in args.shares.split(",")]
-    rows = measure(visited, stream, texts.tokens, shares, args.every, recipe, clock)
+    rows = measure(visited, stream, texts.tokens, shares, args.every, run)
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / f"{args.name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -92,17 +93,18 @@ def parse() -> argparse.Namespace:
 
 
 def measure(
-    visited: Visited, stream: Stream, tokens: Tensor, shares: list[float], every: int, recipe: Recipe, clock: Clock
+    visited: Visited, stream: Stream, tokens: Tensor, shares: list[float], every: int, run: Run
 ) -> list[dict[str, Any]]:
     """One row for every site and share: predicted and measured rise of the mean loss."""
-    model, blocks, family = visited.model, visited.blocks, visited.family
+    anatomy, recipe, clock = visited.anatomy, run.recipe, run.clock
+    model, blocks, family = anatomy.model, anatomy.blocks, anatomy.family
 
     def mean_loss() -> float:
         return log(perplexity(model, tokens, batch_size=recipe.batch_size, device=clock.device))
 
     base, rows, held = mean_loss(), [], held_out(stream.total)
     for index, block in enumerate(blocks):
-        here = [s for s in visited.sites if s.block == index]
+        here = anatomy.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
             empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=True)
@@ -110,19 +112,19 @@ def measure(
         ]
         seen: dict[Any, Tensor] = {}
         with watch_inputs({out: partial(seen.__setitem__, out) for out in outs}):
-            run = partial(run_windows, block, stream, index)
-            for at, output in in_batches(len(stream.hidden), stream.batch, run):
+            step = partial(run_windows, block, stream, index)
+            for at, output in in_batches(len(stream.hidden), stream.batch, step):
                 sums = [add_batch(s, seen[o], None, held[at]) for s, o in zip(sums, outs, strict=True)]
                 stream.hidden[at] = output
         for site, out, site_sums in zip(here, outs, sums, strict=True):
             if index % every:
                 continue
-            curves = visited.curves[visited.sites.index(site)]
+            curves = visited.curves[anatomy.sites.index(site)]
             assert curves is not None and curves.loss is not None
             found = site_sums.statistics(out, curves.gradient)
             for width in widths(site, shares):
                 narrow = copy.deepcopy(block)
-                cut(narrow, family, site, found, width, recipe, clock, time.perf_counter())
+                cut(narrow, family, site, found, width, run)
                 blocks[index] = narrow
                 rise = mean_loss() - base
                 blocks[index] = block

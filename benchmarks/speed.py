@@ -25,10 +25,11 @@ from peers import NAMES, PEERS, make_methods
 from transformers import PreTrainedModel
 
 from snp_llm import checkpoint, perplexity
-from snp_llm.bench import Cell, quartiles, random_tokens, timed
-from snp_llm.data import calibration_windows, evaluation_windows
-from snp_llm.device import compute_device
-from snp_llm.figures import Line, Panel, quality_figure
+from snp_llm.data.windows import calibration_windows, evaluation_windows
+from snp_llm.evaluate.cells import Cell
+from snp_llm.evaluate.speed import quartiles, random_tokens, timed
+from snp_llm.report.figures import Line, Panel, quality_figure
+from snp_llm.runtime.device import compute_device
 
 OURS = "ours"
 NOT_SHOWN = "osscar-greedy"  # not to be told from OSSCAR

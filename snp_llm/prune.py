@@ -1,8 +1,12 @@
-"""`python -m snp_llm.prune MODEL`, the same as `snp-llm prune MODEL`."""
+"""`python -m snp_llm.prune MODEL`, the same as `snp-llm prune MODEL`; imported, it is the function `snp_llm.prune`."""
 
 import sys
 
-from snp_llm.cli import prune_main
-
 if __name__ == "__main__":
+    from snp_llm.cli.parse import prune_main
+
     sys.exit(prune_main(sys.argv[1:]))
+
+from snp_llm.pruning.pipeline import prune
+
+sys.modules[__name__] = prune  # type: ignore[assignment]

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from snp_llm import Recipe
-from snp_llm.data import BUNDLED
-from snp_llm.latency import LatencyTable, key
-from snp_llm.models.families import find_blocks, find_family, find_sites
-from snp_llm.skeleton import load_skeleton
+from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.data.windows import BUNDLED
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.pruning.widths.latency import LatencyTable, key
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -117,9 +118,10 @@ def tokenizer():
 @pytest.fixture
 def quick_prunes(monkeypatch):
     """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
-    from snp_llm import checkpoint, commands
+    from snp_llm import checkpoint
+    from snp_llm.cli import prune
 
-    monkeypatch.setattr(commands, "write_page", lambda _folder: None)
+    monkeypatch.setattr(prune, "write_page", lambda _folder: None)
     monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
 
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from snp_llm.linalg.allocation import SiteBudget, linear_costs, uniform
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments
 from snp_llm.linalg.units import unit_channels
-from snp_llm.measure import model_size
+from snp_llm.models.anatomy import Site, find_blocks, find_sites, linear, weight_of
 from snp_llm.models.blocks import capture_calls, input_of, run_block, watch_inputs
-from snp_llm.models.families import Family, Site, find_blocks, find_family, find_sites, linear, weight_of
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.family import Family
+from snp_llm.models.size import model_size
 from snp_llm.models.surgery import prune_site
 
 BATCH = 8  # calibration windows at a time

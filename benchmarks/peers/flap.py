@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import per_unit, unit_channels
-from snp_llm.models.families import Site, linear, weight_of
+from snp_llm.models.anatomy import Site, linear, weight_of
 
 from .common import Method, Prune, Pruned, channel_statistics, keep_units, model_sites, pruned
 

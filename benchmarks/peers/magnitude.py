@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from snp_llm.linalg.gram import gram_matrix
 from snp_llm.linalg.ldl import make_definite
-from snp_llm.linalg.reconstruction import absorb_mean
+from snp_llm.linalg.least_squares import absorb_mean
 from snp_llm.linalg.units import per_unit, unit_channels
-from snp_llm.models.families import Family, Site, linear, row_units, weight_of
+from snp_llm.models.anatomy import Site, linear, row_units, weight_of
+from snp_llm.models.families.family import Family
 
 from .common import (
     Cut,

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size
+from snp_llm.models.anatomy import find_blocks, linear
 from snp_llm.models.blocks import capture_calls, first_tensor
-from snp_llm.models.families import Family, find_blocks, find_family, linear
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.family import Family
+from snp_llm.models.size import model_size
+from snp_llm.runtime.errors import SnpError
 
 from .common import BATCH, Method, Prune, Pruned
 

@@ -3,6 +3,7 @@
 J. Offergeld, M. van Gerven, N. Ahmad, "Subspace Node Pruning", arXiv 2405.17506.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe
-from snp_llm.device import Clock, compute_device
-from snp_llm.errors import SnpError
-from snp_llm.journal import Journal
-from snp_llm.pipeline import cut_once, read_calibration, resolve, visit
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.pruning.pipeline import cut_once, visit
+from snp_llm.pruning.run import Run, read_calibration, resolve
+from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.errors import SnpError
 
 from .common import Method, Prune, Pruned, pruned
 
@@ -39,11 +41,12 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
         if not torch.equal(windows.tokens, tokens):
             raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
         clock = Clock(compute_device(recipe.device))
-        visited = visit(dense, windows, recipe, clock, Journal(), lambda _line: None)  # what no sparsity changes
+        run = Run(recipe, clock, Journal(), lambda _line: None)
+        visited = visit(dense, windows, run)  # what no sparsity changes
 
         def prune(sparsity: float) -> Pruned:
             recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
-            return pruned(dense, cut_once(visited, recipe, clock, Journal(), lambda _line: None)[0])
+            return pruned(dense, cut_once(visited, replace(run, recipe=recipe))[0])
 
         return prune
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import per_unit
-from snp_llm.models.families import linear, weight_of
+from snp_llm.models.anatomy import linear, weight_of
 
 from .common import (
     Method,

@@ -10,9 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from snp_llm.errors import SnpError
+from snp_llm.runtime.errors import SnpError
 
 ROUNDING = 1e-9  # by which a sum of costs may exceed a budget that it meets exactly
+
 HALVINGS = 50  # of the interval [0, 1] in which a fraction is sought
 
 
@@ -167,7 +168,9 @@ def loss(sites: Sequence[SiteBudget], keep: float) -> list[int]:
 
 
 Allocation = Callable[[Sequence[SiteBudget], float], list[int]]
+
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "variance": variance, "loss": loss}
+
 NEEDS_CURVES = {"variance", "loss"}  # those that read `energy` or `loss`, for which the dense model is visited first
 
 

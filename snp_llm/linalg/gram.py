@@ -9,13 +9,19 @@ from torch import Tensor
 # Only the blocks on and below the diagonal are computed: with 8 column blocks that is 56 % of the products. Narrower
 # blocks would save little more and make the products too slim to run at full speed.
 COLUMN_BLOCKS = 8
+
 NARROWEST_BLOCK = 64
+
 # Up to this share of inputs that are not zero a sparse product is quicker on a CPU, 1.3 to 2.5 times at 3 to 5 %; at
 # 10 % it is level or slower. Small sites are not worth the conversion.
 SPARSE_DENSITY = 1 / 16
+
 SPARSE_FROM = 512
+
 SAMPLED = 16  # one token of so many shows how sparse a batch is
+
 ROWS_AT_ONCE = 512  # of a matrix that is not worth a copy as a whole
+
 SUMMED_AT_ONCE = 4096  # tokens that tensor cores sum
 
 

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import column_blocks
+from snp_llm.runtime.errors import SnpError
 
 ESCALATIONS = 4  # times that dampening is raised tenfold before giving up
+
 PROBES = 4  # vectors that a factor is tested with
+
 SOLVE_TOLERANCE = 1e-3  # what float32 solves less well is done in float64
+
 SMALLEST_DAMPENING = 1e-8  # where escalation starts when dampening was zero
 
 

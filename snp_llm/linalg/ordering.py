@@ -10,17 +10,25 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import column_blocks, random_signs
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
+from snp_llm.runtime.errors import SnpError
 
 GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
+
 CANDIDATES = 2  # times r, the cheapest units, from which those are taken that can go together
+
+EXCHANGES = 4  # of a dear unit for the next one, before fewer go than could
+
 RISE = 1.05  # times what the next in line costs: what a unit may come to cost through others that go at once
+
 ZCA_EXACT_UP_TO = 512  # channels
+
 LEAST_SIGNS = 128  # random projections of a column, whose norm comes out to 12 %
+
 SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one atom up to rounding
+
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
 
 
@@ -241,6 +249,7 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
     a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
     more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
+    After some such exchanges only those before it go.
 
     Args:
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
@@ -253,6 +262,7 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
         Places in the pool, ascending, the first among them, int64.
     """
     pool = places = torch.arange(len(costs), device=W.device)
+    exchanged = 0
     while True:
         going, waiting = pool[:count], pool[count:]
         P = unit_channels(going, size)
@@ -265,6 +275,9 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
         if not len(dear):
             return going
         first = 1 + int(dear[0])
+        if exchanged == EXCHANGES:
+            return going[:first]
+        exchanged += 1
         pool = torch.cat([pool[:first], pool[first + 1 :]])
 
 

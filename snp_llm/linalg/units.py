@@ -4,12 +4,8 @@ A unit is the smallest thing that can be removed from a site: `unit_size` consec
 inputs (1 for an FFN channel, `head_dim` for a head).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-
-HeadUnit = Literal["kv_group", "query"]
 
 
 def unit_channels(units: Tensor, unit_size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Capture and run one decoder block at a time. Knows how blocks are called, not what is inside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -167,14 +167,22 @@ def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.
 @torch.no_grad()
 def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The input tensor that `module` gets inside the block; nothing after that point is computed."""
-    result: list[Tensor] = []
+    return inputs_of([module], block, hidden, call)[0]
 
-    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        result.append(inputs[0])
-        raise _Reached
 
-    _run_to(module.register_forward_pre_hook(stop), block, hidden, call)
-    return result[0]
+@torch.no_grad()
+def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, call: BlockCall) -> list[Tensor]:
+    """The input tensor that each of the modules gets inside the block; nothing is computed after the last of them."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module] = inputs[0]
+        if len(seen) == len(modules):
+            raise _Reached
+
+    with _attached(module.register_forward_pre_hook(stop) for module in modules), suppress(_Reached):
+        run_block(block, hidden, call)
+    return [seen[module] for module in modules]
 
 
 @torch.no_grad()

@@ -1,62 +1,43 @@
 """How widths are written down: which config can hold them, and the model built from that config. Knows no files."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from snp_llm.errors import SnpError
-from snp_llm.models.families import Family, Heads, Site, find_blocks, find_family, find_sites, linear, read_heads
-from snp_llm.models.modeling_snp_gemma import SnpGemmaConfig, SnpGemmaForCausalLM
-from snp_llm.models.modeling_snp_gemma2 import SnpGemma2Config, SnpGemma2ForCausalLM
-from snp_llm.models.modeling_snp_gemma3_text import SnpGemma3ForCausalLM, SnpGemma3TextConfig
-from snp_llm.models.modeling_snp_gpt2 import SnpGPT2Config, SnpGPT2LMHeadModel
-from snp_llm.models.modeling_snp_gpt_neox import SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM
-from snp_llm.models.modeling_snp_granite import SnpGraniteConfig, SnpGraniteForCausalLM
-from snp_llm.models.modeling_snp_llama import SnpLlamaConfig, SnpLlamaForCausalLM
-from snp_llm.models.modeling_snp_mistral import SnpMistralConfig, SnpMistralForCausalLM
-from snp_llm.models.modeling_snp_olmo2 import SnpOlmo2Config, SnpOlmo2ForCausalLM
-from snp_llm.models.modeling_snp_opt import SnpOPTConfig, SnpOPTForCausalLM
-from snp_llm.models.modeling_snp_phi3 import SnpPhi3Config, SnpPhi3ForCausalLM
-from snp_llm.models.modeling_snp_qwen2 import SnpQwen2Config, SnpQwen2ForCausalLM
-from snp_llm.models.modeling_snp_qwen3 import SnpQwen3Config, SnpQwen3ForCausalLM
-from snp_llm.models.modeling_snp_smollm3 import SnpSmolLM3Config, SnpSmolLM3ForCausalLM
-from snp_llm.models.modeling_snp_stablelm import SnpStableLmConfig, SnpStableLmForCausalLM
-from snp_llm.models.on_disk import disk_index, read_tensor, wait_on_disk
-
-PRUNED_CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "snp_opt": (SnpOPTConfig, SnpOPTForCausalLM),
-    "snp_llama": (SnpLlamaConfig, SnpLlamaForCausalLM),
-    "snp_mistral": (SnpMistralConfig, SnpMistralForCausalLM),
-    "snp_qwen2": (SnpQwen2Config, SnpQwen2ForCausalLM),
-    "snp_qwen3": (SnpQwen3Config, SnpQwen3ForCausalLM),
-    "snp_gemma": (SnpGemmaConfig, SnpGemmaForCausalLM),
-    "snp_gemma2": (SnpGemma2Config, SnpGemma2ForCausalLM),
-    "snp_gemma3_text": (SnpGemma3TextConfig, SnpGemma3ForCausalLM),
-    "snp_phi3": (SnpPhi3Config, SnpPhi3ForCausalLM),
-    "snp_gpt2": (SnpGPT2Config, SnpGPT2LMHeadModel),
-    "snp_gpt_neox": (SnpGPTNeoXConfig, SnpGPTNeoXForCausalLM),
-    "snp_smollm3": (SnpSmolLM3Config, SnpSmolLM3ForCausalLM),
-    "snp_olmo2": (SnpOlmo2Config, SnpOlmo2ForCausalLM),
-    "snp_granite": (SnpGraniteConfig, SnpGraniteForCausalLM),
-    "snp_stablelm": (SnpStableLmConfig, SnpStableLmForCausalLM),
-}
-for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
-    _config_class.register_for_auto_class()  # so that their files are copied by whoever saves such a model
-    _model_class.register_for_auto_class("AutoModelForCausalLM")
+from snp_llm.models import modeling_snp
+from snp_llm.models.anatomy import Heads, Site, find_blocks, find_sites, linear, read_heads
+from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.families.family import Family
+from snp_llm.models.offload import disk_index, read_tensor, wait_on_disk
+from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
 
+
+def _pruned_classes(family: Family) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    model_class = getattr(modeling_snp, f"Snp{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]}")
+    return model_class.config_class, model_class
+
+
+PRUNED_CLASSES = {family.pruned_type: _pruned_classes(family) for family in FAMILIES}
+
+for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
+
 KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
+
 FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
+
 # Of a pruned or loaded model alone; they say nothing about the shapes.
 PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
+
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 KNOWN_WHEREVER = ("layer_types",)  # what transformers reads of any config, whether its class declares it or not
 
 
@@ -178,59 +159,6 @@ def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[
         for width in range(step, site.units, step)
         if plain_type(dense, family, site.heads_after(width)) is not None
     )
-
-
-def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, round_to: int) -> str:
-    """What will be written, what loads it and why, known before any calibration.
-
-    Args:
-        dense: the model to be pruned.
-        sites: its sites.
-        layout: "uniform", "compact" or "padded".
-        round_to: what FFN widths are multiples of.
-    """
-    family = find_family(dense.config)
-    stuck = (
-        "" if sites[0].prunable else " Heads stay: a norm over all of them at once would change for those that stay."
-    )
-    if layout == "padded":
-        return (
-            f"layout padded: zeros in the dense shape, loads wherever the dense {family.name} model does "
-            f"({', '.join(family.engines)}) and saves nothing.{stuck}"
-        )
-    rounding = f"FFN widths are multiples of {round_to}."
-    if layout == "uniform" and round_to < KERNEL_MULTIPLE and sites[1].units < KERNEL_MULTIPLE * FEWEST_STEPS:
-        rounding = (
-            f"FFN widths are multiples of {round_to}; {KERNEL_MULTIPLE} would be too coarse for {sites[1].units}."
-        )
-    if layout == "compact":
-        return (
-            f"layout compact: widths of its own in every block, which no plain {family.name} config can hold; the "
-            "folder carries a modelling file and loads in transformers with trust_remote_code=True, not in vLLM or "
-            "llama.cpp (--layout uniform for those). Should all widths come out equal, a plain config is written where "
-            f"it can hold them. {rounding}{stuck}"
-        )
-    widths = uniform_widths(dense, family, sites[0]) if sites[0].prunable else ()
-    engines = family.head_engines if widths else family.engines
-    text = (
-        f"layout uniform: the same widths in every block, a plain config without code, loads in {', '.join(engines)}."
-    )
-    if widths and (others := ", ".join(e for e in family.engines if e not in engines)):
-        text += f" With --head-sparsity 0 also in {others}: they derive the head size from the number of heads."
-    if stuck:
-        text += stuck
-    elif not widths:
-        text += (
-            f" Heads stay, since a plain {family.name} config ties their size to their number: the FFN takes the whole "
-            "budget."
-        )
-    elif family.substitute and any(dense.config.hidden_size % sites[0].heads_after(w).query for w in widths):
-        text += (
-            f" Head counts that do not divide the hidden size {dense.config.hidden_size:,} are refused by "
-            f"{family.name}'s config; the same weights are then saved as a {family.substitute.capitalize()} model with "
-            "an explicit head_dim."
-        )
-    return f"{text} {rounding}"
 
 
 def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.families import Family, Projection, Site, linear, row_units, weight_of
-from snp_llm.models.snp_blocks import BlockConfig
+from snp_llm.models.anatomy import Projection, Site, linear, row_units, weight_of
+from snp_llm.models.families.family import Family
+from snp_llm.models.modeling_snp import BlockConfig
 
 
 def slice_linear(old: Projection, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Projection:

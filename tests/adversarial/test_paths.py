@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snp_llm.cli import evaluate_main, inspect_main, prune_main, push_main, report_main
+from snp_llm.cli.parse import evaluate_main, inspect_main, prune_main, push_main, report_main
 from tests.adversarial.trials import BUNDLED, CHEAP, KEEP_ALL, QUICKER
 
 pytestmark = pytest.mark.exhaustive

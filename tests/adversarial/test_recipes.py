@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from snp_llm import Recipe
-from snp_llm.cli import prune_main
+from snp_llm.cli.parse import prune_main
 from tests.adversarial.trials import CHEAP, QUICKER
 from tests.adversarial.values import MISSING, damaged, near
 

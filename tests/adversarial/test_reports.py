@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from snp_llm import hub
-from snp_llm.cli import evaluate_main, prune_main, push_main, report_main
+from snp_llm.checkpoint import hub
+from snp_llm.cli.parse import evaluate_main, prune_main, push_main, report_main
 from tests.adversarial.trials import BUNDLED, CHEAP
 from tests.adversarial.values import MISSING, changed, damaged, near, places
 from tests.conftest import write_table

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from snp_llm.cli import evaluate_main
+from snp_llm.cli.parse import evaluate_main
 from tests.adversarial.trials import KEEP_ALL
 
 pytestmark = pytest.mark.exhaustive

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from snp_llm.cli import evaluate_main
+from snp_llm.cli.parse import evaluate_main
 from tests.adversarial.trials import BUNDLED, KEEP_ALL
 from tests.adversarial.values import CODE, MISSING, NAMING, changed, damaged, near, places
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from snp_llm.cli import prune_main
+from snp_llm.cli.parse import prune_main
 from tests.adversarial.fresh import digest, logits
 
 CHEAP = ("--num-samples", 2, "--seq-len", 16, "--no-eval", "--quiet")

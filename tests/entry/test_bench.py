@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from snp_llm import bench, prune, report
-from snp_llm.bench import Cell
-from snp_llm.cli import bench_main, prune_main
-from snp_llm.measure import model_size
+from snp_llm import prune
+from snp_llm.checkpoint import output
+from snp_llm.cli.parse import bench_main, prune_main
+from snp_llm.evaluate import remarks, speed, work
+from snp_llm.evaluate.cells import Cell
+from snp_llm.models.size import model_size
+from snp_llm.report import card as model_cards
 from tests.conftest import save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 from tests.flow.test_estimate import Products
@@ -41,13 +44,13 @@ def test_one_table_one_json_one_card(folders, tmp_path, capsys):
     ):
         assert words in printed.out, words
     assert "┃" not in printed.out and "times as fast" in printed.err  # no terminal here
-    result = json.loads(Path(pruned, bench.BENCH).read_text())
+    result = json.loads(Path(pruned, output.BENCH).read_text())
     assert [c["cell"]["kind"] for c in result["cells"]] == ["prefill"] * 2 + ["decode"] * 2
     assert result["parameters"]["dense"] == model_size(small_opt(), 1).parameters > result["parameters"]["pruned"]
     assert result["memory"]["dense"]["host"] > result["memory"]["dense"]["libraries"] > 50e6
     for cell in result["cells"]:
         assert cell["speedup_low"] <= cell["speedup"] <= cell["speedup_high"] and cell["flops_ratio"] > 1
-        for model in bench.MODELS:
+        for model in remarks.MODELS:
             timing = cell[model]
             assert 0 < timing["low"] <= timing["seconds"] <= timing["high"]
             tokens = 16 if cell["cell"]["kind"] == "prefill" else 1
@@ -67,18 +70,18 @@ def test_flops_of_a_cell_are_what_torch_counts(model_type):
     """But for attention scores, of which eager attention computes those behind the diagonal too."""
     model = small_model(model_type, torch.float32)
     model.set_attn_implementation("eager")
-    channels = bench.attention_channels(model)
+    channels = work.attention_channels(model)
     for cell in (Cell("prefill", 3, 20, 0), Cell("decode", 3, 20, 4)):
-        tokens = bench.random_tokens(model, cell, torch.device("cpu"))
+        tokens = speed.random_tokens(model, cell, torch.device("cpu"))
         with Products() as before:
-            bench.prefill(model, tokens[:, :20])
+            speed.prefill(model, tokens[:, :20])
         extra = 4 * channels * 20 * (20 - 21 / 2)
         if cell.kind == "prefill":
-            assert before.flops / 3 == pytest.approx(bench.cell_flops(model, cell) + extra, rel=0.01)
+            assert before.flops / 3 == pytest.approx(work.cell_flops(model, cell) + extra, rel=0.01)
             continue
         with Products() as both:
-            bench.decode(model, tokens, 4, torch.device("cpu"))
-        assert (both.flops - before.flops) / 12 == pytest.approx(bench.cell_flops(model, cell), rel=0.01)
+            speed.decode(model, tokens, 4, torch.device("cpu"))
+        assert (both.flops - before.flops) / 12 == pytest.approx(work.cell_flops(model, cell), rel=0.01)
 
 
 def test_decoding_gives_what_one_pass_gives(tokenizer):
@@ -93,20 +96,20 @@ def test_decoding_gives_what_one_pass_gives(tokenizer):
         return output
 
     tokens = torch.randint(2048, (2, 20), generator=torch.Generator().manual_seed(1))
-    bench.decode(spy, tokens, 5, torch.device("cpu"))
+    speed.decode(spy, tokens, 5, torch.device("cpu"))
     assert torch.allclose(torch.stack(seen, 1), pruned(tokens).logits[:, 14:], atol=1e-10)
 
 
 def test_weights_that_a_step_reads():
     tied, untied = small_opt(), small_opt(tie_word_embeddings=False)
-    assert bench.weights_read(tied) == model_size(tied, 1).bytes
+    assert work.weights_read(tied) == model_size(tied, 1).bytes
     looked_up = untied.get_input_embeddings().weight.numel()
-    assert bench.weights_read(untied) == pytest.approx(model_size(untied, 1).bytes - 4 * looked_up)
+    assert work.weights_read(untied) == pytest.approx(model_size(untied, 1).bytes - 4 * looked_up)
 
 
 def test_quartiles():
-    assert bench.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert bench.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
+    assert speed.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert speed.quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == (2.0, 3.0, 4.0)
 
 
 def test_bench_refuses(folders, capsys):
@@ -126,9 +129,9 @@ def test_bench_refuses(folders, capsys):
 
 def test_a_section_of_the_card_is_replaced(tmp_path):
     (tmp_path / "README.md").write_text("---\na: b\n---\n\n# Model\n\nText.\n")
-    report.update_card(tmp_path, "Speed", ["slow"])
-    report.update_card(tmp_path, "Tasks", ["hard"])
-    report.update_card(tmp_path, "Speed", ["fast"])
+    model_cards.update_card(tmp_path, "Speed", ["slow"])
+    model_cards.update_card(tmp_path, "Tasks", ["hard"])
+    model_cards.update_card(tmp_path, "Speed", ["fast"])
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\na: b\n---\n\n# Model\n\nText.\n\n<!-- Speed -->\n## Speed\n\nfast\n")
     assert "slow" not in text and text.count("hard") == 1 and [p.name for p in tmp_path.iterdir()] == ["README.md"]

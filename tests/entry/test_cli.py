@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
-from snp_llm.cli import evaluate_main, main, prune_main
+from snp_llm.cli.main import main
+from snp_llm.cli.parse import evaluate_main, prune_main
 from tests.conftest import save_model, small_model, small_opt
 
 pytestmark = pytest.mark.usefixtures("quick_prunes")
@@ -94,7 +95,11 @@ def test_budgets_that_cannot_be_are_refused(opt_folder, tmp_path, capsys):
         capsys, [str(opt_folder), "--target-params", "1B", *out], "--target-params: expected less than the model has"
     )
     refuse(capsys, [str(opt_folder), "--target-params", "2K", *out], "--target-params: expected at least .*. Ask for")
-    refuse(capsys, [str(opt_folder), "--steps", "2", "--dry-run", *out], "--dry-run: expected a budget whose widths")
+    refuse(
+        capsys,
+        [str(opt_folder), "--max-perplexity-increase", "5%", "--dry-run", *out],
+        "--dry-run: expected a budget whose widths",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -170,9 +175,11 @@ def test_overwrite(opt_folder, tmp_path, capsys):
     assert prune_main(arguments) == 0
     capsys.readouterr()
     refuse(capsys, arguments, "exists. Choose another --output, or replace it with --overwrite")
-    (out / "stale").write_text("")
+    (out / "model.safetensors").write_text("stale")
     assert prune_main([*arguments, "--overwrite"]) == 0
-    assert not (out / "stale").exists() and (out / "model.safetensors").exists()
+    assert (out / "model.safetensors").stat().st_size > 1000
+    (out / "mine").write_text("")
+    refuse(capsys, [*arguments, "--overwrite"], "holds mine, which `snp-llm prune` did not write there")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +279,7 @@ def test_a_trained_model_stays_close(shared, tmp_path):
         arguments += ["--calibration", str(shared / "data/wikitext-2/wiki.valid.tokens")]
         assert prune_main(arguments) == 0
         from snp_llm import perplexity
-        from snp_llm.data import evaluation_windows
+        from snp_llm.data.windows import evaluation_windows
 
         tokenizer = AutoTokenizer.from_pretrained(out)
         windows = evaluation_windows(

@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from snp_llm import SnpError, tasks
-from snp_llm.cli import evaluate_main, prune_main
-from snp_llm.measure import perplexity, strided_perplexity
+from snp_llm import SnpError
+from snp_llm.cli.parse import evaluate_main, prune_main
+from snp_llm.evaluate import tasks
+from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
 from tests.conftest import save_model, small_model, small_opt
 from tests.entry.test_cli import QUICK, refuse
 

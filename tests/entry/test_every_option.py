@@ -13,7 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from snp_llm import Recipe, cli, evaluation, hub, latency
+from snp_llm import Recipe
+from snp_llm.checkpoint import hub
+from snp_llm.cli import parse
+from snp_llm.evaluate import side_by_side
+from snp_llm.models import blocks
+from snp_llm.pruning.widths import latency
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
@@ -23,8 +28,8 @@ CHEAP = "--ordering variance --target self --dampening 0.1 --allocation uniform"
 RUNS = (
     "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --target dense "
     f"--target-weight 0.5 --dampening 0.1 --head-unit query --layout padded {FEW}",
-    f"prune tiny-opt --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
-    f"prune tiny-opt --dtype bfloat16 --hidden-device disk --steps 2 --resume {CHEAP} {FEW}",
+    f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
+    f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",
@@ -61,7 +66,7 @@ def folder(tmp_path_factory):
     (folder / "mine.yaml").write_text(MINE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.prune_main(["tiny-opt", *shlex.split(f"{CHEAP} {FEW}".format(output="pruned"))]) == 0
+        assert parse.prune_main(["tiny-opt", *shlex.split(f"{CHEAP} {FEW}".format(output="pruned"))]) == 0
     return folder
 
 
@@ -70,7 +75,7 @@ def ticks(monkeypatch):
     """A clock that no machine's load moves: a block takes a nanosecond for every parameter that it has, the rest of the
     model as long as 100,000."""
     clock = SimpleNamespace(now=0.0)
-    run_block, run_rest = latency.run_block, latency.run_without_blocks
+    run_block, run_rest = blocks.run_block, blocks.run_without_blocks
 
     def block(module, *given):
         clock.now += 1e-9 * sum(p.numel() for p in module.parameters())
@@ -93,9 +98,9 @@ def outside(monkeypatch):
     monkeypatch.setattr(
         hub, "push", lambda folder, name, *, private: asked.append((str(folder), name, private)) or "url"
     )
-    monkeypatch.setattr(evaluation, "check_harness", lambda: None)
-    monkeypatch.setattr(evaluation, "find_tasks", lambda tasks: asked.append(tasks))
-    monkeypatch.setattr(evaluation, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
+    monkeypatch.setattr(side_by_side, "check_harness", lambda: None)
+    monkeypatch.setattr(side_by_side, "find_tasks", lambda tasks: asked.append(tasks))
+    monkeypatch.setattr(side_by_side, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})
     monkeypatch.setattr("importlib.metadata.version", lambda _name: "0")
     monkeypatch.setattr("torch.compile", lambda module, **_named: asked.append("compiled") or module)
     return asked
@@ -106,7 +111,7 @@ def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monk
     monkeypatch.chdir(folder)
     output = tmp_path / "output"
     command, *words = shlex.split(run.format(output=output))
-    main = {"eval": cli.evaluate_main}.get(command) or getattr(cli, f"{command}_main")
+    main = {"eval": parse.evaluate_main}.get(command) or getattr(parse, f"{command}_main")
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
             main(words)

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import Recipe, prune
-from snp_llm.checkpoint import save
-from snp_llm.cli import inspect_main, main, prune_main
-from snp_llm.inspection import inspect
+from snp_llm.checkpoint.saving import save
+from snp_llm.cli.inspect import inspect
+from snp_llm.cli.main import main
+from snp_llm.cli.parse import inspect_main, prune_main
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 

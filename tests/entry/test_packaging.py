@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from snp_llm.version import __version__
+from snp_llm.runtime.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
 EXTRAS = {"bench", "docs", "eval", "test"}
@@ -50,7 +50,11 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
         assert archive.testzip() is None
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "snp_llm").rglob("*") if path.is_file()}
     assert names == {name for name in files if "__pycache__" not in name}
-    assert {"snp_llm/py.typed", "snp_llm/bundled/tiny-opt/model.safetensors", "snp_llm/bundled/evaluation.txt"} <= names
+    assert {
+        "snp_llm/py.typed",
+        "snp_llm/data/bundled/tiny-opt/model.safetensors",
+        "snp_llm/data/bundled/evaluation.txt",
+    } <= names
 
 
 def test_the_metadata_is_whole(wheel, metadata):
@@ -60,7 +64,7 @@ def test_the_metadata_is_whole(wheel, metadata):
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
     with zipfile.ZipFile(wheel) as archive:
         (points,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
-    assert "snp-llm = snp_llm.cli:main" in points
+    assert "snp-llm = snp_llm.cli.main:main" in points
     if find_spec("twine") is not None:
         command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
         assert subprocess.run(command, capture_output=True).returncode == 0

@@ -14,12 +14,12 @@ from torch import nn
 from benchmarks.peers import NAMES, PEERS, flap, magnitude, make_methods, osscar, slicegpt, wanda
 from benchmarks.peers.common import least_squares, model_sites, uniform_widths
 from snp_llm import Recipe
-from snp_llm.data import BUNDLED, calibration_windows
+from snp_llm.data.windows import BUNDLED, calibration_windows
 from snp_llm.linalg.units import unit_channels
-from snp_llm.measure import model_size
+from snp_llm.models.anatomy import linear
 from snp_llm.models.blocks import capture_calls, input_of
-from snp_llm.models.families import linear
-from snp_llm.pipeline import plan
+from snp_llm.models.size import model_size
+from snp_llm.pruning.pipeline import plan
 from tests.conftest import save_model, small_model, small_opt
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"

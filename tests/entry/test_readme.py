@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -33,14 +33,15 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm import Recipe, checkpoint, cli
-from snp_llm import commands as commands_room
-from snp_llm.data import BUNDLED
+from snp_llm import checkpoint
+from snp_llm.cli import bench, evaluate, inspect, main, parse, prune, push, report
+from snp_llm.data.windows import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
-from snp_llm.models.families import Family
-from snp_llm.recipe_file import read_settings
-from snp_llm.version import __version__
+from snp_llm.models.families.family import Family
+from snp_llm.recipe.file import read_settings
+from snp_llm.recipe.groups import GROUPS
+from snp_llm.runtime.version import __version__
 from tests.conftest import save_model, small_opt
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +128,7 @@ def folder(tmp_path_factory, tokenizer):
     options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
+        assert parse.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
     for name in set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", everything)):
         shutil.copytree(folder / "pruned", folder / name)
     return folder
@@ -241,15 +242,16 @@ def substitute(words: list[str]) -> list[str]:
 
 def call_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", words)
-    return cli.main()
+    return main.main()
 
 
 def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for name in [name for name in dir(commands_room) if name.startswith("run_")]:
-            patch.setattr(commands_room, name, stop)
+        for room in (bench, evaluate, inspect, prune, push, report):
+            for name in [name for name in dir(room) if name.startswith("run_")]:
+                patch.setattr(room, name, stop)
         with pytest.raises(ParsedError):
             call_own(words, patch)
 
@@ -282,7 +284,7 @@ def test_there_are_blocks_of_every_kind():
 
 def test_options_that_are_named_exist(capsys, monkeypatch):
     known = set(FOREIGN_OPTIONS)
-    for command in re.findall(r"^  snp-llm (\w+)", cli.USAGE, re.M):
+    for command in re.findall(r"^  snp-llm (\w+)", main.USAGE, re.M):
         with pytest.raises(SystemExit):
             call_own(["snp-llm", command, "--help"], monkeypatch)
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
@@ -340,9 +342,11 @@ def keys(value: object, path: str = "") -> Iterator[str]:
 
 
 def test_every_setting_is_in_the_docs():
+    """In the table, beside its group."""
     page = (ROOT / "docs/recipes.md").read_text()
-    for field in fields(Recipe):
-        assert f"`{field.name}`" in page, field.name
+    for group, names in GROUPS.items():
+        rows = re.findall(rf"^\| {group} \|([^|]*)\|", page, re.M)
+        assert sorted(re.findall("`([^`]+)`", " ".join(rows))) == sorted(names)
 
 
 def test_the_citation_names_the_paper_and_this_version():

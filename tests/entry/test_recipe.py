@@ -1,3 +1,5 @@
+from collections import Counter
+from dataclasses import fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -5,12 +7,17 @@ import pytest
 from snp_llm import Recipe, SnpError
 from snp_llm.linalg.allocation import ALLOCATIONS
 from snp_llm.linalg.ordering import ORDERINGS
+from snp_llm.recipe.groups import GROUPS
 
 
 def test_choices_are_what_the_algebra_offers():
     hints = get_type_hints(Recipe)
     assert set(get_args(hints["ordering"])) == set(ORDERINGS)
     assert set(get_args(hints["allocation"])) == set(ALLOCATIONS)
+
+
+def test_every_setting_is_in_one_group():
+    assert Counter(name for names in GROUPS.values() for name in names) == Counter(f.name for f in fields(Recipe))
 
 
 @pytest.mark.parametrize(

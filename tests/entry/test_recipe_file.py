@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snp_llm import Recipe, SnpError, checkpoint, cli, commands, hub, load_recipe, save_recipe
-from snp_llm.recipe_file import PER_RUN, RECIPE
-from snp_llm.version import __version__
+from snp_llm import Recipe, SnpError, checkpoint, load_recipe, save_recipe
+from snp_llm.checkpoint import hub
+from snp_llm.checkpoint.output import RECIPE
+from snp_llm.cli import parse
+from snp_llm.cli import prune as prune_command
+from snp_llm.recipe.groups import ONCE
+from snp_llm.runtime.version import __version__
 
 pytestmark = pytest.mark.usefixtures("quick_prunes")
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
@@ -32,7 +36,7 @@ def write(tmp_path):
 def parsed(monkeypatch):
     """Recipes that the command line would have run."""
     found = []
-    monkeypatch.setattr(commands, "run_prune", lambda recipe, *_: found.append(recipe))
+    monkeypatch.setattr(prune_command, "run_prune", lambda recipe, *_: found.append(recipe))
     return found
 
 
@@ -42,7 +46,7 @@ def test_the_launch_command_on_top_of_a_recipe_runs_it(path, parsed, monkeypatch
     launcher, config = path.read_text().splitlines()[0].removeprefix("# ").split(" --config ")
     processes = "accelerate launch --num_processes 4 -m snp_llm.prune"
     assert launcher == (processes if path.stem.endswith("multi-gpu") else "snp-llm prune")
-    assert cli.prune_main(["--config", config]) == 0
+    assert parse.prune_main(["--config", config]) == 0
     assert parsed == [load_recipe(path)]
 
 
@@ -67,7 +71,7 @@ def test_the_demo_recipe_end_to_end(tmp_path, monkeypatch):
     (path,) = [path for path in RECIPES if path.stem == "tiny-opt-demo"]
     monkeypatch.chdir(tmp_path)
     # As it is, but for fewer tokens: `make demo` and its test take them all.
-    assert cli.prune_main(["--config", str(path), "--num-samples", "16", "--seq-len", "128"]) == 0
+    assert parse.prune_main(["--config", str(path), "--num-samples", "16", "--seq-len", "128"]) == 0
     report = json.loads((tmp_path / "tiny-opt-snp-30/prune_report.json").read_text())
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.01)
     assert report["pruned"]["perplexity"] < 1.1 * report["dense"]["perplexity"]
@@ -82,8 +86,8 @@ def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_fold
     monkeypatch.chdir(tmp_path)  # where opt_folder is
     first, again = tmp_path / "first", tmp_path / "again"
     bundled = ["--calibration", "bundled"]
-    assert cli.prune_main([model, *options, *bundled, "--output", "first", *QUICK]) == 0
-    assert cli.prune_main(["--config", str(first / RECIPE), "--output", str(again)]) == 0
+    assert parse.prune_main([model, *options, *bundled, "--output", "first", *QUICK]) == 0
+    assert parse.prune_main(["--config", str(first / RECIPE), "--output", str(again)]) == 0
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     assert load_recipe(first / RECIPE) == load_recipe(again / RECIPE)
 
@@ -100,12 +104,12 @@ def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
         "--calibration",
         "bundled",
     ]
-    assert cli.prune_main([*arguments, *QUICK]) == 0
+    assert parse.prune_main([*arguments, *QUICK]) == 0
     comment, *rest = (out / RECIPE).read_text().splitlines()
     command = shlex.join(["snp-llm", "prune", *arguments, *QUICK])
     assert comment == f"# Written by snp-llm {__version__} for: {command}"
     saved = yaml.safe_load("\n".join(rest))
-    assert set(saved) == {field.name for field in fields(Recipe)} - set(PER_RUN)
+    assert set(saved) == {field.name for field in fields(Recipe)} - set(ONCE)
     assert saved["round_to"] == 8 and saved["eval_dataset"] == "wikitext2" and saved["calibration"] == "bundled"
     assert out / RECIPE in hub.model_files(out)  # it goes along to the Hub
     # Nothing that replaces, uploads or trusts comes back with the file.
@@ -113,7 +117,7 @@ def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
     assert not (recipe.overwrite or recipe.trust_remote_code or recipe.push_to_hub or recipe.private or recipe.output)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    assert cli.prune_main(["--config", "out/recipe.yaml", "--output", "out"]) == 2
+    assert parse.prune_main(["--config", "out/recipe.yaml", "--output", "out"]) == 2
     assert "output out: exists" in capsys.readouterr().err
 
 
@@ -143,15 +147,15 @@ def test_the_command_line_overrides_single_settings(write, parsed):
         (["--config", path, "--dampening", "None"], {"dampening": None}),
         (["user/other", "--config", path], {"model": "user/other"}),
     ):
-        assert cli.prune_main(options) == 0
+        assert parse.prune_main(options) == 0
         assert parsed.pop() == replace(expected, **changes)
 
 
 def test_the_model_may_come_from_the_command_line_alone(write, parsed, capsys):
     path = write("sparsity: 0.2\n")
-    assert cli.prune_main(["tiny-opt", "--config", str(path)]) == 0
+    assert parse.prune_main(["tiny-opt", "--config", str(path)]) == 0
     assert parsed == [Recipe(model="tiny-opt", sparsity=0.2)]
-    assert cli.prune_main(["--config", str(path)]) == 2
+    assert parse.prune_main(["--config", str(path)]) == 2
     assert "MODEL" in capsys.readouterr().err
     with pytest.raises(SnpError, match="expected a model, got none"):
         load_recipe(path)
@@ -195,7 +199,7 @@ def test_the_model_may_come_from_the_command_line_alone(write, parsed, capsys):
 )
 def test_mistakes_are_named(text, message, write, capsys):
     path = write(text)
-    assert cli.prune_main(["tiny-opt", "--config", str(path)]) == 2
+    assert parse.prune_main(["tiny-opt", "--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"snp-llm: error: recipe {path}") and error.count("\n") == 1 and len(error) < 700
     with pytest.raises(SnpError, match=message):
@@ -209,7 +213,7 @@ def test_files_that_are_none(tmp_path, capsys):
         (["--config"], "Missing value for argument .*--config"),
         (["--config", "a.yaml", "--config", "b.yaml"], "--config: expected one recipe file, got 2: a.yaml, b.yaml"),
     ):
-        assert cli.prune_main(arguments) == 2
+        assert parse.prune_main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("snp-llm: error: ") and error.count("\n") == 1
         assert re.search(message, error), error
@@ -217,5 +221,5 @@ def test_files_that_are_none(tmp_path, capsys):
 
 def test_help_knows_of_recipe_files(capsys):
     with pytest.raises(SystemExit):
-        cli.prune_main(["--help"])
+        parse.prune_main(["--help"])
     assert "--config FILE" in capsys.readouterr().out

@@ -10,12 +10,15 @@ from unittest import mock
 
 import pytest
 
-from snp_llm import page, prune
-from snp_llm.cli import main, prune_main
-from snp_llm.commands import write_page
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size
-from snp_llm.report import PAGE, REPORT, Measured, build_report, write_report
+from snp_llm import prune
+from snp_llm.checkpoint.output import PAGE, REPORT
+from snp_llm.cli.main import main
+from snp_llm.cli.parse import prune_main
+from snp_llm.cli.report import write_page
+from snp_llm.models.size import model_size
+from snp_llm.report import compare, page, read
+from snp_llm.report.facts import Measured, build_report, write_report
+from snp_llm.runtime.errors import SnpError
 from tests.browser import CHROMIUM, start_browser
 from tests.conftest import save_model, small_opt, small_recipe
 
@@ -168,12 +171,12 @@ def test_what_was_not_measured_is_said(runs, tmp_path):
             report[model]["perplexity"] = report[model]["speed"] = None
         report["sparsity"]["target"] = 0.9
         report["trials"] = [{"sparsity": 0.45, "perplexity_rise": 0.0123}]
-        report["recipe"] |= {"layout": "padded", "steps": 3, "target_params": "0.7x"}
+        report["recipe"] |= {"layout": "padded", "target_params": "0.7x"}
 
     text = Reader(page.write_page(copy_of(runs[0], tmp_path, forget)).read_text()).text
     assert "Perplexity was not measured." in text and "Speed was not measured." in text
     assert "90 % were asked for" in text and "speed not measured" in text
-    for words in ("+1.23 %", "saves nothing", "Of 3 rounds", "--target-params 0.7x asked for"):
+    for words in ("+1.23 %", "saves nothing", "--target-params 0.7x asked for"):
         assert words in text, words
 
 
@@ -234,8 +237,22 @@ def test_several_runs_are_compared(runs, capsys):
 
 def test_methods_are_lines_of_their_own(runs, tmp_path):
     other = copy_of(runs[1], tmp_path, lambda report: report["recipe"].update(allocation="uniform"))
-    text = page.make_page(page.read_run(runs[0]), [page.read_run(other)])
+    text = page.make_page(read.read_run(runs[0]), [read.read_run(other)])
     assert "allocation uniform" in text and "allocation loss" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resume": True, "save_every": 0.0, "overwrite": True, "output": "elsewhere", "push_to_hub": "ada/small"},
+        {"device": "cuda", "hidden_device": "disk", "batch_size": 1, "model": "elsewhere/small-opt"},
+        {"sparsity": None, "target_latency": "0.7x", "latency_table": "times.json", "eval_split": "validation"},
+    ],
+)
+def test_how_a_run_went_is_no_method_of_its_own(changes, runs, tmp_path):
+    other = copy_of(runs[1], tmp_path, lambda report: report["recipe"].update(changes))
+    reports = [json.loads((run / REPORT).read_text()) for run in (runs[1], other)]
+    assert compare._methods(reports) == ["", ""]
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):

@@ -8,18 +8,19 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from snp_llm import Recipe, SnpError, cli, commands, load_recipe
-from snp_llm.options import BenchRecipe, InspectRecipe
-from snp_llm.recipe import RANGES, EvaluationRecipe, PushRecipe, ReportRecipe, flag
-from snp_llm.recipe_file import read_settings
+from snp_llm import Recipe, SnpError, load_recipe
+from snp_llm.cli import bench, evaluate, inspect, parse, prune, push, report
+from snp_llm.recipe.checks import RANGES, flag
+from snp_llm.recipe.commands import BenchRecipe, EvaluationRecipe, InspectRecipe, PushRecipe, ReportRecipe
+from snp_llm.recipe.file import read_settings
 
 KINDS = {
-    Recipe: (cli.prune_main, ["m"]),
-    EvaluationRecipe: (cli.evaluate_main, ["m"]),
-    BenchRecipe: (cli.bench_main, ["m", "p"]),
-    InspectRecipe: (cli.inspect_main, ["m"]),
-    ReportRecipe: (cli.report_main, ["m"]),
-    PushRecipe: (cli.push_main, ["m", "user/name"]),
+    Recipe: (parse.prune_main, ["m"]),
+    EvaluationRecipe: (parse.evaluate_main, ["m"]),
+    BenchRecipe: (parse.bench_main, ["m", "p"]),
+    InspectRecipe: (parse.inspect_main, ["m"]),
+    ReportRecipe: (parse.report_main, ["m"]),
+    PushRecipe: (parse.push_main, ["m", "user/name"]),
 }
 TOGETHER = {"limit": {"tasks": "t"}, "num_fewshot": {"tasks": "t"}}  # settings that stand with another one only
 
@@ -93,8 +94,9 @@ def test_numbers_in_python(case):
 def runs(monkeypatch):
     """Recipes that commands would have run."""
     found = []
-    for name in [name for name in dir(commands) if name.startswith("run_")]:
-        monkeypatch.setattr(commands, name, lambda recipe, *_: found.append(recipe))
+    for room in (bench, evaluate, inspect, prune, push, report):
+        for name in [name for name in dir(room) if name.startswith("run_")]:
+            monkeypatch.setattr(room, name, lambda recipe, *_: found.append(recipe))
     return found
 
 
@@ -124,7 +126,7 @@ def test_numbers_in_a_recipe_file(field, tmp_path, runs, capsys):
     for value in [*bad, 10**5000]:
         digits = "0x" + "f" * 5000 if value == 10**5000 else ".nan" if value != value else spelled.get(value, value)
         file.write_text(f"model: m\n{field.name}: {digits}\n")
-        assert cli.prune_main(["--config", str(file)]) == 2 and not runs
+        assert parse.prune_main(["--config", str(file)]) == 2 and not runs
         error = capsys.readouterr().err
         assert error.startswith(f"snp-llm: error: recipe {file}") and error.count("\n") == 1 and len(error) < 700
 
@@ -163,7 +165,7 @@ def test_names_may_be_of_any_script_and_have_what_files_have():
 
 @pytest.mark.parametrize("output", ["/", "//", ".", "..", "a/..", "./", "a/../..", "x/" + 201 * "o", 201 * "o"])
 def test_outputs_that_are_no_folder_of_their_own(output, capsys):
-    assert cli.prune_main(["tiny-opt", "--output", output]) == 2
+    assert parse.prune_main(["tiny-opt", "--output", output]) == 2
     error = capsys.readouterr().err
     assert error.startswith("snp-llm: error: --output") and error.count("\n") == 1
 
@@ -171,7 +173,7 @@ def test_outputs_that_are_no_folder_of_their_own(output, capsys):
 def test_a_model_whose_name_leaves_no_room_for_the_outputs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / (250 * "m")).mkdir()
-    assert cli.prune_main([250 * "m"]) == 2
+    assert parse.prune_main([250 * "m"]) == 2
     assert "--output: expected a name of at most 200 bytes, got 257" in capsys.readouterr().err
 
 
@@ -180,13 +182,13 @@ def test_a_model_whose_name_leaves_no_room_for_the_outputs(tmp_path, capsys, mon
 def test_every_command_takes_one_line_for_a_name(name, main, capsys, monkeypatch, tmp_path):
     """As model, folder, dataset, recipe and table."""
     monkeypatch.chdir(tmp_path)
-    words = {cli.bench_main: [name, name], cli.push_main: [name, "user/name"]}.get(main, [name])
+    words = {parse.bench_main: [name, name], parse.push_main: [name, "user/name"]}.get(main, [name])
     options = {
-        cli.prune_main: ["--calibration", "--eval-dataset", "--config", "--output"],
-        cli.evaluate_main: ["--dataset", "--include-path"],
+        parse.prune_main: ["--calibration", "--eval-dataset", "--config", "--output"],
+        parse.evaluate_main: ["--dataset", "--include-path"],
     }
     calls = [words, *(["tiny-opt", f"{option}={name}"] for option in options.get(main, []))]
-    if main is cli.prune_main:
+    if main is parse.prune_main:
         calls = [call for call in calls if call != ["tiny-opt", "--output=nowhere/at/all"]]  # that can be made
         calls.append(["tiny-opt", "--target-latency", "0.5x", f"--latency-table={name}"])
     for call in calls:
@@ -267,7 +269,7 @@ def test_two_budgets_at_once_are_refused_wherever_they_are_said(settings, flags,
     words = [word for name, value in settings.items() for word in (flag(name), str(value))]
     (tmp_path / "half.yaml").write_text(f"sparsity: {settings['sparsity']}\n")
     for arguments in (words, ["--config", f"{tmp_path}/r.yaml"], ["--config", f"{tmp_path}/half.yaml", *words[2:]]):
-        assert cli.prune_main(["m", *arguments]) == 2
+        assert parse.prune_main(["m", *arguments]) == 2
         assert "expected one budget" in capsys.readouterr().err
 
 

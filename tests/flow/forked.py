@@ -24,10 +24,11 @@ from typing import Any
 def serve() -> None:
     import datasets  # noqa: F401 - the forks need it
 
-    from snp_llm import checkpoint, commands
+    from snp_llm import checkpoint
+    from snp_llm.cli import prune
 
     checkpoint.verify = lambda *_: 0.0
-    commands.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
+    prune.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
@@ -96,8 +97,8 @@ def fork(
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     from snp_llm import checkpoint
-    from snp_llm.cli import prune_main
-    from snp_llm.journal import Journal
+    from snp_llm.checkpoint.journal import Journal
+    from snp_llm.cli.parse import prune_main
 
     if die_at is not None:
         save_state, save = Journal.save_state, checkpoint.save

@@ -10,10 +10,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from snp_llm import SnpError, load_recipe, prune
-from snp_llm.cli import evaluate_main, prune_main
-from snp_llm.data import BUNDLED, calibration_windows, evaluation_text, evaluation_windows, split_windows
-from snp_llm.measure import perplexity, strided_perplexity
-from snp_llm.pipeline import identity, resolve_bos
+from snp_llm.cli.parse import evaluate_main, prune_main
+from snp_llm.data.windows import BUNDLED, calibration_windows, evaluation_text, evaluation_windows, split_windows
+from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
+from snp_llm.models.text import resolve_bos
+from snp_llm.pruning.identity import identity
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 
@@ -121,7 +122,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
     """What the blocks are calibrated on, for every value; an interrupted run does not go on with another one."""
     model, tokenizer = small_model("gemma2", torch.float32), make_tokenizer("adds")
     seen = []
-    monkeypatch.setattr("snp_llm.pipeline.capture", lambda *given: seen.append(given[2]) or pytest.fail("seen"))
+    monkeypatch.setattr("snp_llm.pruning.pipeline.capture", lambda *given: seen.append(given[1]) or pytest.fail("seen"))
     identities = {}
     for bos in ("auto", "always", "once", "never"):
         recipe = small_recipe(bos=bos, seed=5, allocation="uniform", metric="error", target="self")
@@ -144,7 +145,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
             bos=resolve_bos(bos, model, tokenizer),
         )
         assert torch.equal(windows.tokens, seen[-1])
-        identities[bos] = identity(model, windows, recipe)
+        identities[bos] = identity(model, tokenizer, windows, recipe)
     assert identities["auto"] == identities["always"]
     assert identities["always"] != identities["once"] and identities["always"] != identities["never"]
 

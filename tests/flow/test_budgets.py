@@ -1,4 +1,4 @@
-"""Budgets in every currency, several steps, and the search for a permitted rise of perplexity."""
+"""Budgets in every currency, and the search for a permitted rise of perplexity."""
 
 import json
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.checkpoint import folder_bytes, save
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size, perplexity
-from snp_llm.models.families import find_blocks, find_family, find_sites
-from snp_llm.pipeline import plan, read_calibration, resolve
+from snp_llm.checkpoint.saving import folder_bytes, save
+from snp_llm.evaluate.perplexity import perplexity
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.size import model_size
+from snp_llm.pruning.pipeline import plan
+from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -21,7 +24,8 @@ TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed
 def test_a_budget_is_met_and_not_exceeded(kind, model_type, tokenizer):
     """Counted on the model that comes out, biases and all, not on what the plan thought of it."""
     dense = small_model(model_type)
-    recipe = small_recipe(num_samples=2, round_to=1, **{f"target_{kind}": "0.95x"})
+    # On some texts heads alone are cut where there are so few; their steps are too coarse for the lower limit.
+    recipe = small_recipe(num_samples=2, round_to=1, bos="once", **{f"target_{kind}": "0.95x"})
     pruned = prune(dense, tokenizer, recipe).model
     before, after = (model_size(m, 32) for m in (dense, pruned))
     ratio = after.parameters / before.parameters if kind == "params" else after.flops / before.flops
@@ -55,7 +59,7 @@ def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatc
     first = plan(dense, tokenizer, recipe)
     table = json.loads(file.read_text())
     assert (table["device"], table["dtype"], table["seq_len"]) == ("cpu", "float64", 32) and table["whole"] > 0
-    monkeypatch.setattr("snp_llm.latency.measure_table", None)  # may not be measured again
+    monkeypatch.setattr("snp_llm.pruning.widths.latency.measure_table", None)  # may not be measured again
     assert plan(dense, tokenizer, recipe) == first
     other = small_model("llama", intermediate_size=96)
     with pytest.raises(SnpError, match="latency table: has .*expected ffn of 96 channels.*measured on another model"):
@@ -72,7 +76,7 @@ def test_latency_buys_what_saves_time(tokenizer, tmp_path):
     """A table in which the FFN costs nothing: the whole saving has to come out of the heads."""
     dense, file = small_model("llama", num_key_value_heads=6), tmp_path / "latency.json"
     sites = find_sites(find_blocks(dense, find_family(dense.config)), find_family(dense.config))
-    from snp_llm.latency import key
+    from snp_llm.pruning.widths.latency import key
 
     attention, ffn = key(sites[0]), key(sites[1])
     table = {"device": "cpu", "dtype": "float64", "batch_size": 1, "seq_len": 32, "whole": 2.0}
@@ -83,42 +87,6 @@ def test_latency_buys_what_saves_time(tokenizer, tmp_path):
     assert widths[1::2] == [64, 64] and sum(widths[::2]) <= 7
     # Half of the removable second is what 0.25 x 2 s asks for: of 5 + 5 heads above the minimum 5 have to go.
     assert sum(widths[::2]) == 7
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "variance", "loss"])
-def test_steps_reach_the_same_target(allocation, tokenizer):
-    dense = small_opt(torch.float64)
-    once, thrice = (
-        prune(dense, tokenizer, small_recipe(sparsity=0.4, steps=k, round_to=4, allocation=allocation)) for k in (1, 3)
-    )
-    removed = [sum((r.site.units - len(r.kept)) * r.site.cost for r in p.sites) for p in (once, thrice)]
-    assert removed[1] == pytest.approx(removed[0], rel=0.06)
-    assert [r.site for r in thrice.sites] == [r.site for r in once.sites]
-    units = [
-        s.units for s in find_sites(find_blocks(thrice.model, find_family(dense.config)), find_family(dense.config))
-    ]
-    assert units == [len(r.kept) for r in thrice.sites]
-    assert torch.isfinite(thrice.model(TOKENS).logits).all()
-
-
-@pytest.mark.parametrize("layout", ["compact", "uniform", "padded"])
-@pytest.mark.parametrize("model_type", ["opt", "llama", "phi3", "gpt2"])
-def test_steps_know_which_units_of_the_dense_model_are_left(model_type, layout, tokenizer):
-    """In-projections are never repaired: their rows in the result are rows of the dense model, those of kept units."""
-    dense = small_model(model_type)
-    recipe = small_recipe(sparsity=0.3, steps=2, layout=layout, round_to=4, num_samples=4)
-    pruned = prune(dense, tokenizer, recipe)
-    family = find_family(dense.config)
-    for result in pruned.sites[1::2]:
-        path = family.ffn_in[0]
-        old = find_blocks(dense, family)[result.site.block].get_submodule(path)
-        new = find_blocks(pruned.model, family)[result.site.block].get_submodule(path)
-        old_rows, new_rows = ((m.weight.T if model_type == "gpt2" else m.weight) for m in (old, new))
-        if model_type == "phi3":
-            old_rows, new_rows = (x[: len(x) // 2] for x in (old_rows, new_rows))
-        if layout == "padded":
-            new_rows = new_rows[result.kept]
-        assert torch.equal(new_rows, old_rows[result.kept])
 
 
 def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer):
@@ -137,7 +105,9 @@ def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer)
 
 def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
     dense = small_opt()
-    monkeypatch.setattr("snp_llm.search.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0)
+    monkeypatch.setattr(
+        "snp_llm.pruning.widths.search.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0
+    )
     with pytest.raises(SnpError, match=r"expected a rise of at most 5 %, got 10.00 % at a sparsity of 0.007 already"):
         prune(dense, tokenizer, small_recipe(max_perplexity_increase="5%", num_samples=4, round_to=4))
 
@@ -156,8 +126,6 @@ def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
         ),
         ({"target_params": "1M", "ffn_sparsity": 0.2}, "--target-params and --ffn-sparsity: expected one budget"),
         ({"latency_table": "x.json"}, "--latency-table: expected together with --target-latency"),
-        ({"steps": 0}, "--steps: expected an integer from 1 to 1,000, got 0"),
-        ({"steps": 2, "max_perplexity_increase": "5%"}, "--steps: expected 1 with --max-perplexity-increase"),
         ({"target_weight": 1.5}, "--target-weight: expected a number from 0 to 1, got 1.5"),
     ],
 )
@@ -178,6 +146,6 @@ def test_more_than_the_model_has_and_less_than_can_stay_are_refused(tokenizer):
 
 
 def test_a_dry_run_of_what_only_pruning_can_tell_is_refused(tokenizer):
-    for settings in ({"steps": 2}, {"max_perplexity_increase": "5%"}):
+    for settings in ({"max_perplexity_increase": "5%"},):
         with pytest.raises(SnpError, match="--dry-run: expected a budget whose widths are known"):
             plan(small_opt(), tokenizer, small_recipe(**settings))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 
 from snp_llm import checkpoint, prune
-from snp_llm.cli import evaluate_main, prune_main
-from snp_llm.errors import SnpError
+from snp_llm.cli.parse import evaluate_main, prune_main
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
 
 
@@ -40,7 +40,7 @@ def test_with_the_package_imported_no_remote_code_is_needed(tokenizer, tmp_path)
 
 
 def test_large_models_are_sharded(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LARGEST_SHARD", "100KB")
+    monkeypatch.setattr("snp_llm.checkpoint.saving.LARGEST_SHARD", "100KB")
     pruned = prune(small_opt(), tokenizer, small_recipe())
     checkpoint.save(pruned.model, tokenizer, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 and (tmp_path / "model.safetensors.index.json").exists()
@@ -348,8 +348,8 @@ def test_config_says_how_to_load_it(tokenizer, tmp_path):
     checkpoint.save(prune(small_opt(), tokenizer, small_recipe()).model, tokenizer, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.auto_map == {
-        "AutoConfig": "modeling_snp_opt.SnpOPTConfig",
-        "AutoModelForCausalLM": "modeling_snp_opt.SnpOPTForCausalLM",
+        "AutoConfig": "modeling_snp.SnpOPTConfig",
+        "AutoModelForCausalLM": "modeling_snp.SnpOPTForCausalLM",
     }
     assert config.architectures == ["SnpOPTForCausalLM"]
-    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp_opt.py").exists()
+    assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp.py").exists()

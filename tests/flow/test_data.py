@@ -4,8 +4,8 @@ import datasets
 import pytest
 import torch
 
-from snp_llm.data import NAMED, calibration_windows, evaluation_windows
-from snp_llm.errors import SnpError
+from snp_llm.data.windows import NAMED, calibration_windows, evaluation_windows
+from snp_llm.runtime.errors import SnpError
 
 
 def calibrate(tokenizer, name, **overrides):
@@ -101,53 +101,77 @@ def test_a_missing_column_lists_what_is_there(texts, tmp_path, tokenizer):
         calibrate(tokenizer, path, column="body")
 
 
-def test_every_form_of_json(texts, tmp_path, tokenizer, caplog):
-    records = [{"id": i, "text": text} for i, text in enumerate(texts)]
-    lines = [json.dumps(record) for record in records]
-    expected = evaluate(tokenizer, write(tmp_path / "data.txt", texts)).digest
-    forms = {
-        "lines": "\n".join(lines),
-        "blank lines, BOM, other line ends": "\ufeff\r\n" + "\r\n\r\n".join(lines) + "\r\n",
-        "list": json.dumps(records),
-        "indented": "\n" + json.dumps(records, indent=1),
-        "texts": json.dumps(texts),
-        "a text a line": "\n".join(map(json.dumps, texts)),
-        "nulls and records without": "\n".join(["null", '{"id": 1}', *lines, "null", '{"text": null}', "{}"]),
-        "a list with nulls": json.dumps([None, *records, None]),
-    }
-    for number, (form, text) in enumerate(forms.items()):
-        for ending in ("json", "jsonl"):
-            (tmp_path / f"{number}.{ending}").write_bytes(text.encode())
-            assert evaluate(tokenizer, str(tmp_path / f"{number}.{ending}")).digest == expected, form
-    assert "5 of 45 records hold no text" in caplog.text and "2 of 42 records" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("null", "got 1 tokens"),
-        ("null\n" * 9, "got 1 tokens"),
-        ("[]", "got 1 tokens"),
-        ("", "got 1 tokens"),
-        ('{"text": "a"}\n3', "line 2: expected an object with a text in it, got 3"),
-        ("[[1]]", r"record 1: expected an object with a text in it, got \[1\]"),
-        ('{"text": "a"}\n{"text"', "cannot be read: Expecting"),
-        ('{"text": "\\ud800"}', "cannot be read: .*surrogates"),
-        ("[" * 100_000, "cannot be read: .*recursion"),
-        ("no JSON", "cannot be read: Expecting value"),
-        ('{"id": 1}\n' * 3000, "expected a text column 'text'; its columns are id"),
-    ],
-)
-def test_json_that_holds_no_text(text, message, tmp_path, tokenizer):
-    (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(SnpError, match=message):
-        calibrate(tokenizer, str(tmp_path / "bad.json"))
-
-
 def test_damaged_files_are_one_line(tmp_path, tokenizer):
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all" * 10)
     with pytest.raises(SnpError, match="bad.parquet cannot be read"):
         calibrate(tokenizer, str(tmp_path / "bad.parquet"))
+
+
+def test_records_without_text_are_left_out_and_counted(texts, tmp_path, tokenizer, caplog):
+    """Null is none; an empty text is one, as in WikiText's blank lines, and is joined like any other."""
+    file = tmp_path / "data.jsonl"
+    rows = [row for text in texts for row in (None, text, "")]
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    windows = evaluate(tokenizer, str(file))
+    ids = tokenizer("\n\n".join(row for row in rows if row is not None))["input_ids"]
+    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert "40 of 120 records hold no text and were left out" in caplog.text
+    file.write_text("".join(json.dumps({"text": None}) + "\n" for _ in texts))
+    with pytest.raises(SnpError, match="expected at least one window of 16 tokens, got [012] tokens"):
+        evaluate(tokenizer, str(file))
+    assert "40 of 40 records hold no text" in caplog.text
+
+
+def test_a_json_file_is_a_list_of_records_or_one_a_line(texts, tmp_path, tokenizer):
+    rows = [{"text": text, "id": i} for i, text in enumerate(texts)]
+    plain = evaluate(tokenizer, write(tmp_path / "plain.jsonl", texts))
+    for content in (json.dumps(rows), " \n" + json.dumps(rows, indent=1), "\n\n".join(map(json.dumps, rows))):
+        (tmp_path / "data.json").write_text(content)
+        assert evaluate(tokenizer, str(tmp_path / "data.json")).digest == plain.digest
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]) + "\n\n" + '{"text": "a"\n')
+    with pytest.raises(SnpError, match="data.jsonl: expected JSON, line 3 is none"):
+        evaluate(tokenizer, str(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, ["a"], {"a": 1}])
+def test_a_record_that_holds_something_else_is_named(value, texts, tmp_path, tokenizer):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": value}) + "\n" for i, _ in enumerate(texts)))
+    with pytest.raises(SnpError, match="expected text in column 'text', record 1 has .*--text-column"):
+        evaluate(tokenizer, str(file))
+
+
+def test_folders_that_the_dataset_library_saved(texts, tmp_path, tokenizer, caplog):
+    one = datasets.Dataset.from_dict({"text": [*texts, None]})
+    one.save_to_disk(tmp_path / "one")
+    two = {"train": one, "test": datasets.Dataset.from_dict({"text": texts[:30]})}
+    datasets.DatasetDict(two).save_to_disk(tmp_path / "two")
+    plain = evaluate(tokenizer, write(tmp_path / "plain.jsonl", texts))
+    assert evaluate(tokenizer, str(tmp_path / "one")).digest == plain.digest
+    assert "1 of 41 records hold no text" in caplog.text
+    assert evaluate(tokenizer, str(tmp_path / "two"), split="train").digest == plain.digest
+    assert evaluate(tokenizer, str(tmp_path / "two")).description.startswith("two (test), ")
+    with pytest.raises(SnpError, match="unknown split 'dev'; expected one of train, test"):
+        evaluate(tokenizer, str(tmp_path / "two"), split="dev")
+    (tmp_path / "three").mkdir()
+    with pytest.raises(SnpError, match="three: is a folder without state.json or dataset_dict.json"):
+        evaluate(tokenizer, str(tmp_path / "three"))
+    (tmp_path / "three/state.json").write_text("{")
+    with pytest.raises(SnpError, match="three cannot be read: .* Check the file"):
+        evaluate(tokenizer, str(tmp_path / "three"))
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet", "json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[" * 10_000, b"null", b"\n\n", b'{"text": "a"}\n{'])
+def test_files_of_anything_are_one_line(content, ending, tmp_path, tokenizer):
+    file = tmp_path / f"data.{ending}"
+    file.write_bytes(content)
+    if ending == "txt" and content.startswith(b"["):
+        assert calibrate(tokenizer, str(file)).tokens.numel()  # text like any other
+        return
+    with pytest.raises(SnpError) as refused:
+        calibrate(tokenizer, str(file))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 700
 
 
 @pytest.mark.parametrize("name", NAMED)

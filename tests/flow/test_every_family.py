@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.models.families import find_blocks, find_family, find_sites, linear, weight_of
+from snp_llm.models.anatomy import find_blocks, find_sites, linear, weight_of
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import uniform_widths
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from snp_llm import figures
-from snp_llm.figures import Line, Panel, SitePoint
+from snp_llm.report import drawing, figures
+from snp_llm.report.figures import Line, Panel, SitePoint
 
 CHANNELS = [1, 2, 4, 8]
 FALLING = [1.0, 0.1, 0.01, 0.0]
@@ -85,9 +85,9 @@ def test_logarithmic_axes_have_labels_at_any_range(low, high):
 
 @pytest.mark.parametrize("name", all_figures())
 def test_an_svg_is_themed_labelled_and_fetches_nothing(name):
-    text = figures.svg(all_figures()[name], 'a "label" & <b>', "one")
+    text = drawing.svg(all_figures()[name], 'a "label" & <b>', "one")
     root = ElementTree.fromstring(text)
-    assert root.tag == f"{{{figures.SVG}}}svg" and root.get("role") == "img"
+    assert root.tag == f"{{{drawing.SVG}}}svg" and root.get("role") == "img"
     assert root.get("aria-label") == 'a "label" & <b>' and "<b>" not in text
     assert "var(--figure-ink, #1f2933)" in text
     assert not {"script", "image", "style", "metadata"} & {element.tag.split("}")[1] for element in root.iter()}
@@ -98,26 +98,26 @@ def test_an_svg_is_themed_labelled_and_fetches_nothing(name):
             assert not value.startswith(("http", "//", "data:")), (attribute, value)
             if attribute.endswith("href"):
                 assert value[1:] in ids
-    colours = {c for c in figures.COLOURS.values() if c in text.replace(f", {c})", "")}
+    colours = {c for c in drawing.COLOURS.values() if c in text.replace(f", {c})", "")}
     assert not colours  # none but as the default of its variable
     assert "fill: #ffffff" not in text  # no background of its own
 
 
 def test_the_same_numbers_give_the_same_svg():
-    first, second = (figures.svg(all_figures()["spectrum"], "", "k") for _ in range(2))
+    first, second = (drawing.svg(all_figures()["spectrum"], "", "k") for _ in range(2))
     assert first == second
 
 
 def test_text_in_a_figure_is_escaped():
     figure = figures.quality_figure([Panel("<script>alert(1)</script>", "x", "y", [Line("<i>", [0], [1])], 0)])
-    assert "<script" not in figures.svg(figure, "", "k")
+    assert "<script" not in drawing.svg(figure, "", "k")
 
 
 def test_a_style_is_not_left_behind():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figures.svg(all_figures()["error"], "", "k")
+    drawing.svg(all_figures()["error"], "", "k")
     assert dict(matplotlib.rcParams) == before
 
 

@@ -17,10 +17,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub
 import pytest
 
-from snp_llm import checkpoint, hub, page, prune, report
-from snp_llm.cli import prune_main, push_main
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size
+from snp_llm import checkpoint, prune
+from snp_llm.checkpoint import hub, output
+from snp_llm.cli.parse import prune_main, push_main
+from snp_llm.models.size import model_size
+from snp_llm.report import card as model_cards
+from snp_llm.report import facts, page
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_opt, small_recipe
 
 TOKEN = "hf_averysecrettoken"
@@ -143,11 +146,11 @@ def finished(tokenizer, tmp_path_factory):
     dense = small_opt()
     pruned = prune(dense, tokenizer, small_recipe(model="ada/small"))
     checkpoint.save(pruned.model, tokenizer, folder)
-    figures = [report.Measured(model_size(m, 32), 1, 2.0, None) for m in (dense, pruned.model)]
-    facts = {"command": "snp-llm prune ada/small", "evaluation": "bundled (test), 3 windows of 32 tokens"}
-    summary = report.build_report(pruned, *figures, facts)
-    report.write_report(summary, folder)
-    report.write_card(summary, pruned, "ada/small", folder)
+    figures = [facts.Measured(model_size(m, 32), 1, 2.0, None) for m in (dense, pruned.model)]
+    more = {"command": "snp-llm prune ada/small", "evaluation": "bundled (test), 3 windows of 32 tokens"}
+    summary = facts.build_report(pruned, *figures, more)
+    facts.write_report(summary, folder)
+    model_cards.write_card(summary, pruned, "ada/small", folder)
     page.write_page(folder)
     return folder
 
@@ -276,7 +279,7 @@ def test_an_interrupted_upload_says_how_to_retry(server, monkeypatch, folder, ca
 
 def test_only_parts_of_a_model_are_uploaded(server, folder, caplog):
     parts = contents(folder)
-    assert report.PAGE in parts
+    assert output.PAGE in parts
     (folder / ".git").mkdir()
     strangers = [
         ".env",
@@ -296,7 +299,7 @@ def test_only_parts_of_a_model_are_uploaded(server, folder, caplog):
     assert all(name in caplog.text for name in strangers) and "not part of a model, left out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", report.REPORT, "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "README.md", output.REPORT, "model.safetensors"])
 def test_an_unfinished_folder_is_refused(server, folder, capsys, name):
     (folder / name).unlink()
     fails(capsys, [folder, NAME], f"expected a finished output of `snp-llm prune`; {name} missing")

@@ -1,7 +1,10 @@
 """The saved model computes what was loaded: at sparsity 0 to the bit, whatever the config and the checkpoint say."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from snp_llm import checkpoint, prune
-from snp_llm.cli import prune_main
-from snp_llm.errors import SnpError
-from snp_llm.models.families import find_family
-from snp_llm.tokenizer_files import CONFIG, check_carried, find_tokenizer_files
+from snp_llm.checkpoint.saving import check_kept
+from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_files
+from snp_llm.cli.parse import prune_main
+from snp_llm.models.families.decoders import find_family
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -71,7 +75,7 @@ def test_sparsity_zero_is_what_was_loaded_in_every_layout(model_type, variant, t
         checkpoint.save(pruned.model, tokenizer, tmp_path / layout)
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
         assert torch.equal(saved(TOKENS).logits, expected)
-        checkpoint.check_kept(dense, tmp_path / layout)
+        check_kept(dense, tmp_path / layout)
     if variant == "tied in the config alone":
         assert not saved.config.tie_word_embeddings
 
@@ -90,14 +94,14 @@ def test_a_changed_tensor_outside_the_blocks_is_noticed(model_type, tokenizer, t
         changed.view(torch.int32).view(-1)[0] ^= 1
         save_file({**weights, name: changed}, file, metadata={"format": "pt"})
         with pytest.raises(SnpError, match="not the one that was loaded: .* differs"):
-            checkpoint.check_kept(dense, tmp_path)
+            check_kept(dense, tmp_path)
     save_file({k: v for k, v in weights.items() if k != "lm_head.weight"}, file, metadata={"format": "pt"})
     if "lm_head.weight" in weights:
         with pytest.raises(SnpError, match="not the one that was loaded: lm_head.weight differs"):
-            checkpoint.check_kept(dense, tmp_path)
+            check_kept(dense, tmp_path)
     save_file({**weights, "more": torch.ones(1)}, file, metadata={"format": "pt"})
     with pytest.raises(SnpError, match="more differs"):
-        checkpoint.check_kept(dense, tmp_path)
+        check_kept(dense, tmp_path)
 
 
 @pytest.mark.slow
@@ -175,12 +179,84 @@ def test_a_pruned_model_loaded_by_its_own_file_is_the_same_unless_that_was_chang
     command = ["--no-eval", "--num-samples", "2", "--seq-len", "32", "--calibration", "bundled", "--trust-remote-code"]
     assert prune_main([str(tmp_path / "once"), "--output", str(tmp_path / "twice"), *command]) == 0
     shutil.copytree(tmp_path / "once", tmp_path / "changed")
-    file = tmp_path / "changed/modeling_snp_llama.py"
-    file.write_text(file.read_text() + "\nSnpLlamaForCausalLM.forward = None\n")
+    file = tmp_path / "changed/modeling_snp.py"
+    file.write_text(file.read_text() + "\nPruned.forward = None\n")
     assert prune_main([str(tmp_path / "changed"), "--output", str(tmp_path / "thrice"), *command]) == 2
-    assert "its modeling_snp_llama.py is not this version's, with which" in capsys.readouterr().err
+    assert "its modeling_snp.py is not this version's, with which" in capsys.readouterr().err
     command.remove("--trust-remote-code")
     assert prune_main([str(tmp_path / "changed"), "--output", str(tmp_path / "thrice"), *command]) == 0
+    assert "its modeling_snp.py is not this version's, which is used instead" in capsys.readouterr().err
+
+
+# In the form that earlier versions wrote, a file for every family.
+EARLIER = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .snp_blocks import rebuild_blocks
+
+
+class SnpLlamaConfig(LlamaConfig):
+    model_type = "snp_llama"
+
+
+class SnpLlamaForCausalLM(LlamaForCausalLM):
+    config_class = SnpLlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        rebuild_blocks(self.model.layers, config)
+        self.post_init()
+"""
+EARLIER_BLOCKS = """
+from copy import copy
+
+
+def rebuild_blocks(blocks, config):
+    for index, block in enumerate(blocks):
+        view = copy(config)
+        view.__dict__.update(config.pruned_layers.get(str(index), {}))
+        block.self_attn, block.mlp = type(block.self_attn)(view, index), type(block.mlp)(view)
+"""
+ALONE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+
+sys.modules["snp_llm"] = None
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.endswith(".modeling_snp_llama")
+save_file({"logits": model(load_file(sys.argv[2])["tokens"]).logits}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_of_an_earlier_version_loads_by_its_own_files_alone_and_by_this_version_s_here(
+    tokenizer, tmp_path, capsys
+):
+    dense = small_model("llama", torch.float32)
+    pruned = prune(dense, tokenizer, small_recipe(round_to=4)).model
+    checkpoint.save(pruned, tokenizer, tmp_path / "old")
+    (tmp_path / "old/modeling_snp.py").unlink()
+    (tmp_path / "old/modeling_snp_llama.py").write_text(EARLIER)
+    (tmp_path / "old/snp_blocks.py").write_text(EARLIER_BLOCKS)
+    config = (tmp_path / "old/config.json").read_text()
+    (tmp_path / "old/config.json").write_text(config.replace('"modeling_snp.Snp', '"modeling_snp_llama.Snp'))
+    save_file({"tokens": TOKENS}, tmp_path / "tokens")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [str(tmp_path / name) for name in ("old", "tokens", "logits")]
+    subprocess.run([sys.executable, "-c", ALONE, *arguments], cwd=tmp_path, env=environment, check=True)
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], pruned(TOKENS).logits)
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+    assert type(here) is type(pruned) and torch.equal(here(TOKENS).logits, pruned(TOKENS).logits)
+    here.save_pretrained(tmp_path / "again")
+    assert [file.name for file in (tmp_path / "again").glob("*.py")] == ["modeling_snp.py"]
+    auto_map = json.loads((tmp_path / "again/config.json").read_text())["auto_map"]
+    assert all(name.startswith("modeling_snp.Snp") for name in auto_map.values())
+    command = [str(tmp_path / "old"), "--output", str(tmp_path / "out"), "--no-eval", "--num-samples", "2"]
+    command += ["--seq-len", "32", "--calibration", "bundled"]
+    assert prune_main([*command, "--trust-remote-code"]) == 2
+    assert "its modeling_snp_llama.py is not this version's, with which" in capsys.readouterr().err
+    assert prune_main(command) == 0
     assert "its modeling_snp_llama.py is not this version's, which is used instead" in capsys.readouterr().err
 
 

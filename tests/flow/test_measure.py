@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from snp_llm import perplexity, prune
-from snp_llm.errors import SnpError
-from snp_llm.measure import model_size, prefill_speed
+from snp_llm.evaluate.prefill import prefill_speed
+from snp_llm.models.size import model_size
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import OPT_VARIANTS, small_opt, small_recipe
 
 WINDOWS = torch.randint(2048, (5, 16), generator=torch.Generator().manual_seed(1))

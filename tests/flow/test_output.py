@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snp_llm import output
-from snp_llm.cli import prune_main
-from snp_llm.errors import DiskError, SnpError
+from snp_llm.checkpoint import output
+from snp_llm.cli.parse import prune_main
+from snp_llm.runtime.errors import DiskError, SnpError
 
 FILES = ("model.safetensors", "config.json", "README.md", "recipe.yaml", "prune_report.json")
 
@@ -210,7 +210,7 @@ def test_names_that_no_folder_can_have(name):
 EXCHANGE = """
 import os, signal, sys
 from pathlib import Path
-from snp_llm import output
+from snp_llm.checkpoint import output
 folder, kill_at, atomic = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 count = 0
 def counted(call):

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import ALLOCATIONS
 from snp_llm.linalg.ordering import ORDERINGS
+from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, input_of, run_block
-from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.pipeline import plan, read_calibration, resolve
+from snp_llm.models.families.decoders import FAMILIES
+from snp_llm.pruning.pipeline import plan
+from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import OPT_VARIANTS, small_opt, small_recipe
 
 TOKENS = torch.randint(2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -205,7 +207,7 @@ def test_windows_longer_than_the_positions_are_refused():
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     model = small_opt(vocab_size=100)
-    with pytest.raises(SnpError, match="the model has 100. They do not belong together"):
+    with pytest.raises(SnpError, match="the model embeds ids below 100"):
         read_calibration(tokenizer, resolve(small_recipe(), model), model)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snp_llm import checkpoint, ranks
+from snp_llm import checkpoint
+from snp_llm.runtime import ranks
 from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_a_rank_that_dies_ends_the_run_on_all_and_others_can_go_on(prune, dense,
         assert result["codes"][doomed] == -9 and all(code == 2 for code in result["codes"][:doomed])
         assert all(code == 2 for code in result["codes"][doomed + 1 :]), result["stderr"]
         assert "lost another rank" in result["stderr"] and "--resume" in result["stderr"]
-        assert not out.exists() and json.loads(state.read_text())["done"] == blocks
+        assert not out.exists() and json.loads(json.loads(state.read_text())["content"])["done"] == blocks
     result = prune(*command, "--resume", ranks=2)
     assert result["codes"] == [0, 0], result["stderr"]
     assert "block 0 self_attn.o_proj: kept" not in result["stderr"]

@@ -4,8 +4,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from snp_llm import prune, report
-from snp_llm.measure import model_size
+from snp_llm import Recipe, prune
+from snp_llm.checkpoint import output
+from snp_llm.models.size import model_size
+from snp_llm.report import card as model_cards
+from snp_llm.report import facts, rows
+from snp_llm.report.words import asked, percent
 from tests.conftest import small_opt, small_recipe
 
 
@@ -16,15 +20,15 @@ def run(tokenizer):
         dense, tokenizer, small_recipe(model="user/small", sparsity=0.3, eval_dataset="wikitext2", dampening=0.01)
     )
     sizes = [model_size(m, 32) for m in (dense, pruned.model)]
-    before, after = (report.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
-    facts = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
-    return pruned, before, after, report.build_report(pruned, before, after, facts)
+    before, after = (facts.Measured(s, s.bytes, p, 100.0) for s, p in zip(sizes, (50.0, 55.5), strict=True))
+    more = {"command": "snp-llm prune user/small", "evaluation": "wikitext2 (test), 3 windows of 32 tokens"}
+    return pruned, before, after, facts.build_report(pruned, before, after, more)
 
 
 def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
     pruned, before, _, summary = run
-    report.write_report(summary, tmp_path)
-    read = json.loads((tmp_path / report.REPORT).read_text())
+    facts.write_report(summary, tmp_path)
+    read = json.loads((tmp_path / output.REPORT).read_text())
     assert read["recipe"]["seq_len"] == 32 and read["recipe"]["calibration"] == "bundled" and read["seed"] == 0
     assert read["calibration"]["sha256"] == pruned.calibration.digest
     assert set(read["versions"]) == {"python", "torch", "transformers"}
@@ -39,7 +43,7 @@ def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
 
 
 def test_card_front_matter_is_yaml_that_the_hub_understands(run):
-    card = report.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
+    card = model_cards.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
     _, front, text = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["base_model"] == "user/small" and data["library_name"] == "transformers"
@@ -52,16 +56,15 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
 
 
 def test_card_of_a_local_plain_model(run):
-    card = report.model_card(run[3], None, model_type="opt", has_code=False)
+    card = model_cards.model_card(run[3], None, model_type="opt", has_code=False)
     assert "base_model" not in card and "trust_remote_code" not in card and "custom_code" not in card
     assert "other engine that reads `opt` checkpoints" in card
 
 
 def test_closing_table_has_both_models_side_by_side(run):
-    pruned, before, after, _ = run
     console = Console(width=100)
     with console.capture() as capture:
-        console.print(report.closing_table(before, after, pruned))
+        console.print(rows.closing_table(run[3]))
     text = capture.get()
     for name in (
         "parameters",
@@ -76,3 +79,51 @@ def test_closing_table_has_both_models_side_by_side(run):
     ):
         assert name in text
     assert "50.00" in text and "55.50" in text and "1.110" in text
+
+
+def test_terminal_and_card_show_the_same_rows(run):
+    card = model_cards.model_card(run[3], None, model_type="opt", has_code=False)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+    columns = [[*column.cells] for column in rows.closing_table(run[3]).columns]
+    assert table[2:] == [[*row] for row in zip(*columns, strict=True)][: len(table) - 2]
+    assert [row[0] for row in table[2:]] == [
+        *("parameters", "block-linear parameters", "attention heads", "FFN channels", "size on disk, MB"),
+        *("MFLOPs a token", "perplexity", "prefill, tokens a second"),
+    ]
+
+
+def test_figures_are_those_of_the_cut_model(run):
+    pruned, before, _, report = run
+    found = {row.name: (row.dense, row.pruned, row.ratio) for row in rows.summary(report)}
+    kept = {kind: [r for r in pruned.sites if r.site.kind == kind] for kind in ("attention", "ffn")}
+    for name, dense, now in (
+        ("parameters", before.size.parameters, sum(p.numel() for p in pruned.model.parameters())),
+        ("attention heads", *(sum(f(r).query for r in kept["attention"]) for f in (heads_of, heads_left))),
+        ("FFN channels", sum(r.site.units for r in kept["ffn"]), sum(len(r.kept) for r in kept["ffn"])),
+    ):
+        assert found[name] == (f"{dense:,}", f"{now:,}", f"{now / dense:.3f}"), name
+
+
+def heads_of(result):
+    return result.site.heads
+
+
+def heads_left(result):
+    return result.site.heads_after(len(result.kept))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "in_percent"),
+    [
+        ({}, "0.3", "30 %"),
+        ({"sparsity": 0.125}, "0.125", "12.5 %"),
+        ({"ffn_sparsity": 0.5}, "0.3 of attention and 0.5 of FFN", "30 % of attention and 50 % of FFN"),
+        ({"sparsity": 0.2, "head_sparsity": 0.0}, "0 of attention and 0.2 of FFN", "0 % of attention and 20 % of FFN"),
+        ({"target_size": "2GB"}, "--target-size 2GB", "--target-size 2GB"),
+        ({"max_perplexity_increase": "5%"}, "--max-perplexity-increase 5%", "--max-perplexity-increase 5%"),
+    ],
+)
+def test_what_was_asked_for(settings, said, in_percent):
+    recipe = Recipe(model="m", **settings)
+    assert asked(recipe.as_dict()) == said and asked(recipe.as_dict(), percent) == in_percent
+    assert asked({name: value for name, value in recipe.as_dict().items() if value is not None}) == said

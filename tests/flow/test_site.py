@@ -3,13 +3,19 @@ import copy
 import pytest
 import torch
 
-from snp_llm.device import Clock
-from snp_llm.errors import SnpError
+from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.gram import Drift, Moments
-from snp_llm.linalg.held_out import KeptSums, choose_repair
-from snp_llm.models.families import FAMILIES, find_blocks, find_sites
-from snp_llm.site import CURVE_POINTS, DAMPENINGS, VIEWS, cut, factor_site, sample_curve, viewed
-from snp_llm.sums import Statistics
+from snp_llm.linalg.least_squares import KeptSums, choose_repair
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import FAMILIES
+from snp_llm.pruning.cut import cut
+from snp_llm.pruning.factor import factor_site
+from snp_llm.pruning.repair import DAMPENINGS, VIEWS, viewed
+from snp_llm.pruning.result import CURVE_POINTS, sample_curve
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import Statistics
+from snp_llm.runtime.device import Clock
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_opt, small_recipe
 
 
@@ -74,13 +80,15 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     drift = Drift(drift.cross + held_drift.cross, drift.first + held_drift.first)
     results = []
     for threshold in (10**9, 1):
-        monkeypatch.setattr("snp_llm.site.SINGLE_PRECISION_FROM", threshold)
+        monkeypatch.setattr("snp_llm.pruning.factor.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model, family)[0])
         statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
         factored, _ = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
         curve = factored.loss_curve(statistics)
-        result = cut(block, family, site, statistics, 40, small_recipe(), Clock(torch.device("cpu")), 0.0)
+        result = cut(
+            block, family, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal(), print)
+        )
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results
     assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening

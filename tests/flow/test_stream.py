@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from snp_llm import prune, site, stream, sums
-from snp_llm.errors import SnpError
-from snp_llm.shelf import Shelf, let_go
-from snp_llm.stream import BatchSize, in_batches
+from snp_llm import prune
+from snp_llm.pruning import statistics, stream
+from snp_llm.pruning.stream import BatchSize, in_batches
+from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.storage import Shelf, let_go
 from tests.conftest import small_model, small_recipe
 
 CUTS = {"sparsity": 0.4, "round_to": 4, "num_samples": 10, "batch_size": 8}
@@ -53,8 +54,8 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
         return real(windows, batch, limited)
 
-    for module in ("stream", "sequential", "visit", "targets"):
-        monkeypatch.setattr(f"snp_llm.{module}.in_batches", on_a_small_device)
+    for module in ("stream", "sequential", "sensitivity", "reference"):
+        monkeypatch.setattr(f"snp_llm.pruning.{module}.in_batches", on_a_small_device)
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "going on with 2 at a time" in m]
     for a, b in zip(expected.sites, found.sites, strict=True):
@@ -64,10 +65,10 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
 
 def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr("snp_llm.sequential.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
-    monkeypatch.setattr(sums, "has_room", lambda _device, size: size < 10_000)
+    monkeypatch.setattr(statistics, "has_room", lambda _device, size: size < 10_000)
     caplog.set_level(logging.INFO, logger="snp_llm")
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "mlp.down_proj: no room for sums of" in m and "computed on the CPU" in m]
@@ -78,12 +79,15 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
 
 @pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
-    monkeypatch.setattr("snp_llm.sequential.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
-    monkeypatch.setattr(sums, "FILES_FROM", 1)
+    monkeypatch.setattr(statistics, "FILES_FROM", 1)
     released = []
-    monkeypatch.setattr(site, "let_go", lambda files: released.append(len(files)) or let_go(files))
+    for module in ("factor", "repair"):
+        monkeypatch.setattr(
+            f"snp_llm.pruning.{module}.let_go", lambda files: released.append(len(files)) or let_go(files)
+        )
     found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
     # Second moments, those of held-out windows, and what outputs lack of their targets, likewise, and second moments
     # where there are no targets; the visit has none.

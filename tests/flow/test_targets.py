@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from snp_llm import prune
+from snp_llm.models.anatomy import find_blocks, linear, weight_of
 from snp_llm.models.blocks import capture_calls, input_of, output_of, run_block
-from snp_llm.models.families import find_blocks, find_family, linear, weight_of
+from snp_llm.models.families.decoders import find_family
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples": 12, "dampening": 1e-9}
@@ -30,7 +31,7 @@ def test_every_site_is_the_least_squares_solution_for_its_target(model_type, tar
 
     Where some windows have no target, what the output lacks of it is fitted on the others, and the cut on all.
     """
-    monkeypatch.setattr("snp_llm.sequential.enough_windows", lambda _widest, _seq_len: targeted)
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: targeted)
     dense = small_model(model_type)
     pruned = prune(dense, tokenizer, small_recipe(**CUTS, target=target, target_weight=1.0))
     family = find_family(dense.config)

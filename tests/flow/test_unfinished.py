@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snp_llm.journal import Journal
+from snp_llm.checkpoint.journal import Journal
 from tests.conftest import small_model, write_table
 from tests.flow.forked import Runner, runner
 
@@ -84,8 +84,8 @@ def test_killed_at_many_moments_it_comes_to_the_same_bits(kills, prune, dense, f
 
 
 @pytest.mark.exhaustive
-def test_several_rounds_and_a_padded_layout(prune, dense, tmp_path):
-    command = (dense, *SETTINGS, "--steps", 2, "--layout", "padded", "--hidden-device", "disk")
+def test_a_padded_layout(prune, dense, tmp_path):
+    command = (dense, *SETTINGS, "--layout", "padded", "--hidden-device", "disk")
     assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]
     kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=1)
 

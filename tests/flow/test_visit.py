@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from snp_llm.device import Clock
-from snp_llm.journal import Journal
-from snp_llm.models.families import find_blocks, find_family, find_sites, linear
-from snp_llm.pipeline import resolve
-from snp_llm.sums import enough_windows
-from snp_llm.visit import gradient_windows, visit_dense, visit_passes
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.models.anatomy import find_anatomy, find_blocks, linear
+from snp_llm.models.families.decoders import find_family
+from snp_llm.pruning.run import Run, resolve
+from snp_llm.pruning.sensitivity import gradient_windows, visit_dense, visit_passes
+from snp_llm.pruning.statistics import enough_windows
+from snp_llm.runtime.device import Clock
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -17,11 +18,9 @@ TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed
 
 def visit(model, **overrides):
     recipe = resolve(small_recipe(**overrides), model)
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
-    sites = find_sites(blocks, family)
-    clock = Clock(torch.device("cpu"))
-    return sites, visit_dense(model, family, blocks, sites, TOKENS, recipe, clock, Journal(), lambda _line: None)
+    anatomy = find_anatomy(model)
+    run = Run(recipe, Clock(torch.device("cpu")), Journal(), lambda _line: None)
+    return anatomy.sites, visit_dense(anatomy, TOKENS, run)
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
@@ -93,7 +92,7 @@ def test_a_wide_site_is_visited_with_enough_windows_and_no_more():
 
 def test_gradients_are_read_from_no_more_tokens_than_said(monkeypatch):
     model = small_model("llama")
-    monkeypatch.setattr("snp_llm.visit.GRADIENT_TOKENS", 4 * TOKENS.shape[1])
+    monkeypatch.setattr("snp_llm.pruning.sensitivity.GRADIENT_TOKENS", 4 * TOKENS.shape[1])
     seen = []
     model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _i, output: seen.append(len(output)))
     visit(model, batch_size=1, allocation="uniform")

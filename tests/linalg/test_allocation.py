@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg.allocation import (
     SiteBudget,
     finest_step,
@@ -15,6 +14,7 @@ from snp_llm.linalg.allocation import (
     uniform,
     variance,
 )
+from snp_llm.runtime.errors import SnpError
 
 
 def energy(*shares):

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from snp_llm.errors import SnpError
-from snp_llm.linalg.held_out import Choice, KeptSums, choose_repair, repair_cut, repair_drift
+from snp_llm.linalg.least_squares import Choice, KeptSums, choose_repair, repair_cut, repair_drift
+from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 KEPT = torch.tensor([0, 2, 5, 7, 8])

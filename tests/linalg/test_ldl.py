@@ -1,16 +1,8 @@
 import pytest
 import torch
 
-from snp_llm.errors import SnpError
-from snp_llm.linalg.ldl import (
-    build_subspace,
-    energy_curve,
-    error_curve,
-    ldl,
-    make_definite,
-    probe,
-    solve_error,
-)
+from snp_llm.linalg.ldl import build_subspace, energy_curve, error_curve, ldl, make_definite, probe, solve_error
+from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 

@@ -6,11 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg import ordering
 from snp_llm.linalg.ldl import make_definite
 from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
+from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 SIZES = [1, 3]  # channels, and heads of three

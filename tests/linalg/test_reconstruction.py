@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from snp_llm.errors import SnpError
 from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import build_subspace, error_curve, held_out_curve, ldl, make_definite, metric_root
-from snp_llm.linalg.reconstruction import absorb_mean, reconstruct, relative_error
+from snp_llm.linalg.least_squares import absorb_mean, reconstruct, relative_error
+from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, fixed_output, input_of, move, output_of, run_block, with_first_tensor
-from snp_llm.models.families import FAMILIES, find_blocks, find_family
+from snp_llm.models.families.decoders import FAMILIES, find_family
 from tests.conftest import OPT_VARIANTS, small_opt
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from snp_llm import checkpoint
-from snp_llm.data import BUNDLED
+from snp_llm.data.windows import BUNDLED
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.layouts import PRUNED_CLASSES
 from tests.conftest import FAMILY_CONFIGS, small_model

@@ -14,8 +14,9 @@ from transformers import (
     T5Config,
 )
 
-from snp_llm.errors import SnpError
-from snp_llm.models.families import find_blocks, find_family, find_sites
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_opt
 
 

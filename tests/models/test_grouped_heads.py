@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.errors import SnpError
-from snp_llm.models.families import FAMILIES, Heads, find_blocks, find_family, find_sites, row_units, weight_of
+from snp_llm.models.anatomy import Heads, find_blocks, find_sites, row_units, weight_of
+from snp_llm.models.families.decoders import FAMILIES, find_family
 from snp_llm.models.surgery import prune_site
+from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -6,11 +6,13 @@ from torch import nn
 from transformers import MistralForCausalLM, OPTForCausalLM
 
 from snp_llm import SnpError, prune
-from snp_llm.models.families import FAMILIES, find_blocks, find_family, find_sites
-from snp_llm.models.layouts import assemble, describe_layout, needs_code, uniform_widths
-from snp_llm.models.modeling_snp_opt import SnpOPTForCausalLM
+from snp_llm.cli.layout import describe_layout
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.layouts import assemble, needs_code, uniform_widths
+from snp_llm.models.modeling_snp import TIED, SnpOPTForCausalLM
 from snp_llm.models.surgery import prune_site
-from snp_llm.pipeline import resolve
+from snp_llm.pruning.run import resolve
 from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
 
 FAMILY = FAMILIES[0]
@@ -169,3 +171,21 @@ def test_targets_that_round_badly_are_announced(tokenizer, caplog):
         for message in caplog.messages
     )
     assert not any(message.startswith("ffn:") for message in caplog.messages)
+
+
+def test_what_travels_with_a_model_agrees_with_the_table():
+    """On which families tie the head dimension to the number of heads, and where their projections are."""
+    assert set(TIED) == {family.model_type for family in FAMILIES if family.head_dim_key is None}
+    for family in FAMILIES:
+        if family.head_dim_key is not None:  # built anew from the config, under the names that most have
+            assert family.attention == "self_attn" and family.ffn_out.startswith("mlp.")
+            continue
+        expected = {
+            family.heads_key: (family.qkv, family.attention_out),
+            family.ffn_key: (family.ffn_in, family.ffn_out),
+        }
+        if family.kv_heads_key:
+            query, *others = family.qkv
+            expected[family.heads_key] = ((query,), family.attention_out)
+            expected[family.kv_heads_key] = (tuple(others), None)
+        assert TIED[family.model_type] == expected

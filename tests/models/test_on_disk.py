@@ -8,11 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from snp_llm import checkpoint, prune
-from snp_llm.journal import Journal
-from snp_llm.measure import logits_block_by_block, model_size
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import on_device
-from snp_llm.models.families import find_blocks, find_family
-from snp_llm.models.on_disk import copy_unhooked, disk_index, fingerprint, is_on_disk
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.logits import logits_block_by_block
+from snp_llm.models.offload import copy_unhooked, disk_index, fingerprint, is_on_disk
+from snp_llm.models.size import model_size
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
 TOKENS = torch.randint(3, 2048, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -46,7 +48,7 @@ def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path,
         weights.extend(weakref.ref(parameter) for parameter in copy.parameters())
         return copy
 
-    monkeypatch.setattr("snp_llm.sequential.copy_unhooked", copied)
+    monkeypatch.setattr("snp_llm.pruning.sequential.copy_unhooked", copied)
     save_model(small_model(model_type), tokenizer, tmp_path / "dense")
     dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=tmp_path / "scratch")
     gc.disable()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from snp_llm.models.families import FAMILIES, find_blocks, find_sites
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import FAMILIES
 from snp_llm.models.surgery import prune_site, slice_linear
 from tests.conftest import OPT_VARIANTS, small_opt
 

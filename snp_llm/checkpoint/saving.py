@@ -1,0 +1,138 @@
+"""A pruned model into a folder, reloaded in a fresh process and compared with what was loaded."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm.checkpoint.loading import explained, find_model
+from snp_llm.checkpoint.tokenizer import carry_over, find_tokenizer_files, without_code
+from snp_llm.models.config_file import config_for_both, tokenizer_for_both
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.logits import logits_block_by_block
+from snp_llm.models.offload import complete_index, disk_index, read_tensor
+from snp_llm.runtime.errors import SnpError
+
+LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
+
+# Largest difference of a logit after reloading, relative to the largest logit. The same kernels on the same device give
+# the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
+LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+RELOAD = Path(__file__).with_name("reload.py")
+
+
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, *, tokenizer_of: str | None = None
+) -> None:
+    """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one.
+
+    Args:
+        model: pruned.
+        tokenizer: its.
+        folder: to write into.
+        tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
+    """
+    folder = Path(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    _rewrite(folder / "config.json", config_for_both)
+    if tokenizer_of is None:
+        tokenizer.save_pretrained(folder)
+        without_code(folder)
+        _rewrite(folder / "tokenizer_config.json", tokenizer_for_both)
+    else:
+        carry_over(find_tokenizer_files(find_model(tokenizer_of), tokenizer), folder)
+
+
+def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    if file.exists():
+        values = change(json.loads(file.read_text(encoding="utf-8")))
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
+
+
+def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
+    """Reloads a folder in a fresh process that never imports this package, and compares it with what was loaded.
+
+    Everything but the blocks has to be what was loaded to the bit, and the logits those of the loaded model with the
+    pruned blocks in the place of its own: what a config does not say of the model that it was made for shows there.
+
+    Args:
+        dense: as it was loaded.
+        pruned: whose blocks were saved.
+        folder: where.
+        tokens: to compare logits on, (batch, T), int64.
+
+    Returns:
+        The largest difference of a logit, relative to the largest logit; both are computed on the CPU.
+
+    Raises:
+        SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
+    """
+    blocks = pruned.get_submodule(find_family(pruned.config).blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    check_kept(dense, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"tokens": tokens.contiguous()}, given)
+        # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
+        process = subprocess.run(
+            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result)],
+            cwd=scratch,
+            env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
+        reloaded = load_file(result)["logits"]
+    logits = logits_block_by_block(dense, tokens, blocks)
+    difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
+    if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
+        raise SnpError(
+            f"the saved model computes something else after reloading: logits differ by {difference:.1e} of the "
+            f"largest, expected at most {LOGIT_TOLERANCE[pruned.dtype]:.0e}."
+        )
+    return difference
+
+
+def check_kept(dense: PreTrainedModel, folder: Path) -> None:
+    """Raises SnpError unless a folder holds every tensor outside the blocks as it was loaded, to the bit."""
+    with tempfile.TemporaryDirectory() as scratch, explained(str(folder), "the saved model "):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, device_map={"": "disk"}, offload_folder=scratch
+        )
+        saved, info = found
+        complete_index(saved)
+        prefix = find_family(dense.config).blocks + "."
+        loaded, kept = (
+            {name: (tensor, index.get(name)) for name, tensor in model.state_dict().items() if prefix not in name}
+            for model, index in ((dense, disk_index(dense)), (saved, disk_index(saved)))
+        )
+        wrong = [*info["missing_keys"], *info["unexpected_keys"], *(loaded.keys() ^ kept.keys())]
+        for name, (tensor, entry) in () if wrong else loaded.items():
+            one, other = ((t.cpu() if e is None else read_tensor(e, t)) for t, e in ((tensor, entry), kept[name]))
+            wrong += [] if torch.equal(one, other) else [name]
+    if wrong:
+        raise SnpError(
+            f"the saved model is not the one that was loaded: {wrong[0]} differs. That is a fault of this program, or "
+            "of the disk; nothing was kept. Please report it with the model's config.json."
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

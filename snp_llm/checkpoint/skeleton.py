@@ -1,0 +1,138 @@
+"""A model's shapes from its config alone, on the meta device. Reads no weights and no tokenizer."""
+
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from snp_llm.checkpoint.loading import check_config, explained, find_model
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.runtime.errors import SnpError, reason, shown
+
+MOST_BLOCKS = 10_000  # that are built to look at their shapes
+
+# What a tokenizer's files are called, in all of transformers.
+TOKENIZER_FILES = ("token*", "vocab*", "merges*", "spiece*", "tekken*", "*.model", "*.tiktoken")
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a hub id, a local folder (of which `config.json` is enough) or the bundled model.
+
+    Raises:
+        SnpError: not found, or not a model that can be pruned.
+    """
+    path = find_model(name)
+    if Path(path).is_file():
+        raise SnpError(f"model {name}: is a file; expected a folder in the Hugging Face format, a hub id or tiny-opt.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        adapter = (
+            " It is a LoRA adapter: merge it into its model first." * (Path(path) / "adapter_config.json").exists()
+        )
+        raise SnpError(
+            f"model {name}: no config.json in that folder; expected a model in the Hugging Face format.{adapter}"
+        )
+    with explained(name, part="its config "):
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_config(name, config)
+        check_values(name, config)
+    return config
+
+
+def check_values(name: str, config: PretrainedConfig) -> None:
+    """Refuses numbers that transformers takes and no model can have."""
+    for key, value in _numbers(config.to_dict()):
+        if not math.isfinite(value):
+            raise SnpError(f"model {name}: config {key}: expected a finite number, got {value}.")
+        if ("dropout" in key or key.endswith("pdrop")) and not 0 <= value <= 1:
+            raise SnpError(f"model {name}: config {key}: expected a probability from 0 to 1, got {shown(value)}.")
+    for key, least, most in (
+        ("num_hidden_layers", 1, MOST_BLOCKS),
+        ("max_position_embeddings", 2, math.inf),
+        ("vocab_size", 1, math.inf),
+        ("hidden_size", 1, math.inf),
+    ):
+        value = getattr(config, key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            limit = f" to {most:,}" if most < math.inf else " up"
+            raise SnpError(f"model {name}: config {key}: expected an integer from {least}{limit}, got {shown(value)}.")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers in nested values, each with the nearest key."""
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            yield from _numbers(inner, str(inner_key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a config describes, its tensors without data, in the dtype that it would be loaded in.
+
+    Raises:
+        SnpError: not found, unsupported, or a config that no model can be built from or saved with.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors without elements, which are refused below
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
+        for path, parameter in model.named_parameters():
+            if not parameter.numel():
+                shape = " x ".join(map(str, parameter.shape))
+                raise SnpError(f"model {name}: by its config {path} is {shape}; expected widths of at least 1.")
+        family = find_family(config)
+        find_sites(find_blocks(model, family), family)
+        run_dry(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            model.config.save_pretrained(scratch)  # refuses values that loading takes
+    except SnpError:
+        raise
+    except Exception as error:  # whatever transformers and torch say of values that do not fit together
+        raise SnpError(
+            f"model {name}: no model can be built from its config, or saved with it. {reason(error)}"
+        ) from error
+    return model
+
+
+def run_dry(model: PreTrainedModel) -> None:
+    """A pass of two tokens through shapes alone, which fails where a config's values do not fit together.
+
+    A model whose code asks for values, which shapes have not, is taken at its word. Most do for the sake of packed
+    sequences, and only where no whole mask is given; a whole one that a model does not take (OPT) says nothing of its
+    config either.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    for mask in (None, torch.zeros(1, 1, 2, 2, dtype=model.dtype, device="meta")):
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                model.eval()(tokens, attention_mask=mask, use_cache=False)
+            return
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+        except (ValueError, TypeError, IndexError):
+            if mask is None:
+                raise
+
+
+def check_tokenizer(name: str) -> None:
+    """Raises SnpError if a local folder holds no tokenizer, before its weights are read."""
+    path = Path(find_model(name))
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise SnpError(
+            f"model {name}: no tokenizer in that folder; expected tokenizer.json or another tokenizer's files beside "
+            "the weights. Save it there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+        )

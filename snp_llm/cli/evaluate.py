@@ -1,0 +1,90 @@
+"""`snp-llm eval`: perplexity and tasks, as a table. Parses no arguments."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from snp_llm.checkpoint import output
+from snp_llm.checkpoint.output import check_own_folder
+from snp_llm.cli.report import write_page
+from snp_llm.evaluate import side_by_side
+from snp_llm.evaluate.side_by_side import Evaluated
+from snp_llm.recipe.commands import EvaluationRecipe, Talk
+from snp_llm.report import evaluation as evaluation_report
+from snp_llm.runtime.terminal import print_json, print_table, progress, table_of
+
+log = logging.getLogger("snp_llm")
+
+
+def evaluation_table(results: Sequence[Evaluated]) -> Table:
+    """A row a model; a column a task, of its first metric."""
+    tasks = list(dict.fromkeys(task for result in results for task in result.tasks))
+    measured = results[0].perplexity is not None
+    columns = ["", *(["perplexity", "ratio"] if measured else []), "parameters", "size, MB"]
+    columns += [f"{task} {_first_metric(results[0].tasks[task])}".strip() for task in tasks]
+    rows = []
+    for result in results:
+        row = [result.model]
+        first = results[0].perplexity
+        if result.perplexity is not None and first is not None:
+            same = result.sha256 == results[0].sha256
+            row += [f"{result.perplexity:,.4f}", f"{result.perplexity / first:.3f}" if same else "other tokens"]
+        row += [f"{result.parameters:,}", f"{result.bytes / 1e6:,.2f}"]
+        rows.append([*row, *(_shown(result.tasks[task]) for task in tasks)])
+    return table_of(columns, rows)
+
+
+def _first_metric(metrics: dict[str, float]) -> str:
+    return next((name for name in metrics if name not in ("samples", "num_fewshot")), "")
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    name = _first_metric(metrics)
+    if not name:
+        return ""
+    base, bracket, rest = name.partition(" (")
+    error = metrics.get(f"{base}_stderr{bracket}{rest}")
+    return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
+    """The results, with the ratio to the first model's perplexity where the tokens are the same."""
+    first = results[0]
+    models = []
+    for result in results:
+        ratio = None
+        if result.perplexity is not None and first.perplexity is not None and result.sha256 == first.sha256:
+            ratio = result.perplexity / first.perplexity
+        models.append({**asdict(result), "ratio": ratio})
+    return {"models": models}
+
+
+def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
+    """Perplexity and tasks, with everything needed to repeat the numbers."""
+    own = [name for name in recipe.models if (Path(name) / output.REPORT).is_file()]
+    if recipe.save and not own:
+        check_own_folder("--save", recipe.models[0])
+    for name in own if recipe.save else []:
+        evaluation_report.check_folder(Path(name))
+    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None)), "evaluating") as on_step:
+        results = side_by_side.evaluate(recipe, on_step)
+    if talk.json:
+        print_json(as_json(results))
+    elif len(results) == 1 and recipe.tasks is None:
+        print(f"{results[0].text}: perplexity {results[0].perplexity:.4f}")
+    else:
+        print_table(evaluation_table(results))
+        if recipe.perplexity:
+            for text in dict.fromkeys(result.text for result in results):
+                print(f"perplexity on {text}")
+    if not side_by_side.comparable(results):
+        log.warning("the models' tokenizers differ: their perplexities are of different tokens and do not compare")
+    if recipe.save:  # last, as in `run_bench`
+        for result in results:
+            if result.model in own:
+                evaluation_report.save(result, recipe, Path(result.model))
+                write_page(Path(result.model))

@@ -1,0 +1,277 @@
+"""`snp-llm prune`: from a recipe to a finished folder and what is printed of it. Parses no arguments."""
+
+import logging
+import os
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm import checkpoint
+from snp_llm.checkpoint import hub, output
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.checkpoint.output import RECIPE
+from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
+from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
+from snp_llm.cli import inspect as inspect_command
+from snp_llm.cli.layout import describe_layout
+from snp_llm.cli.push import run_push
+from snp_llm.cli.report import write_page
+from snp_llm.data.windows import BUNDLED, Windows, check_dataset, evaluation_windows
+from snp_llm.evaluate import perplexity, prefill
+from snp_llm.models import size as model_sizes
+from snp_llm.models import text
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.layouts import possible_types
+from snp_llm.pruning import pipeline, run
+from snp_llm.pruning.estimate.estimate import estimate
+from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
+from snp_llm.pruning.sensitivity import visit_passes
+from snp_llm.pruning.widths.latency import check_table
+from snp_llm.pruning.widths.plan import check_budget
+from snp_llm.recipe.checks import check_output_name
+from snp_llm.recipe.commands import PushRecipe, Talk
+from snp_llm.recipe.file import save_recipe
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.report import card as model_cards
+from snp_llm.report import facts
+from snp_llm.report.rows import closing_table
+from snp_llm.report.words import asked
+from snp_llm.runtime import ranks
+from snp_llm.runtime.device import Clock, compute_device, describe_device
+from snp_llm.runtime.terminal import print_json, progress
+
+log = logging.getLogger("snp_llm")
+
+
+LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
+
+
+def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | None = None) -> None:
+    """Load, prune, save, verify, measure, print the closing table; on several ranks, rank 0 writes and prints.
+
+    Args:
+        recipe: of the run.
+        command: as it was typed.
+        talk: what to print.
+        config: the recipe file that it started from.
+    """
+    folder, inputs = output_folder(recipe), inputs_of(recipe, config)
+    bundled = "bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"
+    calibration, eval_dataset = recipe.calibration or bundled, recipe.eval_dataset or bundled
+    recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
+    check_dataset(calibration, recipe.calibration_split, recipe.text_column, evaluation=False)
+    if recipe.eval:
+        check_dataset(eval_dataset, recipe.eval_split, recipe.text_column, evaluation=True)
+    if not recipe.dry_run:
+        output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
+        if recipe.push_to_hub is not None:
+            hub.check_access(recipe.push_to_hub)
+    check_model(recipe)
+    if recipe.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            rehearse(recipe, folder, Path(scratch), talk)
+        return
+    with ranks.joined(recipe.device):
+        if ranks.rank():
+            log.setLevel(logging.ERROR)  # rank 0 says it for all
+        with output.finished_folder(folder, overwrite=recipe.overwrite, resume=recipe.resume, inputs=inputs) as partial:
+            summary = prune_into(partial, recipe, command, talk)
+        if ranks.rank() == 0:
+            finish(recipe, folder, summary, talk)
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Where the pruned model goes: what was asked for, or a name of its own here, or beside the model in whose folder
+    this is."""
+    check_output_name(recipe.output_folder)
+    folder, model = Path(recipe.output_folder), Path(recipe.model).resolve()
+    if recipe.output is None and (model / "config.json").exists() and Path.cwd().is_relative_to(model):
+        folder = model.parent / folder
+        log.warning("you are inside of %s: the pruned model goes beside it, to %s", model, folder)
+    return folder
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuses, by the model's config alone, what cannot be built, pruned, or brought down to the budget."""
+    skeleton = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
+    check_tokenizer(recipe.model)
+    check_table(recipe)
+    check_budget(skeleton, run.resolve(recipe, skeleton))
+
+
+def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> dict[str, Any]:
+    """Everything between a parsed recipe and a folder that only has to get its name.
+
+    Returns:
+        The report; empty but on rank 0.
+    """
+    device = compute_device(recipe.device)
+    clock = Clock(device)
+    with clock.phase("loading"):
+        dense, tokenizer = load_on_disk(recipe, partial)
+    recipe = run.resolve(recipe, dense, tokenizer)
+    assert recipe.seq_len is not None and recipe.eval_dataset is not None
+    files = find_tokenizer_files(checkpoint.find_model(recipe.model), tokenizer)
+    check_carried(recipe.model, files, tokenizer, possible_types(dense, recipe.layout))
+    announce(dense, recipe, partial.parent, talk)
+    windows: Windows | None = None
+    if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
+        windows = evaluation_windows(
+            tokenizer,
+            recipe.eval_dataset,
+            split=recipe.eval_split,
+            column=recipe.text_column,
+            seq_len=recipe.seq_len,
+            bos=recipe.bos,
+        )
+        text.check_tokens(windows, dense)
+    journal = Journal(partial / output.JOURNAL, recipe.save_every)
+    steps = (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
+    with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
+        pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
+    compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
+
+    def save_and_verify() -> float:
+        checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=recipe.model)
+        return checkpoint.verify(dense, pruned.model, partial, compared)
+
+    with clock.phase("saving"):
+        difference = ranks.from_rank(0, save_and_verify)
+    pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
+    models = (dense, pruned.model)
+    perplexities: list[float | None] = [None, None]
+    if windows is not None:
+        perplexities = [
+            perplexity.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+        ]
+    if ranks.rank():
+        return {}
+    speeds = prefill.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
+    sizes = [model_sizes.model_size(m, recipe.seq_len) for m in models]
+    disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
+    before, after = (facts.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
+    more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
+    more["device"] = describe_device(device)
+    if windows is not None:
+        more["evaluation"] = windows.description
+    summary = facts.build_report(pruned, before, after, more)
+    base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
+    model_cards.write_card(summary, pruned, base_model, partial)
+    save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
+    written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
+    summary["files"] = sorted({*written, output.REPORT})  # of which --overwrite replaces no more
+    facts.write_report(summary, partial)
+    return summary
+
+
+def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) -> None:
+    """What is left once the model is safe: the page, the closing words, the upload."""
+    write_page(folder)
+    if talk.json:
+        sites_without = [{k: v for k, v in site.items() if k not in ("kept", "curve")} for site in summary["sites"]]
+        result = {"output": str(folder), **summary, "sites": sites_without}
+        if recipe.push_to_hub is not None:
+            result["url"] = hub.push(folder, recipe.push_to_hub, private=recipe.private)
+        print_json(result)
+        return
+    achieved = summary["sparsity"]["achieved"]
+    print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe.as_dict())} asked for")
+    Console().print(closing_table(summary))
+    if "evaluation" in summary:
+        print(f"perplexity on {summary['evaluation']}")
+    print(f"calibrated on {summary['calibration']['text']}")
+    difference = summary["largest_logit_difference"]
+    print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
+    if (folder / output.PAGE).exists():
+        print(f"in pictures: {folder / output.PAGE}")
+    if recipe.push_to_hub is not None:
+        run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
+
+
+def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
+    """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
+    dense, tokenizer = load_on_disk(recipe, scratch)
+    recipe = run.resolve(recipe, dense, tokenizer)
+    takes = announce(dense, recipe, folder.absolute().parent, talk)
+    with progress(dense.config.num_hidden_layers) as on_step:
+        plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
+    if talk.json:
+        print_json({"estimate": takes, **plan_facts(dense, plan, recipe)})
+    else:
+        print_plan(dense, plan, recipe)
+
+
+def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
+    """What a run reads, by what it is; none of it is to be replaced by what the run writes."""
+    named = {
+        "the input model": str(BUNDLED / recipe.model) if recipe.model == checkpoint.TINY_OPT else recipe.model,
+        "the calibration text": recipe.calibration,
+        "the evaluation text": recipe.eval_dataset,
+        "the latency table": recipe.latency_table,
+        "the recipe": config,
+    }
+    return {what: Path(name) for what, name in named.items() if name is not None and os.path.exists(name)}
+
+
+def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
+    own = folder / output.DENSE / str(ranks.rank())
+    return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
+
+
+def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) -> dict[str, Any]:
+    """Says what will be written, what loads it and what it takes, and refuses what cannot fit.
+
+    Returns:
+        What it takes; empty but on rank 0.
+    """
+    if ranks.rank():
+        return {}
+    assert recipe.round_to is not None
+    family, device = find_family(dense.config), compute_device(recipe.device)
+    say = log.info if talk.json else partial(print, flush=True)
+    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
+    needed = estimate(dense, recipe)
+    takes = inspect_command.estimate_facts(needed, device)
+    say(inspect_command.estimate_line(takes, device.type))
+    if recipe.dry_run and not talk.json:
+        inspect_command.print_estimate(takes, device.type)
+    refuse_what_cannot_fit(needed, device, recipe.hidden_device, place)
+    return takes
+
+
+def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
+    """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
+    size = model_sizes.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    attention, ffn = plan[::2], plan[1::2]
+    print("block  heads         FFN channels")
+    for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
+        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
+    print(
+        f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
+        f"{removed / size.block_linear:.3f} ({asked(recipe.as_dict())} asked for); nothing was written"
+    )
+
+
+def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> dict[str, Any]:
+    """The same ready for JSON."""
+    size = model_sizes.model_size(dense, recipe.seq_len or 1)
+    removed = sum((site.units - width) * site.cost for site, width in plan)
+    sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
+    return {
+        "block_linear_before": size.block_linear,
+        "block_linear_after": size.block_linear - removed,
+        "sparsity": removed / size.block_linear,
+        "asked": asked(recipe.as_dict()),
+        "sites": sites,
+    }

@@ -1,0 +1,1 @@
+"""Token windows out of texts and datasets."""

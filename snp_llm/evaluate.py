@@ -1,8 +1,0 @@
-"""`python -m snp_llm.evaluate MODEL`, the same as `snp-llm eval MODEL`."""
-
-import sys
-
-from snp_llm.cli import evaluate_main
-
-if __name__ == "__main__":
-    sys.exit(evaluate_main(sys.argv[1:]))

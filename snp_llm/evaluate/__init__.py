@@ -1,0 +1,1 @@
+"""How well and how fast models are, pruned ones or not. Knows nothing of pruning."""

@@ -1,0 +1,200 @@
+"""How fast two models are and what they take, measured in turns so that drift cancels. Knows nothing of pruning."""
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from snp_llm import checkpoint
+from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
+from snp_llm.evaluate.cells import Cell, Comparison, Timing
+from snp_llm.evaluate.memory import peak_memory
+from snp_llm.evaluate.remarks import MODELS, remarks
+from snp_llm.evaluate.work import cell_flops, weights_read
+from snp_llm.models.anatomy import embedding_rows
+from snp_llm.models.size import model_size
+from snp_llm.recipe.commands import BenchRecipe
+from snp_llm.runtime.device import compute_device, synchronize, versions
+from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.version import __version__
+
+
+def cells(recipe: BenchRecipe) -> list[Cell]:
+    """Every batch size at every prompt length, prefill first."""
+    shapes = [*itertools.product(recipe.batch_sizes, recipe.prompt_lengths)]
+    found = [Cell("prefill", batch, length, 0) for batch, length in shapes]
+    return found + [Cell("decode", batch, length, recipe.new_tokens) for batch, length in shapes if recipe.new_tokens]
+
+
+def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> dict[str, Any]:
+    """Everything that `snp-llm bench` measures, ready for JSON.
+
+    Args:
+        recipe: all settings.
+        command: that was typed.
+        on_step: called with a line a measurement.
+
+    Raises:
+        SnpError: a model that cannot be loaded, prompts longer than its positions, too little memory, no compiler.
+    """
+    device = compute_device(recipe.device)
+    wanted = cells(recipe)
+    names = (recipe.dense, recipe.pruned)
+    skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
+    for name, skeleton in zip(names, skeletons, strict=True):
+        check_positions(name, skeleton.config, wanted)
+        check_tokenizer(name)
+    # Before anything is loaded here, so that there is memory for them.
+    memory = [peak_memory(name, wanted, device, recipe) if recipe.memory else None for name in names]
+    if recipe.memory:
+        on_step("peak memory measured")
+    models = [checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)[0] for name in names]
+    disks = [disk_bytes(name, model) for name, model in zip(names, models, strict=True)]
+    sizes = [model_size(model, 1) for model in models]
+    modules: list[nn.Module] = [*models]
+    try:
+        for module in modules:
+            module.to(device)
+        results = []
+        for cell in wanted:
+            results.append(compare(models, cell, device, recipe))
+            on_step(f"{cell.name}: {results[-1].speedup:.2f} times as fast")
+    except torch.OutOfMemoryError as error:
+        raise SnpError(
+            f"bench: both models do not fit on {device} together ({str(error).splitlines()[0]}). Use smaller "
+            "--batch-sizes or --prompt-lengths, or --dtype bfloat16."
+        ) from error
+    return {
+        "snp_llm": __version__,
+        "versions": versions(),
+        "command": command,
+        "models": dict(zip(MODELS, (Path(name).name for name in names), strict=True)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "dtype": [str(model.dtype).removeprefix("torch.") for model in models],
+        "compile": recipe.compile,
+        "repeats": recipe.repeats,
+        "parameters": dict(zip(MODELS, (size.parameters for size in sizes), strict=True)),
+        "disk": dict(zip(MODELS, disks, strict=True)),
+        "memory": dict(zip(MODELS, memory, strict=True)) if recipe.memory else None,
+        "cells": [asdict(result) for result in results],
+        "remarks": remarks(results, models, sizes),
+    }
+
+
+def check_positions(name: str, config: PretrainedConfig, wanted: Sequence[Cell]) -> None:
+    """Raises SnpError if a model has no positions for a prompt and what is decoded after it."""
+    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
+    longest = max(cell.length + cell.new_tokens for cell in wanted)
+    if longest > positions:
+        raise SnpError(
+            f"--prompt-lengths: expected at most the {positions:,} positions of {name} with --new-tokens counted in, "
+            f"got {longest:,}."
+        )
+
+
+def disk_bytes(name: str, model: PreTrainedModel) -> int:
+    """Bytes of the weight files, or of the weights where there is no folder of safetensors."""
+    return checkpoint.folder_bytes(Path(name)) or model_size(model, 1).bytes
+
+
+def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device, recipe: BenchRecipe) -> Comparison:
+    """Times both models in turns, starting with the other one every time."""
+    tokens = [random_tokens(model, cell, device) for model in models]
+    forwards: list[Callable[..., Any]] = [compiled(model) if recipe.compile else model for model in models]
+    passes: list[Callable[[], float]] = [
+        partial(timed, forward, given, cell, device) for forward, given in zip(forwards, tokens, strict=True)
+    ]
+    try:
+        for once in passes:  # the first warms up, and compiles
+            once()
+            once()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not recipe.compile:
+            raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SnpError(
+            f"--compile: torch.compile failed on {cell.name}: {first_line[:200]}. On the CPU it needs a C++ compiler; "
+            "leave out --compile."
+        ) from error
+    times: list[list[float]] = [[], []]
+    for turn in range(recipe.repeats):
+        for at in (0, 1) if turn % 2 == 0 else (1, 0):
+            times[at].append(passes[at]())
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    low, middle, high = quartiles(ratios)
+    flops = [cell_flops(model, cell) for model in models]
+    read = [weights_read(model) for model in models]
+    steps = 1 if cell.kind == "prefill" else cell.new_tokens
+    timings = []
+    for seconds in times:
+        least, median, most = (value / steps for value in quartiles(seconds))
+        timings.append(Timing(median, least, most, cell.tokens / steps / median))
+    return Comparison(cell, timings[0], timings[1], middle, low, high, flops[0] / flops[1], read[0] / read[1])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def compiled(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model through torch.compile, with nothing of earlier shapes left over."""
+    torch.compiler.reset()
+    # Past that limit torch goes on without compiling and says so in a log only.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model)
+
+
+def random_tokens(model: PreTrainedModel, cell: Cell, device: torch.device) -> Tensor:
+    """A prompt and what is decoded after it, the same for models of one vocabulary, (batch, length + new_tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(embedding_rows(model), (cell.batch, cell.length + cell.new_tokens), generator=generator)
+    return tokens.to(device)
+
+
+def timed(forward: Callable[..., Any], tokens: Tensor, cell: Cell, device: torch.device) -> float:
+    """Seconds of one pass; of decoding, without the prefill before it."""
+    if cell.kind == "decode":
+        return decode(forward, tokens, cell.new_tokens, device)
+    synchronize(device)
+    start = time.perf_counter()
+    prefill(forward, tokens)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def prefill(forward: Callable[..., Any], tokens: Tensor) -> Any:
+    """Prompts up to the logits of the next token; the cache that decoding needs."""
+    return forward(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def decode(forward: Callable[..., Any], tokens: Tensor, new_tokens: int, device: torch.device) -> float:
+    """Seconds of `new_tokens` steps after a prefill of the tokens before them.
+
+    The tokens are given, so that both models do the same whatever they would say.
+    """
+    length = tokens.shape[1] - new_tokens
+    cache = prefill(forward, tokens[:, :length])
+    synchronize(device)
+    start = time.perf_counter()
+    for at in range(length, length + new_tokens):
+        cache = forward(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
+    synchronize(device)
+    return time.perf_counter() - start

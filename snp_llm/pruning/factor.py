@@ -1,0 +1,156 @@
+"""One site: its units in order and its Gram matrix factored. Cuts nothing."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.linalg.gram import completed, gram_matrix
+from snp_llm.linalg.ldl import (
+    SOLVE_TOLERANCE,
+    DefiniteGram,
+    Subspace,
+    build_subspace,
+    error_curve,
+    held_out_curve,
+    make_definite,
+    metric_root,
+    probe,
+    solve_error,
+)
+from snp_llm.linalg.ordering import OrderingProblem, order_units
+from snp_llm.linalg.units import deal_from_groups, unit_channels
+from snp_llm.models.anatomy import Site, linear, row_units, weight_of
+from snp_llm.models.families.family import Family
+from snp_llm.pruning.statistics import SINGLE_PRECISION_FROM, Statistics
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import Clock
+from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.storage import let_go
+
+log = logging.getLogger(__name__)
+
+
+METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
+
+DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
+
+
+@dataclass(frozen=True)
+class FactoredSite:
+    """A site's units in order, with everything that the cut needs.
+
+    Attributes:
+        unit_order: units, most important first, (units,), int64.
+        subspace: LDL factors in that order.
+        W, mean: out-projection weight, and mean of the inputs, float64 or float32, in the original channel order.
+        root: R, with `R R^T = F` and a floor under it, (d_out, d_out), same type; None without gradients.
+        tokens: over which the Gram matrix was summed.
+        centred: whether the bias absorbs the mean.
+    """
+
+    unit_order: Tensor
+    subspace: Subspace
+    W: Tensor
+    mean: Tensor
+    root: Tensor | None
+    tokens: int
+    centred: bool
+
+    def loss_curve(self, statistics: Statistics) -> Tensor | None:
+        """Predicted rise of the mean loss at every number of channels kept, (n + 1,), or None without gradients.
+
+        Half the squared output error a token in the metric: the quadratic model of the loss whose curvature at the
+        site's output is F, for outputs and gradients that are independent of each other. The floor makes it err on the
+        dark side, most where F knows few directions.
+
+        Args:
+            statistics: of windows that are held out, if the site was not factored from them: on those errors are
+                counted; else on those that it was.
+        """
+        held = statistics.held_moments
+        if self.root is None:
+            return None
+        L, D, order = self.subspace.L, self.subspace.D, self.subspace.order
+        W = (self.root.mT @ self.W)[:, order]
+        if held is None or held.tokens == 0:
+            return error_curve(W, L, D) / (2 * self.tokens)
+        held = completed(held)
+        gram = held.second[order[:, None], order].to(W)
+        let_go(statistics.files)
+        if self.centred:
+            first, mean = held.first.to(W)[order], self.mean[order]
+            gram.addr_(first, mean, alpha=-1).addr_(mean, first - held.tokens * mean, alpha=-1)
+        return held_out_curve(W, L, gram) / (2 * held.tokens)
+
+
+def factor_site(
+    block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, clock: Clock, width: int = 0
+) -> tuple[FactoredSite, Tensor]:
+    """Orders a site's units and factors its Gram matrix in that order, on the moments' device.
+
+    Args:
+        block: that it is in.
+        family: the block's.
+        site: to be factored.
+        statistics: of it.
+        recipe: all settings, resolved.
+        clock: on which ordering is timed apart.
+        width: units that will be kept at least: their order among themselves is then not worth much computing.
+
+    Returns:
+        The site, and its Gram matrix (centred where the bias absorbs the mean), (n, n), in the original channel order:
+        a large one is not worth keeping where nothing is cut.
+    """
+    let_go(statistics.files)
+    try:
+        out, moments = linear(block, site.out_projection), statistics.moments
+        centred = recipe.absorb_bias and out.bias is not None
+        definite = _definite(site, statistics, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
+        gram = definite.gram
+        W = weight_of(out).to(gram)
+        in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
+        for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
+            sums = weight_of(linear(block, path)).to(gram.device).abs().sum(1, dtype=torch.float64)
+            units = units.to(gram.device)
+            in_weight.index_add_(0, units[units >= 0], sums[units >= 0])
+        root = None
+        if statistics.gradient is not None:
+            metric = statistics.gradient.to(gram, copy=True)
+            metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+            root = metric_root(metric)
+        weighted = root.mT @ W if root is not None and recipe.metric == "loss" else W
+        keep = 0 if site.groups else width  # dealing from groups takes some that are not among the best
+        problem = OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block, keep)
+        with clock.phase("ordering"):
+            unit_order = order_units(recipe.ordering, problem)
+        if site.groups:
+            unit_order = deal_from_groups(unit_order, site.groups)
+        subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
+        gram.diagonal().copy_(definite.diagonal)  # undampened again, and without dead channels' pivots
+        mean = moments.first.to(gram) / moments.tokens
+        return FactoredSite(unit_order, subspace, W, mean, root, moments.tokens, centred), gram
+    except SnpError as error:
+        raise SnpError(f"{site.name}: {error}") from error
+
+
+def _definite(site: Site, statistics: Statistics, wanted: float, centred: bool) -> DefiniteGram:
+    """The site's dampened Gram matrix, in float32 where it is large and that will do."""
+
+    def damped(dtype: torch.dtype) -> DefiniteGram:
+        gram = gram_matrix(statistics.moments, centred=centred, dtype=dtype)
+        let_go(statistics.files)
+        return make_definite(gram, wanted)
+
+    second = statistics.moments.second
+    if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32:
+        definite = damped(torch.float32)
+        if definite.dampening == wanted and solve_error(definite.spare[0], probe(definite.gram)) <= SOLVE_TOLERANCE:
+            return definite
+        log.info("%s: too badly conditioned for float32; computed in float64", site.name)
+        del definite
+    definite = damped(torch.float64)
+    if definite.dampening != wanted:
+        log.warning("%s: dampening raised from %g to %g", site.name, wanted, definite.dampening)
+    return definite

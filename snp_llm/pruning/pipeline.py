@@ -1,0 +1,180 @@
+"""From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.windows import Windows, split_windows
+from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
+from snp_llm.models.layouts import assemble
+from snp_llm.pruning.identity import decided_widths, identity
+from snp_llm.pruning.padded import padded_blocks
+from snp_llm.pruning.result import SiteResult
+from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read_calibration, resolve
+from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
+from snp_llm.pruning.sequential import prune_blocks
+from snp_llm.pruning.stream import capture
+from snp_llm.pruning.widths.plan import find_target, plan_widths
+from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.errors import SnpError
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A pruned model with everything that is known about it.
+
+    Attributes:
+        model: an ordinary transformers model; its untouched tensors are the dense model's own.
+        tokenizer: the dense model's.
+        recipe: with the defaults that depend on the model filled in.
+        sites: results in pruning order.
+        calibration: the windows that were used.
+        seconds: by phase.
+        sparsity: of all sites together, asked for or found by a search; None where the budget was another.
+        trials: sparsities that a search tried, and the relative rise of perplexity at each; empty without a search.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    sites: list[SiteResult]
+    calibration: Windows
+    seconds: dict[str, float]
+    sparsity: float | None
+    trials: list[tuple[float, float]] = field(default_factory=list)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    journal: Journal | None = None,
+    on_step: OnStep = lambda _line: None,
+) -> PrunedModel:
+    """Remove units from every attention and FFN site and repair the out-projections by least squares.
+
+    Args:
+        model: dense model of a supported family; left as it was.
+        tokenizer: its tokenizer.
+        recipe: all settings. Everything about files and evaluation is ignored here.
+        journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
+        on_step: called with a line of text after each site, and after each block of the dense model's visit.
+
+    Raises:
+        SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
+    """
+    recipe, journal = resolve(recipe, model, tokenizer), journal or Journal()
+    clock = Clock(compute_device(recipe.device))
+    run = Run(recipe, clock, journal, on_step)
+    allowed = recipe.perplexity_increase
+    if allowed is not None:
+        windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
+        journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
+        visited = visit(model, windows, run.phase("visit"))
+
+        def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
+            once = replace(recipe, sparsity=sparsity, max_perplexity_increase=None)
+            return cut_once(visited, replace(run.phase(f"sparsity-{sparsity:.5f}"), recipe=once))
+
+        def predicted(sparsity: float) -> float | None:
+            return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
+
+        found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, recipe.batch_size, clock)
+        facts = (windows, clock.seconds, found.sparsity, found.trials)
+        return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
+    windows = read_calibration(tokenizer, recipe, model)
+    journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
+    pruned, results = cut_once(visit(model, windows, run.phase("visit")), run.phase("cut"))
+    sparsity = None if recipe.separate else recipe.sparsity
+    return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
+
+
+def plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    on_step: OnStep = lambda _line: None,
+) -> list[tuple[Site, int]]:
+    """The width of every site that `prune` would choose, without pruning.
+
+    Raises:
+        SnpError: the widths follow from pruning itself, by a permitted rise of perplexity.
+    """
+    if recipe.perplexity_increase is not None:
+        raise SnpError(
+            "--dry-run: expected a budget whose widths are known before anything is cut, got "
+            "--max-perplexity-increase. Leave it out, or run without --dry-run."
+        )
+    recipe = resolve(recipe, model, tokenizer)
+    clock = Clock(compute_device(recipe.device))
+    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
+    visited = visit(model, windows, Run(recipe, clock, Journal(), on_step))
+    return list(zip(visited.anatomy.sites, visited.widths(recipe), strict=True))
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A dense model of which everything is known that has to be before the first cut.
+
+    Attributes:
+        anatomy: what is to be cut.
+        windows: calibration windows; None where nothing but a plan of fixed widths is wanted.
+        curves: of every site, or None each.
+    """
+
+    anatomy: Anatomy
+    windows: Windows | None
+    curves: Sequence[SiteCurves | None]
+
+    def gradient(self, number: int) -> Tensor | None:
+        """F of a site, by its number, read when it is asked for."""
+        curves = self.curves[number]
+        return None if curves is None else curves.gradient
+
+    def widths(self, recipe: Recipe) -> list[int]:
+        """Units kept at every site under a recipe's budget."""
+        return plan_widths(self.anatomy, self.curves, find_target(self.anatomy, recipe), recipe)
+
+
+def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
+    """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
+    anatomy = find_anatomy(model, run.recipe.head_unit)
+    check_weights(anatomy)
+    announce_heads(anatomy.sites, run.recipe)
+    curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
+    if windows is not None and visit_passes(run.recipe):
+        curves = visit_dense(anatomy, windows.tokens, run)
+    return Visited(anatomy, windows, curves)
+
+
+def cut_once(visited: Visited, run: Run) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The pruned model and what happened at every site."""
+    assert visited.windows is not None
+    anatomy = visited.anatomy
+    widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
+    stream = capture(anatomy, visited.windows.tokens, run.recipe, run.clock, run.journal.folder)
+    blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
+    if run.recipe.layout == "padded":
+        blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))
+    losses = [None if c is None else c.loss for c in visited.curves]
+    return assemble(anatomy.model, anatomy.family, blocks), [
+        result if loss is None else replace(result, predicted_loss=float(loss[width]))
+        for result, loss, width in zip(results, losses, widths, strict=True)
+    ]
+
+
+def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
+    """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
+    losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
+    if len(losses) < len(visited.anatomy.sites):
+        return None
+    return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))

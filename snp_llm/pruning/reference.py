@@ -1,0 +1,202 @@
+"""What a block's out-projections should put out, from the dense model's own stream. Knows blocks, not how they are cut.
+
+A site's output is added to the stream. Under `dense` it should be what the dense model's site puts out; under
+`residual` whatever makes the stream after the site that of the dense model, so that what earlier cuts spoilt is made
+good as far as this site can.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.models.anatomy import Anatomy, Site, linear
+from snp_llm.models.blocks import run_block, watch_outputs
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import enough_windows
+from snp_llm.pruning.stream import Stream, check_finite, in_batches
+from snp_llm.runtime import ranks
+
+log = logging.getLogger(__name__)
+
+
+# Relative distance between what a block adds to its stream and its sites' outputs, up to which they are the same: in
+# bfloat16 an update of a stream a hundred times its size is only known to a few percent.
+SAME_STREAM = 0.25
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the sites of one block should put out, where the hidden states wait, for the first calibration windows.
+
+    Attributes:
+        outputs: by site, (windows, T, d); with `stream_scale` they include the stream before the block. Sites whose
+            inputs are those of the dense model have none: they give what they should until they are cut.
+        windows: on all ranks together.
+        stream_scale: what the stream is divided by to be in the measure of a site's output; None under `dense`.
+    """
+
+    outputs: dict[Site, Tensor]
+    windows: int
+    stream_scale: float | None
+
+    def of(
+        self, site: Site, at: slice, hidden: Tensor, before: Sequence[Tensor], device: torch.device
+    ) -> Tensor | None:
+        """What a site's out-projection should put out, for those of the windows `at` that have a reference.
+
+        Args:
+            site: of the block.
+            at: some of this rank's windows.
+            hidden: the stream before the block, (all of this rank's windows, T, d).
+            before: what the sites of earlier stages put out in this block, (batch, T, d) each.
+            device: of the result.
+        """
+        if site not in self.outputs:
+            return None
+        wanted = self.outputs[site][at].to(device)
+        if self.stream_scale:
+            wanted = wanted - hidden[at][: len(wanted)].to(device) / self.stream_scale
+            for output in before:
+                wanted = wanted - output[: len(wanted)]
+        return wanted
+
+
+@dataclass
+class DenseStream:
+    """The first calibration windows on their way through the dense model, beside those that go through the pruned one.
+
+    Attributes:
+        anatomy: of the dense model.
+        run: of the phase.
+        stream: before the block that comes next; None where no site is repaired to give anything but its own output.
+        residual: whether blocks add to their stream, which sites are then repaired to give; None: not known yet.
+    """
+
+    anatomy: Anatomy
+    run: Run
+    stream: Stream | None
+    residual: bool | None
+
+    @classmethod
+    def beside(cls, stream: Stream, anatomy: Anatomy, run: Run) -> "DenseStream":
+        """That of a stream which has not yet entered the first block."""
+        target = run.recipe.target
+        if target == "self":
+            return cls(anatomy, run, None, False)
+        widest = max(site.channels for site in anatomy.sites)
+        first = stream.first(enough_windows(widest, stream.hidden.shape[1]))
+        return cls(anatomy, run, first, None if target == "residual" else False)
+
+    def state(self) -> dict[str, Tensor]:
+        """What is needed to go on after the process was killed."""
+        known = {} if self.residual is None else {"residual": torch.tensor(self.residual)}
+        return known if self.stream is None else {**known, "dense": self.stream.hidden}
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state` gave."""
+        if self.stream is not None:
+            self.stream.hidden.copy_(state["dense"])
+        self.residual = bool(state["residual"]) if "residual" in state else self.residual
+
+    def follow(self, pruned: Stream) -> None:
+        """Takes over the pruned model's stream, where the two are the same."""
+        if self.stream is not None:
+            self.stream.hidden.copy_(pruned.hidden[: len(self.stream.hidden)])
+
+    def reference(self, index: int, widths: Sequence[int]) -> Reference | None:
+        """What the sites of a block should put out; None where the streams are the same behind the block as well.
+
+        Args:
+            index: of the block; its weights are on the compute device.
+            widths: of all sites.
+        """
+        kept = [width == site.units for site, width in zip(self.anatomy.sites, widths, strict=True)]
+        entered, untouched = (
+            all(whole for site, whole in zip(self.anatomy.sites, kept, strict=True) if site.block < end)
+            for end in (index, index + 1)
+        )
+        if self.stream is None or untouched:
+            return None
+        block, sites, dense = self.anatomy.blocks[index], self.anatomy.sites_of(index), self.stream.before(index)
+        with self.run.clock.phase("forward passes"):
+            if self.residual is None:
+                self.residual = adds_to_stream(block, sites, dense)
+            found = block_reference(block, sites, dense, residual=self.residual, device=self.run.clock.device)
+        if entered:
+            for site in self.anatomy.stages(index)[0]:
+                del found.outputs[site]
+        return found
+
+
+def block_reference(
+    block: nn.Module, sites: Sequence[Site], dense: Stream, *, residual: bool, device: torch.device
+) -> Reference:
+    """Runs a dense block over the dense model's stream, which moves on to what the block puts out.
+
+    Args:
+        block: dense, on `device`.
+        sites: of the block, in the order of its stages.
+        dense: the dense model's hidden states before it; overwritten by those after it.
+        residual: whether the stream is part of the reference.
+        device: to compute on.
+    """
+    wanted = {site: dense.like_hidden() for site in sites}
+    scale = _stream_scale(block) if residual else None
+    for at, (output, outputs) in _outputs(block, sites, dense, len(dense.hidden)):
+        check_finite(output, dense.index)
+        if scale is not None:
+            stream = dense.hidden[at].to(device) / scale
+            for number, added in enumerate(outputs[:-1]):
+                outputs[number] = stream = stream + added
+            outputs[-1] = output / scale
+        for site, value in zip(sites, outputs, strict=True):
+            wanted[site][at] = value
+        dense.hidden[at] = output
+    return Reference(wanted, dense.total, scale)
+
+
+def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bool:
+    """Whether a dense block puts out the sum of its stream and of what its sites put out, as the first window has it.
+
+    A block that normalises what its sites put out, or the sum, has no stream that they could repair. A log line
+    says that dense outputs take its place.
+    """
+
+    def same() -> bool:
+        [(at, (output, outputs))] = _outputs(block, sites, dense, 1)
+        added = output - dense.hidden[at].to(output.device)
+        whole = outputs[0]
+        for other in outputs[1:]:
+            whole = whole + other
+        whole = whole * _stream_scale(block)
+        return bool((whole.double() - added.double()).norm() <= SAME_STREAM * added.double().norm())
+
+    adds = ranks.from_rank(0, same)
+    if not adds:
+        log.warning("target residual: blocks of this model normalise what is added; target dense instead")
+    return adds
+
+
+def _stream_scale(block: nn.Module) -> float:
+    return float(getattr(block, "residual_multiplier", 1.0))
+
+
+def _outputs(
+    block: nn.Module, sites: Sequence[Site], dense: Stream, windows: int
+) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]]]]:
+    """What a block and each of its sites put out for the first windows of the stream, batch after batch."""
+    seen: dict[Site, Tensor] = {}
+    watchers: dict[nn.Module, Callable[[Tensor], None]] = {
+        linear(block, site.out_projection): partial(seen.__setitem__, site) for site in sites
+    }
+
+    def run(at: slice) -> tuple[Tensor, list[Tensor]]:
+        output = run_block(block, dense.hidden[at], dense.call)
+        return output, [seen[site].reshape(output.shape) for site in sites]  # some blocks flatten windows inside
+
+    with watch_outputs(watchers):
+        yield from in_batches(windows, dense.batch, run)

@@ -1,0 +1,117 @@
+"""A recipe made definite by a model, and that model and its calibration text checked before the first block."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.windows import Windows, calibration_windows
+from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
+from snp_llm.models.blocks import on_device, rest_on_device
+from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
+from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.errors import SnpError
+
+log = logging.getLogger(__name__)
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The tools of a run, never its results.
+
+    Attributes:
+        recipe: all settings, resolved.
+        clock: of the compute device.
+        journal: of the phase that is on: keeps what it has done, and knows what an interrupted one has.
+        on_step: called with a line of text after each site and each block of the dense model.
+    """
+
+    recipe: Recipe
+    clock: Clock
+    journal: Journal
+    on_step: OnStep
+
+    def phase(self, name: str) -> "Run":
+        """The tools of a phase, with the journal of its own."""
+        return replace(self, journal=self.journal.phase(name))
+
+
+def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Recipe:
+    """The recipe with window length and rounding filled in from the model, sparsity, and BOS from a tokenizer.
+
+    Raises:
+        SnpError: the window is longer than the model's positions; the model is not of a supported family, or has code
+            of its own.
+    """
+    check_code(model)
+    positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
+    seq_len = window_length(recipe.seq_len, positions)
+    if tokenizer is not None:
+        recipe = replace(recipe, bos=resolve_bos(recipe.bos, model, tokenizer))
+    kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
+    if recipe.hidden_device not in ("cpu", "disk", kind):
+        raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
+    recipe = replace(recipe, seq_len=seq_len, sparsity=recipe.common_sparsity)
+    if recipe.round_to is not None:
+        return recipe
+    narrowest = min(site.units for site in find_anatomy(model).sites if site.kind == "ffn")
+    coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
+    return replace(recipe, round_to=KERNEL_MULTIPLE if coarse else 8)
+
+
+def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
+    """Says what head units became of those asked for, where the model has no such choice."""
+    first = next(site for site in sites if site.kind == "attention")
+    assert first.heads is not None
+    if recipe.head_unit == "kv_group" and first.groups:
+        log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
+    elif recipe.head_unit == "query" and not first.groups:
+        log.warning("%s: every key-value head has one query head; both go together", first.name)
+
+
+def check_weights(anatomy: Anatomy) -> None:
+    """Raises SnpError with the tensor's name if a weight is NaN or Inf; one block is in memory at a time."""
+    model, blocks = anatomy.model, anatomy.blocks
+    names = {id(module): name for name, module in model.named_modules()}
+    cpu = torch.device("cpu")
+
+    def check(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_meta and not torch.isfinite(parameter).all():
+                    raise SnpError(
+                        f"{names[id(module)]}.{name}: weights hold NaN or Inf; expected finite numbers. The checkpoint "
+                        "is damaged."
+                    )
+
+    with rest_on_device(model, blocks, cpu):
+        check(model.modules())  # blocks that are on disk are passed over here
+    for block in blocks:
+        with on_device(block, cpu):
+            check(block.modules())
+
+
+def read_calibration(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: PreTrainedModel, more: int = 0
+) -> Windows:
+    """The calibration windows of a resolved recipe, and `more` after them, checked against the model's vocabulary."""
+    assert recipe.seq_len is not None
+    windows = calibration_windows(
+        tokenizer,
+        recipe.calibration or "wikitext2",
+        split=recipe.calibration_split,
+        column=recipe.text_column,
+        num_samples=recipe.num_samples + more,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        bos=resolve_bos(recipe.bos, model, tokenizer),
+    )
+    check_tokens(windows, model)
+    return windows

@@ -1,0 +1,310 @@
+"""One visit to the dense model before the first cut: what every site's widths would cost, and the loss's gradients.
+
+Knows blocks and sites, cuts nothing and chooses nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.linalg.allocation import NEEDS_CURVES
+from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
+from snp_llm.linalg.ldl import energy_curve
+from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
+from snp_llm.models.blocks import (
+    BlockCall,
+    frozen,
+    input_gradient,
+    loss_gradient,
+    on_device,
+    rest_on_device,
+    run_block,
+    watch_inputs,
+)
+from snp_llm.pruning.factor import factor_site
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import (
+    Statistics,
+    Sums,
+    add_batch,
+    empty_sums,
+    enough_windows,
+    for_algebra,
+    held_out,
+    over_all_ranks,
+)
+from snp_llm.pruning.stream import Stream, advance, capture, check_finite, in_batches
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime import ranks
+from snp_llm.runtime.device import ONCE
+from snp_llm.runtime.errors import SnpError
+
+TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
+
+GRADIENT_TOKENS = 32_768  # at most: what of these enters every block is kept for the way back
+
+FEWEST_WINDOWS = 4  # at least, so that up to so many ranks read the same
+
+HELD_OUT_OF = 4  # one window of so many is held out
+
+
+Watchers = dict[nn.Module, Callable[[Tensor], None]]
+
+
+@dataclass(frozen=True)
+class SiteCurves:
+    """What the dense model says of a site.
+
+    Attributes:
+        energy: share of the latent energy at every width, (units + 1,); None where no curve was asked for.
+        loss: predicted rise of the mean loss at every width, (units + 1,); None without gradients.
+        read_gradient: reads F, second moment of the loss gradient at the site's output, a token, (d_out, d_out).
+    """
+
+    energy: Tensor | None
+    loss: Tensor | None
+    read_gradient: Callable[[], Tensor | None]
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """F, or None where no gradients were asked for; without files, only on the rank that cuts the block."""
+        return self.read_gradient()
+
+
+def visit_passes(recipe: Recipe) -> int:
+    """How many times the dense model's blocks are visited before the first cut: for gradients, for curves, or both."""
+    return recipe.needs_gradients + (recipe.allocation in NEEDS_CURVES)
+
+
+def gradient_windows(hidden: int, seq_len: int) -> int:
+    """Windows that gradients are read from: of these there are moments over pairs of a block's output channels alone.
+
+    Args:
+        hidden: channels that a block puts out.
+        seq_len: tokens a window has.
+    """
+    return max(FEWEST_WINDOWS, min(-(-TOKENS_AN_OUTPUT * hidden // seq_len), GRADIENT_TOKENS // seq_len))
+
+
+def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
+    """Curves and gradients of every site, in the order of `anatomy.sites`, each only where the recipe needs them.
+
+    The model is visited block by block, on the first windows of the draw. For gradients there and back: forwards,
+    keeping what enters each block, and backwards, where each block runs once more to pass the gradient on. For curves
+    forwards, with one block's moments held at a time. Where there are gradients, losses are predicted on windows that
+    are held out: on those that a repair was computed from its error looks smaller than it is, the more so the more
+    channels a site has for its tokens.
+
+    Args:
+        anatomy: of the dense model; left as it was.
+        tokens: calibration windows, (windows, T), int64.
+        run: of this phase; its journal keeps curves and gradients.
+    """
+    recipe, sites, blocks = run.recipe, anatomy.sites, anatomy.blocks
+    gradients, curves = run.phase("gradients"), run.phase("curves")
+
+    def first_windows(count: int, run: Run) -> _Visit:
+        return _Visit(anatomy, tokens[: max(count, ranks.rank_count())], run)
+
+    with frozen(anatomy.model):
+        if recipe.needs_gradients:
+            hidden = weight_of(linear(blocks[0], sites[0].out_projection)).shape[0]
+            _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
+        if recipe.allocation in NEEDS_CURVES:
+            widest = max(site.channels for site in sites)
+            _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients.journal)
+    return [
+        SiteCurves(
+            energy=curves.journal.get(site.block, f"{site.kind} energy"),
+            loss=curves.journal.get(site.block, f"{site.kind} loss"),
+            read_gradient=partial(gradients.journal.get, site.block, site.kind),
+        )
+        for site in sites
+    ]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One pass of the visit: through which model, with which tokens and tools."""
+
+    anatomy: Anatomy
+    tokens: Tensor
+    run: Run
+
+    @property
+    def windows(self) -> range:
+        """Those of this rank."""
+        return ranks.share(len(self.tokens))
+
+    def start(self) -> Stream:
+        """The tokens before the first block."""
+        run = self.run
+        return capture(self.anatomy, self.tokens, run.recipe, run.clock, run.journal.folder)
+
+
+def _read_gradients(visit: _Visit) -> None:
+    """F of every site, in a pass forwards that keeps what enters each block, and one back."""
+    blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
+    device = clock.device
+    done, state = journal.last_state(windows, len(visit.tokens))
+    if done == len(blocks):
+        return
+    stream = visit.start()
+    inputs: list[Tensor] = []
+    hidden = stream.hidden
+    for index, block in enumerate(blocks[: len(blocks) - done]):
+        inputs.append(hidden)
+        if done and index == len(blocks) - done - 1:
+            break  # what comes after it has been visited
+        hidden = stream.like_hidden()
+        with on_device(block, device), clock.phase("forward passes"):
+            advance(block, index, inputs[index], hidden, stream.calls[index], stream.batch)
+    if done:
+        gradients = stream.like_hidden().copy_(state["gradients"])
+    else:
+        gradients = hidden
+        mine = visit.tokens[windows.start : windows.stop]
+        with clock.phase(ONCE), rest_on_device(visit.anatomy.model, blocks, device):
+            for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
+                states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
+    for index in range(len(blocks) - done - 1, -1, -1):
+        block, entering, here = blocks[index], inputs.pop(), visit.anatomy.sites_of(index)
+        outs = [linear(block, s.out_projection) for s in here]
+        sums = [empty_moments(len(weight_of(out)), out.weight.dtype, device) for out in outs]
+        seen: dict[nn.Module, Tensor] = {}
+        watchers: Watchers = {out: partial(_keep, seen, out) for out in outs}
+        back = partial(_back, block, entering, stream.calls[index], gradients, watchers, device)
+        with on_device(block, device), clock.phase("forward passes"):
+            for at, gradient in in_batches(len(windows), stream.batch, back):
+                with clock.phase("Gram matrices"):
+                    sums = [add_moments(s, seen[out]) for s, out in zip(sums, outs, strict=True)]
+                gradients[at] = gradient
+        with clock.phase("Gram matrices"):
+            ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
+            if ranks.owner(index) == ranks.rank():
+                count = visit.tokens.numel()
+                journal.put(index, {s.kind: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
+        journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
+        visit.run.on_step(f"block {index}: gradients of the dense model")
+    ranks.wait()
+
+
+def _read_curves(visit: _Visit, gradients: Journal) -> None:
+    """Energy and loss curves of every site, in one pass.
+
+    Args:
+        visit: of the model.
+        gradients: has F of the sites, or nothing.
+    """
+    blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
+    first, state = journal.last_state(windows, len(visit.tokens))
+    if first == len(blocks):
+        return
+    stream = visit.start()
+    if first:
+        stream.hidden.copy_(state["hidden"])
+    held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.run.recipe.needs_gradients
+    holding_out, held_here = bool(held.any()), held[windows.start : windows.stop]
+    summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
+    for index in range(first, len(blocks)):
+        block, here = blocks[index], visit.anatomy.sites_of(index)
+        outs = [linear(block, s.out_projection) for s in here]
+        sums = [
+            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=holding_out)
+            for s, out in zip(here, outs, strict=True)
+        ]
+        seen: dict[nn.Module, Tensor] = {}
+
+        run = partial(_run, block, stream.hidden, stream.calls[index])
+        keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
+        with on_device(block, clock.device):
+            with clock.phase("forward passes"), watch_inputs(keepers):
+                for at, output in in_batches(len(windows), stream.batch, run):
+                    check_finite(output, index)
+                    with clock.phase("Gram matrices"):
+                        sums = [add_batch(s, seen[out], None, held_here[at]) for s, out in zip(sums, outs, strict=True)]
+                    stream.hidden[at] = output
+            seen.clear()  # its memory goes to the algebra
+            with clock.phase("Gram matrices"):
+                sums = [over_all_ranks(s) for s in sums]
+            if ranks.owner(index) == ranks.rank():
+                summed[index] = sums
+            done = index + 1
+            if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
+                _factorise(visit, summed, gradients)
+                journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
+        visit.run.on_step(f"block {index}: curves of the dense model")
+
+
+def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
+    return run_block(block, hidden[at], call)
+
+
+def _back(
+    block: nn.Module,
+    entering: Tensor,
+    call: BlockCall,
+    gradients: Tensor,
+    watchers: Watchers,
+    device: torch.device,
+    at: slice,
+) -> Tensor:
+    return input_gradient(block, entering[at], call, gradients[at].to(device), watchers)
+
+
+def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
+    """Puts the curves of the blocks that all ranks have summed into the journal.
+
+    Args:
+        visit: of the model.
+        summed: this rank's blocks; emptied.
+        gradients: has F of the sites, or nothing.
+    """
+    curves: dict[int, dict[str, Tensor]] = {}
+    while summed:
+        index, sums = summed.popitem()
+        with on_device(visit.anatomy.blocks[index], visit.run.clock.device), visit.run.clock.phase("factorisation"):
+            curves[index] = _curves(visit, index, sums, gradients)
+    if visit.run.journal.folder is None:  # on disk all ranks can read them
+        curves = {index: found for others in ranks.from_all(curves) for index, found in others.items()}
+    for index, found in curves.items():
+        visit.run.journal.put(index, found)
+    ranks.wait()
+
+
+def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> dict[str, Tensor]:
+    """By kind of site and name: the curves that `SiteCurves` holds; sums are used up."""
+    found: dict[str, Tensor] = {}
+    block, recipe = visit.anatomy.blocks[index], visit.run.recipe
+    for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
+        of_site = sums.pop()
+        apart = for_algebra(
+            site.name,
+            Statistics(
+                of_site.moments,
+                held_moments=of_site.held_moments,
+                gradient=gradients.get(index, site.kind),
+                files=of_site.files,
+            ),
+        )
+        factored = factor_site(block, visit.anatomy.family, site, apart, recipe, visit.run.clock)[0]
+        found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
+        loss = factored.loss_curve(apart)
+        if loss is not None:
+            found[f"{site.kind} loss"] = loss[:: site.unit_size].cpu()
+    return found
+
+
+def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
+    """F, on the CPU, from the sums over so many tokens."""
+    if not torch.isfinite(moments.first).all():
+        raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
+    return (gram_matrix(moments, centred=False) / tokens).float().cpu()
+
+
+def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, values: Tensor) -> None:
+    seen[module] = values.detach()

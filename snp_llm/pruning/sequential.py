@@ -1,0 +1,279 @@
+"""The sequential loop: stage after stage of block after block is gathered, cut and fixed. Chooses no widths."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.checkpoint.journal import Journal
+from snp_llm.linalg.units import unit_channels
+from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
+from snp_llm.models.blocks import fixed_output, inputs_of, on_device, output_of, run_block, with_first_tensor
+from snp_llm.models.families.family import Family
+from snp_llm.models.offload import copy_unhooked, leave_on_disk
+from snp_llm.models.surgery import prune_site
+from snp_llm.pruning.cut import cut
+from snp_llm.pruning.reference import DenseStream, Reference
+from snp_llm.pruning.result import Curve, SiteResult
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
+from snp_llm.pruning.stream import Stream, check_finite, in_batches
+from snp_llm.runtime import ranks
+
+# Gradient of a site by its number, read when its turn comes.
+Gradients = Callable[[int], Tensor | None]
+
+
+def prune_blocks(
+    anatomy: Anatomy, stream: Stream, widths: Sequence[int], gradients: Gradients, run: Run
+) -> tuple[nn.ModuleList, list[SiteResult]]:
+    """Pruned copies of all blocks; each is calibrated on what the pruned blocks before it put out.
+
+    Args:
+        anatomy: of the dense model; left as it was.
+        stream: the calibration tokens before the first block; used up.
+        widths: units to keep at every site.
+        gradients: F of every site, or None.
+        run: of this phase; its journal keeps finished blocks, and knows those that an interrupted run has finished.
+    """
+    clock, journal, blocks = run.clock, run.journal, anatomy.blocks
+    dense = DenseStream.beside(stream, anatomy, run)
+    first, state = journal.last_state(stream.windows, stream.total)
+    if state:
+        stream.hidden.copy_(state["hidden"])
+        dense.go_on(state)
+    pruned_blocks: list[nn.Module] = []
+    results: list[SiteResult] = []
+    for index in range(first):
+        pairs = zip(anatomy.sites_of(index), journal.facts(index), strict=True)
+        found = [_result(site, facts) for site, facts in pairs]
+        pruned_blocks.append(finished_block(blocks[index], anatomy.family, found, journal.file(index)))
+        results += found
+    for index in range(first, len(blocks)):
+        home = next(blocks[index].parameters()).device
+        with on_device(blocks[index], clock.device):
+            reference = dense.reference(index, widths)
+            block = copy_unhooked(blocks[index])
+            found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
+        if reference is None:
+            dense.follow(stream)
+        results += found
+        with clock.phase("saving"):
+            block = block.to("cpu" if home.type == "meta" else home)
+            pruned_blocks.append(keep_block(block, found, index, journal))
+            state = {"hidden": stream.hidden, **dense.state()}
+            journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
+    return nn.ModuleList(pruned_blocks), results
+
+
+@dataclass
+class FixedSite:
+    """A site that has been cut, in a stage that others come after: what it puts out is computed once and kept.
+
+    Attributes:
+        module: whose output it is; nothing inside is run any more.
+        form: what the module returns, with its hidden states left out.
+        inputs: of the pruned out-projection before it was pruned, (windows, T, channels); None once outputs are known.
+        outputs: of the pruned out-projection, (windows, T, d).
+        channels: of the inputs that were kept.
+        out: the pruned out-projection.
+    """
+
+    module: nn.Module
+    form: Any
+    inputs: Tensor | None
+    outputs: Tensor
+    channels: Tensor
+    out: nn.Module
+
+    def output(self, at: slice, device: torch.device) -> Tensor:
+        """What the site puts out for the windows `at`."""
+        if self.inputs is None:
+            return self.outputs[at].to(device)
+        output: Tensor = self.out(self.inputs[at].to(device)[..., self.channels])
+        self.outputs[at] = output
+        return output
+
+
+def prune_block(
+    block: nn.Module,
+    anatomy: Anatomy,
+    stream: Stream,
+    widths: Sequence[int],
+    gradients: Gradients,
+    reference: Reference | None,
+    run: Run,
+) -> list[SiteResult]:
+    """Cuts the sites of a block, in place, stage after stage; the stream moves on to what the block then puts out.
+
+    A block costs little more than one forward pass: the inputs of an out-projection are computed once and kept, so that
+    after its cut only the out-projection has to run, and the next stage sees exactly what the pruned block will give
+    it. Of a dense out-projection no output is computed: what that lacks is known from the sums.
+    """
+    fixed: list[FixedSite] = []
+    results: list[SiteResult] = []
+    stages = anatomy.stages(stream.index)
+    for stage in stages:
+        start, goes_on = time.perf_counter(), stage is not stages[-1]
+        with run.clock.phase("forward passes"), torch.no_grad():
+            forms = [_form(block, site, stream, fixed) for site in stage if goes_on]
+            sums, inputs = gather(block, stage, stream, fixed, reference, run, keep=goes_on)
+        for earlier in fixed:
+            earlier.inputs = None
+        for site in stage:
+            number = anatomy.sites.index(site)
+            result = cut_site(block, anatomy.family, site, sums.pop(0), widths[number], partial(gradients, number), run)
+            results.append(replace(result, seconds=time.perf_counter() - start))
+            run.on_step(str(results[-1]))
+            if goes_on:
+                fixed.append(fix(block, result, forms.pop(0), inputs.pop(0), stream))
+
+    def run_on(at: slice) -> Tensor:
+        with _fixing(fixed, at, run.clock.device):
+            return run_block(block, stream.hidden[at], stream.call)
+
+    with run.clock.phase("forward passes"):
+        for at, output in in_batches(len(stream.windows), stream.batch, run_on):
+            check_finite(output, stream.index)
+            stream.hidden[at] = output
+    return results
+
+
+def gather(
+    block: nn.Module,
+    stage: Sequence[Site],
+    stream: Stream,
+    fixed: Sequence[FixedSite],
+    reference: Reference | None,
+    run: Run,
+    *,
+    keep: bool,
+) -> tuple[list[Sums], list[Tensor]]:
+    """Sums over the inputs of a stage's out-projections, in one pass, and with `keep` the inputs themselves."""
+    device, windows = run.clock.device, len(stream.windows)
+    outs = [linear(block, site.out_projection) for site in stage]
+    referred = stream.total if reference is None else reference.windows  # the first of all windows
+    held = held_out(referred)[stream.windows.start : stream.windows.stop]
+    held = nn.functional.pad(held, (0, windows - len(held)))
+    sums = []
+    for site, out in zip(stage, outs, strict=True):
+        drifting = reference is not None and site in reference.outputs
+        missing = drifting and referred < stream.total
+        options = {"drifting": drifting, "holding_out": run.recipe.holds_out, "some_untargeted": missing}
+        sums.append(empty_sums(site.name, out, device, stream.shelf, **options))
+    shapes = [(windows, stream.hidden.shape[1], weight_of(out).shape[1]) for out in outs if keep]
+    kept = [stream.shelf.empty(*shape, dtype=stream.hidden.dtype) for shape in shapes]
+
+    def to_outs(at: slice) -> tuple[list[Tensor], list[Tensor]]:
+        with _fixing(fixed, at, device) as before:
+            return before, inputs_of(outs, block, stream.hidden[at], stream.call)
+
+    for at, (before, inputs) in in_batches(windows, stream.batch, to_outs):
+        for number, (site, given) in enumerate(zip(stage, inputs, strict=True)):
+            wanted = None if reference is None else reference.of(site, at, stream.hidden, before, device)
+            with run.clock.phase("Gram matrices"):
+                sums[number] = add_batch(sums[number], given, wanted, held[at])
+            if keep:
+                kept[number][at] = given
+    return sums, kept  # and nothing of the last batch: its memory goes to the algebra
+
+
+def cut_site(
+    block: nn.Module,
+    family: Family,
+    site: Site,
+    sums: Sums,
+    width: int,
+    gradient: Callable[[], Tensor | None],
+    run: Run,
+) -> SiteResult:
+    """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits."""
+    with run.clock.phase("Gram matrices"):
+        sums = over_all_ranks(sums)
+
+    def here() -> tuple[SiteResult, Tensor, Tensor | None]:
+        with run.clock.phase("Gram matrices"):
+            statistics = for_algebra(site.name, sums.statistics(linear(block, site.out_projection), gradient()))
+        result = cut(block, family, site, statistics, width, run)
+        out = linear(block, site.out_projection)
+        return result, weight_of(out), None if out.bias is None else out.bias.detach()
+
+    owner = ranks.owner(site.block)
+    result, weight, bias = ranks.from_rank(owner, here)
+    if ranks.rank() != owner:
+        prune_site(block, family, site, result.kept, weight, bias)
+    return result
+
+
+def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:
+    """What the later stages of a block need of a site that has just been cut."""
+    out = linear(block, result.site.out_projection)
+    channels = unit_channels(result.kept, result.site.unit_size).to(out.weight.device)
+    return FixedSite(block.get_submodule(result.site.module), form, inputs, stream.like_hidden(), channels, out)
+
+
+def _form(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite]) -> Any:
+    """What a site's module returns, a tensor or what else there is beside it, with its hidden states left out."""
+    module = block.get_submodule(site.module)
+
+    def returned(at: slice) -> Any:
+        with _fixing(fixed, at, next(block.parameters()).device):
+            return output_of(module, block, stream.hidden[at], stream.call)
+
+    _, found = next(in_batches(1, stream.batch, returned))
+    return with_first_tensor(found, stream.hidden.new_empty(0))
+
+
+@contextmanager
+def _fixing(fixed: Sequence[FixedSite], at: slice, device: torch.device) -> Iterator[list[Tensor]]:
+    """Lets the sites that have been cut return what they do for the windows `at`; gives these outputs."""
+    outputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for site in fixed:  # each before the next: what it puts out may be what that computes from
+            outputs.append(site.output(at, device))
+            stack.enter_context(fixed_output(site.module, with_first_tensor(site.form, outputs[-1])))
+        yield outputs
+
+
+def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, journal: Journal) -> nn.Module:
+    """The pruned block, which waits on disk from now on where the journal is there."""
+    if journal.folder is None:
+        return block
+    if ranks.rank() == 0:
+        journal.put(index, dict(block.state_dict()), [_facts(result) for result in results])
+    leave_on_disk(block, journal.file(index))
+    return block
+
+
+def finished_block(block: nn.Module, family: Family, results: Sequence[SiteResult], file: Path) -> nn.Module:
+    """A block that an interrupted run has finished. What was done to it is done again, to tensors that are not there.
+
+    Args:
+        block: as it was before the cut; left as it is.
+        family: its family.
+        results: what happened at its sites.
+        file: that its tensors are in.
+    """
+    pruned = copy_unhooked(block)
+    for result in results:
+        site, out = result.site, linear(pruned, result.site.out_projection)
+        weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]
+        prune_site(pruned, family, site, result.kept, weight, out.bias)
+    leave_on_disk(pruned, file)
+    return pruned
+
+
+def _facts(result: SiteResult) -> dict[str, Any]:
+    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
+    return {**facts, "kept": result.kept.tolist(), "curve": result.curve and asdict(result.curve)}
+
+
+def _result(site: Site, facts: dict[str, Any]) -> SiteResult:
+    kept, curve = torch.tensor(facts["kept"], dtype=torch.int64), facts["curve"]
+    return SiteResult(site=site, **{**facts, "kept": kept, "curve": curve and Curve(**curve)})

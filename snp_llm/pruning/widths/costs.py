@@ -1,0 +1,119 @@
+"""What widths cost, in the currency of a budget: parameters, bytes, FLOPs or seconds. Knows nothing of importance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snp_llm.linalg.allocation import linear_costs
+from snp_llm.models.anatomy import Anatomy, Site, linear, row_units
+from snp_llm.models.size import model_size
+from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
+from snp_llm.recipe.recipe import Budget, Recipe
+from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.numbers import human_bytes, human_count
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model whose sites may be cut.
+
+    Attributes:
+        unit: what is counted, in the plural.
+        dense: what the whole model costs as it is.
+        sites: what each site costs at every width, (units + 1,) each, up to a constant.
+    """
+
+    unit: str
+    dense: float
+    sites: Sequence[Tensor]
+
+    def shown(self, *amounts: float) -> list[str]:
+        """Amounts with their unit, as people read them; those that would look alike to the last digit."""
+        found = [self._shown(amount) for amount in amounts]
+        if self.unit != "seconds" and len(set(found)) < len(set(amounts)):
+            return [f"{amount:,.0f} {self.unit}" for amount in amounts]
+        return found
+
+    def _shown(self, amount: float) -> str:
+        if self.unit == "bytes":
+            return human_bytes(amount)
+        return f"{1000 * amount:,.4g} ms" if self.unit == "seconds" else f"{human_count(amount)} {self.unit}"
+
+
+def sparsity_costs(sites: Sequence[Site]) -> Costs:
+    """Block-linear parameters, which sparsity is a fraction of."""
+    return Costs(
+        "block-linear parameters",
+        float(sum(site.parameters for site in sites)),
+        [linear_costs(site.units, site.cost) for site in sites],
+    )
+
+
+def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
+    """Costs in the unit of a budget, of the whole model.
+
+    Args:
+        anatomy: of the dense model.
+        budget: what to count.
+        recipe: resolved; FLOPs and latency are those of a window of its length.
+
+    Raises:
+        SnpError: a latency table that does not fit the model.
+    """
+    assert recipe.seq_len is not None
+    blocks, sites, size = anatomy.blocks, anatomy.sites, model_size(anatomy.model, recipe.seq_len)
+    if budget.kind == "latency":
+        return latency_costs(sites, read_or_measure(anatomy, recipe))
+    per_unit = []
+    for site in sites:
+        paths = [linear(blocks[site.block], path) for path in site.in_projections]
+        rows = [int((units == 0).sum()) for units in row_units(blocks[site.block], anatomy.family, site)]
+        parameters = site.cost + sum(count for count, path in zip(rows, paths, strict=True) if path.bias is not None)
+        attended = site.unit_size if site.kind == "attention" else 0
+        per_unit.append(
+            {
+                "params": parameters,
+                "size": parameters * paths[0].weight.element_size(),
+                "flops": 2.0 * site.cost + 4.0 * attended * (recipe.seq_len + 1) / 2,
+            }[budget.kind]
+        )
+    unit, dense = {
+        "params": ("parameters", size.parameters),
+        "size": ("bytes", size.bytes),
+        "flops": ("FLOPs a token", size.flops),
+    }[budget.kind]
+    return Costs(unit, float(dense), [linear_costs(s.units, cost) for s, cost in zip(sites, per_unit, strict=True)])
+
+
+def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
+    """Seconds, from a table of measured widths, straight lines between them."""
+    curves = []
+    for site in sites:
+        known = table.seconds(site)
+        widths = torch.tensor(sorted(known), dtype=torch.float64)
+        seconds = torch.tensor([known[int(w)] for w in widths], dtype=torch.float64).cummax(0).values
+        curves.append(_interpolate(torch.arange(site.units + 1, dtype=torch.float64), widths, seconds))
+    return Costs("seconds", table.whole, curves)
+
+
+def removal_wanted(costs: Costs, budget: Budget) -> float:
+    """What has to go, in the unit of the costs.
+
+    Raises:
+        SnpError: the model costs less already.
+    """
+    allowed = budget.amount * costs.dense if budget.relative else budget.amount
+    if allowed > costs.dense:
+        has, got = costs.shown(costs.dense, allowed)
+        raise SnpError(f"--target-{budget.kind}: expected less than the model has, {has}; got {got}.")
+    return costs.dense - allowed
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Straight lines through the points (x, y), level outside of them."""
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    left = right - 1
+    share = ((at - x[left]) / (x[right] - x[left])).clamp(0, 1)
+    return y[left] + share * (y[right] - y[left])

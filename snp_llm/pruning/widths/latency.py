@@ -1,0 +1,215 @@
+"""Seconds that a block takes at different widths, measured here or read from a file. Chooses nothing."""
+
+import json
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.linalg.units import deal_from_groups, unit_channels
+from snp_llm.models.anatomy import Anatomy, Site, embedding_rows, linear, weight_of
+from snp_llm.models.blocks import (
+    BlockCall,
+    capture_calls,
+    move,
+    on_device,
+    rest_on_device,
+    run_block,
+    run_without_blocks,
+)
+from snp_llm.models.families.family import Family
+from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.surgery import prune_site
+from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import compute_device, synchronize
+from snp_llm.runtime.errors import SnpError, reason
+from snp_llm.runtime.json_files import read_json
+
+log = logging.getLogger(__name__)
+
+
+STEPS = 8  # widths measured of a site, besides all units
+
+ROUNDS = 7  # each times every width once, so that drift of the machine falls on all alike; medians count
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds of one forward pass.
+
+    Attributes:
+        device, dtype, batch_size, seq_len: of the pass.
+        whole: the dense model.
+        sites: by `key` of a site, seconds of a whole block in which that site alone keeps so many units.
+    """
+
+    device: str
+    dtype: str
+    batch_size: int
+    seq_len: int
+    whole: float
+    sites: dict[str, dict[int, float]]
+
+    def seconds(self, site: Site) -> dict[int, float]:
+        """Seconds by width.
+
+        Raises:
+            SnpError: the table has no site of this shape.
+        """
+        if key(site) not in self.sites:
+            raise SnpError(
+                f"latency table: has {', '.join(self.sites)}; expected {key(site)} as in {site.name}. It was measured "
+                "on another model."
+            )
+        return self.sites[key(site)]
+
+
+def key(site: Site) -> str:
+    """Sites of one shape have one key."""
+    return f"{site.kind} of {site.units} {site.unit} of {site.unit_size}, {site.parameters:,} parameters"
+
+
+def read_or_measure(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
+    """The table of `recipe.latency_table` if that file is there; else a new one, written there if it is named.
+
+    Raises:
+        SnpError: the file is no such table.
+    """
+    file = None if recipe.latency_table is None else Path(recipe.latency_table)
+    if file is not None and file.exists():
+        return read_table(file)
+    table = measure_table(anatomy, recipe)
+    if file is not None:
+        try:
+            file.write_text(json.dumps(asdict(table), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SnpError(f"--latency-table {file}: cannot be written ({reason(error)}).") from error
+    return table
+
+
+def check_table(recipe: Recipe) -> None:
+    """Raises SnpError if `recipe.latency_table` could be neither read nor written, before anything is measured."""
+    if recipe.latency_table is None:
+        return
+    file = Path(recipe.latency_table)
+    if file.exists():
+        read_table(file)
+    elif not os.access(file.parent, os.W_OK):
+        raise SnpError(
+            f"--latency-table {file}: expected a folder there that can be written to. Make it, or name another."
+        )
+
+
+def read_table(file: Path) -> LatencyTable:
+    """A table that `read_or_measure` wrote.
+
+    Raises:
+        SnpError: something else is there.
+    """
+    where = f"--latency-table {file}: expected a table written by an earlier run"
+    values = read_json(file, where)
+    try:
+        values["sites"] = {
+            name: {int(width): float(seconds) for width, seconds in widths.items()}
+            for name, widths in values["sites"].items()
+        }
+        table = LatencyTable(**{**values, "whole": float(values["whole"])})
+        times = [table.whole, *(seconds for widths in table.sites.values() for seconds in widths.values())]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise SnpError(f"{where} ({reason(error)}).") from error
+    if any(len(widths) < 2 or min(widths) < 1 for widths in table.sites.values()):
+        raise SnpError(f"{where}, with at least two widths of every site.")
+    if not all(0 < seconds < math.inf for seconds in times):
+        raise SnpError(f"{where}, with seconds above 0, got {min(times):g} to {max(times):g}.")
+    return table
+
+
+def measure_table(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
+    """Times a block of every shape at `STEPS` widths of either site, prefilling one window, and the rest of the model.
+
+    Args:
+        anatomy: of the dense model.
+        recipe: resolved: device, window length.
+    """
+    assert recipe.seq_len is not None
+    device, model, blocks = compute_device(recipe.device), anatomy.model, anatomy.blocks
+    tokens = torch.randint(embedding_rows(model), (1, recipe.seq_len), generator=torch.Generator().manual_seed(0))
+    hidden, calls = capture_calls(model, blocks, tokens)
+    hidden = hidden.to(device)
+    found: dict[str, dict[int, float]] = {}
+    whole = 0.0
+    dense_seconds: dict[tuple[str, ...], float] = {}
+    for index, block in enumerate(blocks):
+        here = anatomy.sites_of(index)
+        shape = tuple(key(site) for site in here)
+        if shape not in dense_seconds:
+            with on_device(block, device):
+                medians = _time_all(block, anatomy.family, here, hidden, move(calls[index], device))
+            for (name, width), seconds in medians.items():
+                found.setdefault(name, {})[width] = seconds
+            dense_seconds[shape] = min(medians[key(site), site.units] for site in here)
+        whole += dense_seconds[shape]
+    with rest_on_device(model, blocks, device):
+        times = []
+        for _ in range(ROUNDS):
+            synchronize(device)
+            start = time.perf_counter()
+            run_without_blocks(model, blocks, tokens.to(device))
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+    whole += statistics.median(times)
+    log.info("latency: %.4g s for one window of %d tokens, blocks timed at %d widths", whole, recipe.seq_len, STEPS)
+    return LatencyTable(str(device), str(model.dtype).removeprefix("torch."), 1, recipe.seq_len, whole, found)
+
+
+def _widths(site: Site) -> list[int]:
+    """Widths to measure: equal steps, whole units of every group."""
+    step = site.groups or 1
+    return sorted({max(step, round(site.units * i / STEPS / step) * step) for i in range(1, STEPS + 1)})
+
+
+def _time_all(
+    block: nn.Module, family: Family, sites: Sequence[Site], hidden: Tensor, call: BlockCall
+) -> dict[tuple[str, int], float]:
+    """Median seconds of a block at every width of either site, all taking turns.
+
+    Args:
+        block: with its weights, where `hidden` and what is in `call` are.
+        family: its family.
+        sites: of the block.
+        hidden: its input.
+        call: its other arguments.
+
+    Returns:
+        By key and width of a site.
+    """
+    times: dict[tuple[str, int], list[float]] = {}
+    for _ in range(ROUNDS + 1):
+        for site in sites:
+            for width in sorted({site.units, *_widths(site)}):
+                narrow = _narrow(block, family, site, width)  # made anew each time: all of them at once are many blocks
+                synchronize(hidden.device)
+                start = time.perf_counter()
+                run_block(narrow, hidden, call)
+                synchronize(hidden.device)
+                times.setdefault((key(site), width), []).append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
+
+
+def _narrow(block: nn.Module, family: Family, site: Site, width: int) -> nn.Module:
+    """A copy of a block in which one site keeps its first units; what they compute does not matter here."""
+    narrow = copy_unhooked(block)
+    order = torch.arange(site.units)
+    kept = (deal_from_groups(order, site.groups) if site.groups else order)[:width].sort().values
+    out = linear(narrow, site.out_projection)
+    bias = None if out.bias is None else out.bias.detach()
+    weight = weight_of(out)
+    prune_site(narrow, family, site, kept, weight[:, unit_channels(kept, site.unit_size).to(weight.device)], bias)
+    return narrow

@@ -1,0 +1,1 @@
+"""All settings of all commands, typed, checked, and as YAML files."""

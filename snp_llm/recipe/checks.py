@@ -1,0 +1,129 @@
+"""What numbers, names and texts a setting may be: every bound in one table. Knows no models and opens no files."""
+
+import os
+import re
+import unicodedata
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+from snp_llm.runtime.errors import SnpError, shown
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be; infinities and NaN are none.
+
+    Attributes:
+        kind: int, or float, which may be given as an integer.
+        least, most: the ends.
+        below: whether `most` itself is too much.
+    """
+
+    kind: type
+    least: float
+    most: float
+    below: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        number = not isinstance(value, bool) and isinstance(value, Integral if self.kind is int else Real)
+        return number and bool(self.least <= value < self.most if self.below else self.least <= value <= self.most)
+
+    def __str__(self) -> str:
+        what = "an integer" if self.kind is int else "a number"
+        return f"{what} from {self.least:,} to {'below ' if self.below else ''}{self.most:,}"
+
+
+COUNT = Range(int, 1, 2**31 - 1)
+
+SHARE = Range(float, 0, 1, below=True)
+
+# Every setting of any command that is a number, by its name; `check_settings` checks them all.
+RANGES = {
+    "sparsity": SHARE,
+    "ffn_sparsity": SHARE,
+    "head_sparsity": SHARE,
+    "target_weight": Range(float, 0, 1),
+    "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
+    "round_to": COUNT,
+    "num_samples": COUNT,
+    "seq_len": Range(int, 2, COUNT.most),
+    "batch_size": COUNT,
+    "seed": Range(int, 0, 2**63 - 1),
+    "save_every": Range(float, 0, 10**9),
+    "stride": COUNT,
+    "max_windows": COUNT,
+    "limit": COUNT,
+    "num_fewshot": Range(int, 0, COUNT.most),
+    "batch_sizes": COUNT,
+    "prompt_lengths": COUNT,
+    "new_tokens": Range(int, 0, COUNT.most),
+    "repeats": COUNT,
+}
+
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that usual file systems take
+
+LONGEST_OUTPUT = 200  # of the last part: an unfinished run lies beside it under a longer name
+
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, broken ones and line ends
+
+
+def flag(name: str) -> str:
+    """A setting's option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(settings: Any) -> None:
+    """Checks every number against `RANGES`, and that every text can be a name.
+
+    Args:
+        settings: a recipe of any command.
+
+    Raises:
+        SnpError: with the setting's name.
+    """
+    for field in fields(settings):
+        value, where = getattr(settings, field.name), flag(field.name) if field.default is not MISSING else field.name
+        several = isinstance(value, tuple | list) and (field.default is MISSING or isinstance(field.default, tuple))
+        if several and not value and field.default is not MISSING:
+            raise SnpError(f"{where}: expected at least one, got none.")
+        for single in value if several else [value]:
+            if field.name in RANGES and single not in RANGES[field.name] and not (single is field.default is None):
+                raise SnpError(f"{where}: expected {RANGES[field.name]}, got {shown(single)}.")
+            if isinstance(single, str):
+                check_text(where, single)
+
+
+def check_text(where: str, value: str) -> None:
+    """Refuses what can be no name of anything, nor stand in one line of a report."""
+    if not value.strip():
+        raise SnpError(f"{where}: expected text, got {value!r}.")
+    if any(unicodedata.category(character) in UNPRINTABLE for character in value):
+        raise SnpError(f"{where}: expected text in UTF-8 without control characters and line ends, got {shown(value)}.")
+    longest = max(len(part.encode()) for part in re.split("[/,]", value))  # tasks have commas between them
+    if longest > LONGEST_NAME or len(value.encode()) > LONGEST_PATH:
+        raise SnpError(
+            f"{where}: expected names of at most {LONGEST_NAME} bytes, and paths of at most {LONGEST_PATH:,}, got one "
+            f"of {max(longest, len(value.encode())):,}: {shown(value)}."
+        )
+
+
+def check_output_name(folder: str) -> None:
+    """Raises SnpError if a path does not name a folder that can be made, and another beside it meanwhile."""
+    name = os.path.basename(os.path.normpath(folder))
+    if name in ("", ".", ".."):
+        raise SnpError(f"--output {folder}: expected a folder of its own, with a name. Choose another --output.")
+    if (count := len(os.fsencode(name))) > LONGEST_OUTPUT:
+        raise SnpError(
+            f"--output: expected a name of at most {LONGEST_OUTPUT} bytes, got {count:,}: {shown(name)}. Choose a "
+            "shorter --output."
+        )
+
+
+def check_repo_id(where: str, value: str) -> None:
+    parts = value.split("/")
+    well_formed = all(re.fullmatch(r"\w([\w.-]{,94}\w)?", part, re.ASCII) for part in parts)
+    if len(parts) != 2 or not well_formed or re.search(r"--|\.\.|\.git$", value):
+        raise SnpError(
+            f"{where}: expected user/name, of letters, digits, single `-` and `.` inside, and `_`; got {shown(value)}."
+        )

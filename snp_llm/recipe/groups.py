@@ -1,0 +1,39 @@
+"""Which settings of a recipe belong together, and what depends on which of them. Knows their names alone."""
+
+from snp_llm.recipe.recipe import GOALS
+
+AMOUNT = ("sparsity", *GOALS, "latency_table")
+
+SPLIT = ("ffn_sparsity", "head_sparsity")
+
+METHOD = (
+    *("ordering", "metric", "allocation", "target", "target_weight", "dampening", "absorb_bias"),
+    *("head_unit", "layout", "round_to"),
+)
+
+TEXT = ("calibration", "calibration_split", "text_column", "bos")  # a run knows it by its tokens, not by its name
+
+WINDOWS = ("num_samples", "seq_len", "seed")
+
+ROUNDING = ("dtype", "batch_size", "device")  # sums in another order or type differ in their last bits
+
+PLACES = ("model", "hidden_device", "save_every")  # of weights and hidden states, whose bits are the same anywhere
+
+EVALUATION = ("eval", "eval_dataset", "eval_split")
+
+# Of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
+ONCE = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")
+
+GROUPS = {
+    "budget": AMOUNT + SPLIT,
+    "method": METHOD,
+    "calibration": TEXT + WINDOWS,
+    "compute": ROUNDING + PLACES,
+    "output": EVALUATION + ONCE,
+}
+
+# What the bits of a pruned model depend on, besides what is in its dense model and its text.
+IDENTITY = AMOUNT + SPLIT + METHOD + WINDOWS + ROUNDING
+
+# What makes two runs different methods, and not points of one line, where they are compared.
+LINE = SPLIT + METHOD + TEXT + WINDOWS + ("dtype",)

@@ -1,0 +1,272 @@
+"""All settings of a run, typed and checked in one frozen dataclass. Knows no models and no files."""
+
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from snp_llm.recipe.checks import check_output_name, check_repo_id, check_settings, flag
+from snp_llm.runtime.errors import SnpError, shown
+
+HeadUnit = Literal["kv_group", "query"]
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
+
+HiddenDevice = Literal["cuda", "mps", "cpu", "disk"]
+
+Layout = Literal["uniform", "compact", "padded"]
+
+Bos = Literal["auto", "always", "once", "never"]
+
+Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
+
+BudgetKind = Literal["params", "size", "flops", "latency"]
+
+SUFFIXES: dict[BudgetKind, dict[str, float]] = {
+    "params": {"": 1, "K": 1e3, "M": 1e6, "B": 1e9},
+    "size": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30},
+    "flops": {"": 1, "M": 1e6, "G": 1e9, "T": 1e12},
+    "latency": {"S": 1, "MS": 1e-3, "US": 1e-6},
+}
+
+GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  # given instead of a sparsity
+
+SPARSITY = 0.3  # where nothing says what has to go
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost.
+
+    Attributes:
+        kind: parameters, bytes, FLOPs a token, or seconds of a window's prefill.
+        amount: in that unit or, if `relative`, as a share of the dense model's.
+    """
+
+    kind: BudgetKind
+    amount: float
+    relative: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Remove FFN neurons and attention heads in one shot, repair by least squares, save a smaller model."""
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """Hub id, local folder, or the bundled `tiny-opt`."""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of the pruned model. Default: MODEL's own name, `-snp-` and the percentage, here."""
+    sparsity: float | None = None
+    """Fraction of the decoder blocks' linear-weight parameters to remove, in [0, 1). Default: 0.3, unless another
+    budget is given."""
+    ffn_sparsity: float | None = None
+    """The same for FFN sites alone, a budget of their own."""
+    head_sparsity: float | None = None
+    """The same for attention sites alone, a budget of their own."""
+    target_params: Annotated[str | None, tyro.conf.arg(metavar="1.0B")] = None
+    """Parameters of the pruned model, instead of a sparsity: 900M, 1.0B, or 0.7x of the dense model's."""
+    target_size: Annotated[str | None, tyro.conf.arg(metavar="2GB")] = None
+    """Its size on disk: 800MB, 2GB, 1.5GiB, or 0.7x."""
+    target_flops: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
+    """Its FLOPs a token at prefill of a window: 1.2G, or 0.7x."""
+    target_latency: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
+    """Its time for prefill of one window on --device: 35ms, or 0.7x. Blocks are timed at several widths first."""
+    latency_table: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Those times: read if the file is there, else written to it."""
+    max_perplexity_increase: Annotated[str | None, tyro.conf.arg(metavar="5%")] = None
+    """The largest sparsity, found by bisection, at which perplexity on held-out calibration text rises by no more."""
+    ordering: Literal["zca", "zca-exact", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
+    """Which units go first: the score that ranks them. zca is the paper's, by quadrature
+    above 2,048 channels; zca-exact decomposes at every size."""
+    metric: Literal["error", "loss"] = "loss"
+    """In which obs and greedy measure what a removal costs. error: the out-projection's squared error. loss: that error
+    weighted by the loss gradient's second moments."""
+    allocation: Literal["uniform", "variance", "loss"] = "loss"
+    """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
+    latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
+    target: Literal["self", "dense", "residual"] = "residual"
+    """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
+    dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""
+    target_weight: float | None = None
+    """Share of the way from self to that target, in [0, 1]. Default: at each site what held-out windows like best."""
+    head_unit: HeadUnit = "kv_group"
+    """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
+    every group; the only choice where there is one key-value head."""
+    layout: Layout = "compact"
+    """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
+    every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
+    dampening: float | None = None
+    """Added to each channel's energy, relative to it. Default: in every repair, what held-out windows like best; 0.1 in
+    orderings and curves."""
+    absorb_bias: bool = True
+    """Move the mean of what is pruned into the out-projection's bias, where there is one."""
+    round_to: int | None = None
+    """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
+    calibration: Text | None = None
+    """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, a folder that
+    `datasets` saved, `random` token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""
+    calibration_split: Text | None = None
+    """Default: the training split."""
+    text_column: str = "text"
+    """Column that holds the text, for datasets that are not known by name."""
+    num_samples: int = 128
+    """Calibration windows."""
+    seq_len: int | None = None
+    """Tokens a window, for calibration and evaluation. Default: the model's maximum, at most 2048."""
+    bos: Bos = "auto"
+    """Where BOS stands, in calibration and evaluation. once: at the start of the whole text, if the tokenizer puts it
+    there, as in published perplexities. always: before every window. never: nowhere. auto: always for models that are
+    lost without it (Gemma) if their tokenizer adds it, else once."""
+    batch_size: int = 8
+    """Windows run through a block at a time."""
+    seed: int = 0
+    """Draws the calibration windows and the random ordering."""
+    device: Device = "auto"
+    """Where blocks are run. auto: cuda, else mps, else cpu."""
+    hidden_device: HiddenDevice = "cpu"
+    """Where the hidden states of all calibration tokens wait between blocks. disk: in memory maps beside the output."""
+    dtype: Dtype = "auto"
+    """Type of the weights, while running and saved. auto: as in the checkpoint."""
+    eval: bool = True
+    """Measure perplexity of the dense and the pruned model."""
+    eval_dataset: Text | None = None
+    """As for --calibration, without `random`. Default: wikitext2; bundled for the bundled model."""
+    eval_split: Text | None = None
+    """Default: the test split."""
+    trust_remote_code: bool = False
+    """Allow Python code in MODEL's repository to run."""
+    push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None
+    """Upload the finished folder to this repository on the Hub, with the token of `hf auth login` or HF_TOKEN."""
+    private: bool = False
+    """That repository is private."""
+    overwrite: bool = False
+    """Replace an existing output folder, once its successor has been verified, and forget an unfinished run."""
+    resume: bool = False
+    """Go on with an unfinished run of the same command, from where it was interrupted."""
+    save_every: float = 60.0
+    """Seconds after which an unfinished run writes down its hidden states, to be resumed from there; at most a
+    twentieth of the time is spent on it. 0: after every block, whatever it costs."""
+    dry_run: bool = False
+    """Print the planned widths and sizes; write nothing."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        goals = [f for f in GOALS if getattr(self, f) is not None]
+        separate = [f for f in ("ffn_sparsity", "head_sparsity") if getattr(self, f) is not None]
+        budgets = [*goals, *(["sparsity"] if self.sparsity is not None else []), *separate]
+        if len(budgets) > (1 if goals else 2):
+            flags = " and ".join(map(flag, budgets))
+            raise SnpError(
+                f"{flags}: expected one budget, got {len(budgets)}. Leave out all but one; what a recipe file says is "
+                f"taken back with {flag(budgets[-1])} None."
+            )
+        _ = self.budget, self.perplexity_increase  # whether they can be read
+        if self.latency_table is not None and self.target_latency is None:
+            raise SnpError("--latency-table: expected together with --target-latency.")
+        if self.output is not None:
+            check_output_name(self.output)
+        if self.push_to_hub is not None:
+            check_repo_id("--push-to-hub", self.push_to_hub)
+        elif self.private:
+            raise SnpError("--private: expected together with --push-to-hub USER/NAME.")
+
+    @property
+    def output_folder(self) -> str:
+        """What was asked for, or the model's own name and what the budget is."""
+        if self.output is not None:
+            return self.output
+        goal = next((f"{f.split('_')[1]}-{getattr(self, f)}" for f in GOALS if getattr(self, f) is not None), None)
+        if goal is not None:
+            suffix = re.sub(r"[^\w.-]", "", goal)
+        elif self.separate:
+            parts = (("heads", "attention"), ("ffn", "ffn"))
+            suffix = "-".join(f"{name}-{100 * self.sparsity_of(kind):g}" for name, kind in parts)
+        else:
+            suffix = f"{100 * self.sparsity_of('ffn'):g}"
+        return f"{os.path.basename(os.path.abspath(self.model))}-snp-{suffix}"
+
+    @property
+    def separate(self) -> bool:
+        """Whether FFN and attention have budgets of their own."""
+        return self.ffn_sparsity is not None or self.head_sparsity is not None
+
+    @property
+    def common_sparsity(self) -> float | None:
+        """Of sites whose kind has no budget of its own: as asked for or, where nothing else is, the usual one."""
+        whole = self.budget is not None or self.max_perplexity_increase is not None
+        both = self.ffn_sparsity is not None and self.head_sparsity is not None
+        return SPARSITY if self.sparsity is None and not whole and not both else self.sparsity
+
+    def sparsity_of(self, kind: str) -> float:
+        """The sparsity asked for at sites of a kind, "attention" or "ffn"; under a budget in another currency, which
+        alone decides about it, the usual one, as a guess."""
+        own = self.head_sparsity if kind == "attention" else self.ffn_sparsity
+        own = self.common_sparsity if own is None else own
+        return SPARSITY if own is None else own
+
+    @property
+    def sparsities(self) -> list[tuple[tuple[str, ...], float]]:
+        """Kinds of site that share a budget, and its sparsity."""
+        if not self.separate:
+            return [(("attention", "ffn"), self.sparsity_of("ffn"))]
+        return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the pruned model may cost, if that was said instead of a sparsity.
+
+        Raises:
+            SnpError: not an amount of that kind.
+        """
+        for kind, suffixes in SUFFIXES.items():
+            text = getattr(self, f"target_{kind}")
+            if text is None:
+                continue
+            found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*|%)", text.strip())
+            amount, suffix = (float(found[1]), found[2].upper()) if found else (0.0, "")
+            absolute = amount * suffixes.get(suffix, 0)
+            share = amount / 100 if suffix == "%" else amount
+            if suffix == "X" and 0 < share <= 1:
+                return Budget(kind, share, relative=True)
+            forgotten = suffix in ("", "%") and 0 < share <= 1
+            if 0 < absolute < math.inf and not forgotten:
+                return Budget(kind, absolute, relative=False)
+            units = ", ".join(repr(s) for s in suffixes)
+            raise SnpError(
+                f"--target-{kind}: expected a number with one of {units}, or a share of the dense model such as 0.7x; "
+                f"got {shown(text)}.{f' Did you mean {share:g}x?' if forgotten else ''}"
+            )
+        return None
+
+    @property
+    def perplexity_increase(self) -> float | None:
+        """The permitted rise of perplexity, relative.
+
+        Raises:
+            SnpError: not a percentage.
+        """
+        text = self.max_perplexity_increase
+        if text is None:
+            return None
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", text.strip())
+        if not found or not 0 < float(found[1]) < 1000:
+            raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {shown(text)}.")
+        return float(found[1]) / 100
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether anything is chosen by its error on held-out windows."""
+        return self.dampening is None or (self.target != "self" and self.target_weight is None)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether anything is weighed by the loss gradient."""
+        return self.allocation == "loss" or (self.metric == "loss" and self.ordering in ("obs", "greedy"))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,104 @@
+"""The model card of an output folder. Knows results, computes nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from snp_llm.checkpoint.output import CARD, PAGE, REPORT, read_card
+from snp_llm.models.layouts import needs_code
+from snp_llm.pruning.pipeline import PrunedModel
+from snp_llm.report.rows import markdown_table
+from snp_llm.runtime.files import write_text
+
+
+def model_card(report: dict[str, Any], base_model: str | None, *, model_type: str, has_code: bool) -> str:
+    """The folder's README.md: front matter for the hub, then what was done and how to load it."""
+    recipe, sparsity = report["recipe"], report["sparsity"]
+    pruned = report["pruned"]
+    evaluation = report.get("evaluation")
+    measured = pruned["perplexity"] is not None and evaluation is not None
+    name = f"{Path(recipe['model']).name} pruned"
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type=str(recipe["eval_dataset"]),
+        dataset_name=str(evaluation),
+        metric_type="perplexity",
+        metric_value=pruned["perplexity"],
+    )
+    front = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
+        metrics=["perplexity"] if measured else None,
+        model_name=name if measured else None,
+        eval_results=[result] if measured else None,
+    )
+    said = [f"Perplexity on {evaluation}."] if measured else []
+    if pruned["speed"] is not None and "device" in report:
+        said.append(f"Speed on {report['device']}.")
+    trust = ", trust_remote_code=True" if has_code else ""
+    lines = [
+        f"# {Path(recipe['model']).name}, {100 * sparsity['achieved']:.1f} % of its block-linear parameters removed",
+        "",
+        "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
+        f"repaired by least squares, with snp-llm {report['snp_llm']}.",
+        "",
+        *markdown_table(report),
+        "",
+        " ".join(said),
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "path/to/this/folder"  # or user/name on the Hub',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        "```",
+        "",
+    ]
+    if has_code:
+        lines += [
+            "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
+            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed. It loads in",
+            "transformers, and not in engines with models of their own, such as vLLM and llama.cpp.",
+            "",
+        ]
+    else:
+        lines += [
+            f"A plain `{model_type}` config and safetensors, without any code: it loads in transformers, and in every",
+            f"other engine that reads `{model_type}` checkpoints.",
+            "",
+        ]
+    lines += [
+        f"Calibrated on {report['calibration']['text']}. Made with `{report['command']}`."
+        if "command" in report
+        else f"Calibrated on {report['calibration']['text']}.",
+        f"Every setting, kept unit and error is in `{REPORT}`; `{PAGE}` shows them in pictures.",
+        "",
+    ]
+    return "\n".join(["---", front.to_yaml(), "---", "", *lines])
+
+
+def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
+    config = pruned.model.config
+    card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
+    write_text(folder / CARD, card)
+
+
+def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:
+    """Puts a section into the model card of an output folder, in place of the one with that heading that was there.
+
+    Args:
+        folder: with a README.md that `write_card` wrote.
+        heading: of the section, one line.
+        lines: its Markdown.
+    """
+    text = read_card(folder)
+    begin, end = f"<!-- {heading} -->", f"<!-- end of {heading} -->"
+    section = "\n".join([begin, f"## {heading}", "", *lines, end])
+    before, found, rest = text.partition(begin)
+    text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
+    write_text(folder / CARD, text)

@@ -1,0 +1,83 @@
+"""Finished folders read back for their pages. Draws nothing."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snp_llm.checkpoint.output import BENCH, REPORT, read_report
+from snp_llm.report.parts import Table
+from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.json_files import read_json
+
+SAME_PERPLEXITY = 0.01  # relative, of the dense model in runs that may be compared: dtypes and devices round
+
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff\\ufffe\\uffff]")
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Foreign JSON in a form that can be shown: lines of name and value, tables, and sentences."""
+
+    lines: list[tuple[str, str]]
+    tables: list[Table]
+    sentences: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder's files, read.
+
+    Attributes:
+        name: of the folder.
+        report: of `prune_report.json`.
+        bench: of `bench.json`, or None.
+        has_code: whether the folder needs `trust_remote_code`.
+    """
+
+    name: str
+    report: dict[str, Any]
+    bench: Any
+    has_code: bool
+
+
+def read_run(folder: Path) -> Run:
+    """The files of a folder that the page is made of.
+
+    Raises:
+        SnpError: with the file's name and what is wrong with it.
+    """
+    if not (folder / REPORT).is_file():
+        raise SnpError(f"report {folder}: expected an output of `snp-llm prune`, found no {REPORT} there.")
+    report = _clean(read_report(folder))
+    config = _read_json(folder / "config.json")
+    name = folder.name or folder.absolute().name
+    return Run(name, report, _read_json(folder / BENCH), has_code=isinstance(config, dict) and "auto_map" in config)
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no such file."""
+    return _clean(read_json(path, f"{path}: expected JSON")) if path.exists() else None
+
+
+def _clean(value: Any) -> Any:
+    """JSON without what neither UTF-8 nor XML can hold: halves of characters, and control characters."""
+    if isinstance(value, str):
+        return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, list):
+        return [_clean(inner) for inner in value]
+    if isinstance(value, dict):
+        return {_clean(key): _clean(inner) for key, inner in value.items()}
+    return value
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """The dense model's name without its folders."""
+    return Path(os.path.normpath(str(report["recipe"]["model"]))).name
+
+
+def speed_up_of(report: Mapping[str, Any]) -> float | None:
+    dense, pruned = report["dense"]["speed"], report["pruned"]["speed"]
+    return pruned / dense if dense and pruned else None

@@ -1,0 +1,72 @@
+"""The figures of dense and pruned side by side, once for the terminal, the model card and the page."""
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of the dense and of the pruned model and their ratio, as text."""
+
+    name: str
+    dense: str
+    pruned: str
+    ratio: str
+
+
+def summary(report: Mapping[str, Any]) -> list[Row]:
+    """Dense and pruned side by side, from a report; what was not measured is left out."""
+    dense, pruned = report["dense"], report["pruned"]
+    attention, ffn = ([s for s in report["sites"] if s["kind"] == kind] for kind in ("attention", "ffn"))
+    heads = [s["heads"] for s in attention if s.get("heads")]
+    query, key_value = (
+        [sum(h[when][kind] for h in heads) for when in ("before", "after")] for kind in ("query", "key_value")
+    )
+    rows = [
+        ("parameters", dense["size"]["parameters"], pruned["size"]["parameters"], ",.0f"),
+        ("block-linear parameters", dense["size"]["block_linear"], pruned["size"]["block_linear"], ",.0f"),
+    ]
+    if heads:
+        rows.append(("attention heads", *query, ",.0f"))
+    elif attention:  # a report of an older version, which counts what went together
+        rows.append((attention[0]["unit"], *_units(attention), ",.0f"))
+    if key_value[0] != query[0]:
+        rows.append(("key-value heads", *key_value, ",.0f"))
+    rows += [
+        ("FFN channels", *_units(ffn), ",.0f"),
+        ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
+        ("MFLOPs a token", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
+        ("perplexity", dense["perplexity"], pruned["perplexity"], ",.2f"),
+        ("prefill, tokens a second", dense["speed"], pruned["speed"], ",.0f"),
+    ]
+    return [
+        Row(name, format(before, form), format(after, form), f"{after / before:.3f}" if before else "")
+        for name, before, after, form in rows
+        if before is not None and after is not None
+    ]
+
+
+def _units(sites: list[dict[str, Any]]) -> tuple[int, int]:
+    return sum(s["units_before"] for s in sites), sum(s["units_after"] for s in sites)
+
+
+def closing_table(report: Mapping[str, Any]) -> Table:
+    """The summary and the seconds of every phase, for the terminal."""
+    table = Table()
+    for column in ("", "dense", "pruned", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in summary(report):
+        table.add_row(*astuple(row))
+    table.add_row("seconds spent pruning", "", f"{sum(report['seconds'].values()):.1f}", "")
+    for phase, seconds in report["seconds"].items():
+        table.add_row(f"  {phase}", "", f"{seconds:.1f}", "")
+    return table
+
+
+def markdown_table(report: Mapping[str, Any]) -> list[str]:
+    """The summary as lines of Markdown, for the model card."""
+    rows = [f"| {' | '.join(astuple(row))} |" for row in summary(report)]
+    return ["| | dense | pruned | ratio |", "|---|---:|---:|---:|", *rows]

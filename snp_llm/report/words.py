@@ -1,0 +1,85 @@
+"""Numbers and settings as a page says them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from snp_llm.recipe.checks import flag
+from snp_llm.recipe.recipe import GOALS, SPARSITY
+
+LARGE = 1e4  # from here on without decimals
+
+
+def said_of(report: Mapping[str, Any]) -> list[str]:
+    """Sentences below the summary."""
+    found = []
+    if report.get("evaluation") is not None:
+        found.append(f"Perplexity on {report['evaluation']}.")
+    if report.get("predicted_perplexity_ratio") is not None:
+        found.append(f"A ratio of {report['predicted_perplexity_ratio']:.3f} was predicted for calibration text.")
+    if report.get("largest_logit_difference") is not None:
+        difference = report["largest_logit_difference"]
+        same = "are the same to the bit" if difference == 0 else f"differ by {difference:.1e} of the largest"
+        found.append(f"Reloaded in a fresh process, its logits {same}.")
+    return found
+
+
+def title_of(path: Sequence[str]) -> str:
+    return ", ".join(path).replace("_", " ")
+
+
+def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        name = f"{path}, {key}" if path else str(key)
+        if isinstance(inner, dict):
+            yield from flattened(inner, name)
+        else:
+            yield name, inner
+
+
+def setting_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < LARGE else f"{value:,.0f}"
+    if isinstance(value, list):
+        return ", ".join(map(setting_words, value))
+    return "-" if value is None else str(value)
+
+
+def change_words(ratio: float) -> str:
+    """A ratio as what it changes: −23.0 %, +1.5 %."""
+    return f"{100 * (ratio - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %".replace(".0 %", " %")
+
+
+def brief(value: float | None) -> str:
+    """Three digits, for tables: 0.0123, 1.2e-05."""
+    return "" if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def brief_count(value: float) -> str:
+    """1.29M, 6.74B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:,.0f}"
+
+
+def asked(recipe: Mapping[str, Any], share: Callable[[float], str] = "{:g}".format) -> str:
+    """The budget that a recipe's settings ask for, by name; `share` writes a sparsity."""
+    for goal in GOALS:
+        if recipe.get(goal) is not None:
+            return f"{flag(goal)} {recipe[goal]}"
+    common, *own = (recipe.get(name) for name in ("sparsity", "head_sparsity", "ffn_sparsity"))
+    common = SPARSITY if common is None else common
+    if own == [None, None]:
+        return share(common)
+    attention, ffn = (share(common if value is None else value) for value in own)
+    return f"{attention} of attention and {ffn} of FFN"

@@ -1,0 +1,1 @@
+"""What every program needs: devices, ranks, files, the terminal. Knows no models."""

@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all, and checksums of them. Knows nothing of what is in them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from snp_llm.runtime.errors import DiskError
+
+PIECE = 2**22  # bytes read at a time
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; empty where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as stream:
+            while piece := stream.read(PIECE):
+                digest.update(piece)
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, all of it or nothing.
+
+    Raises:
+        DiskError: the disk is full, or fails.
+    """
+    with _whole(file) as new:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata=facts)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file, all of it or nothing.
+
+    Raises:
+        DiskError: the disk is full, or fails.
+    """
+    with _whole(file) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    new = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        _flush(new)
+        new.replace(file)
+        _flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"{file}: cannot be written ({error}). Make room there, or allow it.") from error
+    finally:
+        with suppress(OSError):  # it is gone, if all went well, or cannot go
+            new.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk, where a power cut leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,61 @@
+"""Where large tensors wait: in a device's memory, or in files without a name. Knows neither what they are nor why."""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from snp_llm.runtime.errors import SnpError
+
+Files = Sequence[mmap.mmap]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where hidden states wait between blocks, and the sums of wide sites between two readings.
+
+    Attributes:
+        device: in whose memory; None: in memory maps of files.
+        folder: of those files. They have no name, so nothing is left of them when the process ends, however it ends.
+    """
+
+    device: torch.device | None
+    folder: Path | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """A tensor to be filled."""
+        if self.device is not None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return self.file(*shape, dtype=dtype)[0]
+
+    def file(self, *shape: int, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
+        """A tensor of zeros in a file, and its memory map.
+
+        Raises:
+            SnpError: the folder cannot be written, or has no room.
+        """
+        count = torch.Size(shape).numel()
+        if count == 0:  # no file has a map of nothing
+            return torch.empty(shape, dtype=dtype), mmap.mmap(-1, 1)
+        size = count * dtype.itemsize
+        try:
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # or a full disk kills us later
+                pages = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise SnpError(f"--hidden-device disk: {self.folder} cannot be written ({error}).") from error
+        return torch.frombuffer(pages, dtype=dtype, count=count).view(shape), pages
+
+
+def let_go(files: Files) -> None:
+    """Takes tensors in files out of memory until they are next read or written; they stay as they are."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for pages in files:
+            pages.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,435 @@
+"""What is refused before any weight or text is read: budgets, configs, and files of earlier runs."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from snp_llm import SnpError, prune
+from snp_llm.checkpoint import hub
+from snp_llm.checkpoint.output import REPORT
+from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.cli import parse
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.models.layouts import PRUNED_CLASSES
+from snp_llm.models.size import model_size
+from snp_llm.pruning.run import resolve
+from snp_llm.pruning.widths.plan import check_budget
+from snp_llm.runtime.errors import reason, shown
+from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+
+LEAST_FFN = 8  # channels, the usual --round-to
+
+
+def refused(capsys, main, *arguments) -> str:
+    """The one line that a command is refused with."""
+    assert main([*map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("snp-llm: error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.fixture
+def no_weights(tmp_path, tokenizer):
+    """A config without weights beside a tokenizer that cannot be read: whoever reads more than the config fails."""
+    folder = tmp_path / "model"
+    small_opt().config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    (tmp_path / "text.jsonl").write_text("no JSON")
+    return folder
+
+
+def smallest(model_type: str):
+    """A model of which every unit is gone that may go, built from its own config, without any plan of widths."""
+    dense = small_model(model_type, torch.float32)
+    family = find_family(dense.config)
+    site = find_sites(find_blocks(dense, family), family)[0]
+    heads = site.heads_after(1 if site.prunable else site.units)
+    widths = {family.heads_key: heads.query, family.ffn_key: LEAST_FFN}
+    widths |= {family.kv_heads_key: heads.key_value} if family.kv_heads_key else {}
+    values = {
+        **dense.config.to_dict(),
+        "pruned_layers": {str(i): widths for i in range(dense.config.num_hidden_layers)},
+    }
+    values.pop("model_type")
+    if values.get(family.ffn_key) is None:
+        values[family.ffn_key] = 4 * dense.config.hidden_size
+    if family.head_dim_key:
+        values[family.head_dim_key] = heads.size
+    with torch.device("meta"):
+        return dense, AutoModelForCausalLM.from_config(PRUNED_CLASSES[family.pruned_type][0](**values))
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@pytest.mark.parametrize("kind", ["params", "size", "flops"])
+def test_the_least_and_the_most_that_a_budget_may_be(kind, model_type):
+    """Counted on the smallest model that there can be, and on the dense one."""
+    dense, small = smallest(model_type)
+    sizes = [model_size(model, 32) for model in (small, dense)]
+    least, most = ({"params": s.parameters, "size": s.bytes, "flops": s.flops}[kind] for s in sizes)
+    unit = "B" if kind == "size" else ""
+
+    def check(amount: float) -> None:
+        recipe = small_recipe(**{f"target_{kind}": f"{amount:.1f}{unit}"})
+        check_budget(dense, resolve(recipe, dense))
+
+    check(least)
+    check(most)
+    with pytest.raises(SnpError, match=f"^--target-{kind}: expected at least .*, what is left in this model"):
+        check(least - 1)
+    with pytest.raises(SnpError, match=f"^--target-{kind}: expected less than the model has"):
+        check(most + 1)
+    with pytest.raises(SnpError, match="Ask for ") as error:
+        check(least / 2)
+    share = float(re.search(r"Ask for ([\d.]+)x", str(error.value))[1])
+    assert share - 0.001 <= least / most <= share
+    check_budget(dense, resolve(small_recipe(**{f"target_{kind}": f"{share}x"}), dense))
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_the_largest_sparsity(model_type):
+    dense, small = smallest(model_type)
+    most = 1 - model_size(small, 32).block_linear / model_size(dense, 32).block_linear
+    for layout in ("compact", "padded"):
+        recipe = resolve(small_recipe(layout=layout), dense)
+        check_budget(dense, replace(recipe, sparsity=most))
+        with pytest.raises(SnpError, match="^--sparsity: expected at most ") as error:
+            check_budget(dense, replace(recipe, sparsity=most + 1e-4))
+        named = float(re.search("Ask for (.*) or less", str(error.value))[1])
+        assert most - 0.001 <= named <= most
+
+
+@pytest.mark.parametrize("allocation", ["loss", "variance", "uniform"])
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+def test_what_passes_the_check_is_pruned(layout, allocation, tokenizer):
+    """At the very ends, and a step within."""
+    dense, small = smallest("llama")
+    most = 1 - model_size(small, 32).block_linear / model_size(dense, 32).block_linear
+    passed = 0
+    for sparsity in (0.0, most / 2, 0.9 * most, most):
+        recipe = small_recipe(sparsity=sparsity, layout=layout, allocation=allocation, num_samples=2)
+        try:
+            check_budget(dense, resolve(recipe, dense))
+        except SnpError:
+            assert layout == "uniform" or allocation == "uniform"
+            continue
+        found = prune(dense, tokenizer, recipe)
+        passed += 1
+        if layout == "compact" and sparsity == most:
+            assert model_size(found.model, 32).parameters == model_size(small, 32).parameters
+    assert passed >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-params", "1K"], "--target-params: expected at least 73K parameters, .* got 1K parameters"),
+        (["--target-params", "93345"], "expected less than the model has, 93,344 parameters; got 93,345 parameters"),
+        (["--target-params", "2B"], "expected less than the model has, 93.3K parameters; got 2B parameters"),
+        (["--target-size", "1KB"], "--target-size: expected at least 292 kB, .* got 1 kB. Ask for 0.782x or more"),
+        (["--target-size", "7GB"], "expected less than the model has, 373 kB; got 7 GB"),
+        (["--target-flops", "0.01x"], "--target-flops: expected at least .*K FLOPs a token"),
+        (["--sparsity", "0.99"], "--sparsity: expected at most 0.8"),
+        (["--ffn-sparsity", "0.99"], "--ffn-sparsity: expected at most 0.875"),
+        (["--head-sparsity", "0.99"], "--head-sparsity: expected at most 0.75"),
+        (["--layout", "uniform", "--head-sparsity", "0.1"], "layout uniform; got 0.1. Use --head-sparsity 0"),
+        (["--round-to", "512", "--ffn-sparsity", "0.1"], "--ffn-sparsity: .* got 0.1. Use a smaller --round-to"),
+        (["--seq-len", "65"], "--seq-len: expected at most the model's 64 positions"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_budgets_are_refused_by_the_config_alone(options, message, more, no_weights, tmp_path, capsys):
+    text = ["--calibration", tmp_path / "text.jsonl", "--eval-dataset", tmp_path / "text.jsonl"]
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *text, *options, *more)
+    assert re.search(message, error), error
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "text.jsonl"]
+
+
+def test_names_of_texts_are_checked_first(no_weights, tmp_path, capsys):
+    there = tmp_path / "text.jsonl"
+    for options, message in (
+        (["--calibration", "typo.txt"], "dataset typo.txt: no such file"),
+        (["--calibration", "typo.txt", "--eval-dataset", there], "dataset typo.txt: no such file"),
+        (["--calibration", there, "--eval-dataset", "typo.txt"], "dataset typo.txt: no such file"),
+        (["--calibration", "wikitext"], "unknown dataset 'wikitext'.* Did you mean 'wikitext2'"),
+        (["--calibration", there, "--eval-dataset", "random"], "unknown dataset 'random'"),
+        (["--calibration", tmp_path], "is a folder without state.json or dataset_dict.json"),
+        (["--calibration", "bundled", "--calibration-split", "dev"], "unknown split 'dev'"),
+    ):
+        assert re.search(message, refused(capsys, parse.prune_main, no_weights, *options)), message
+    error = refused(capsys, parse.evaluate_main, no_weights, "--dataset", "typo.txt")
+    assert "dataset typo.txt: no such file" in error
+
+
+def test_a_model_that_is_a_file_or_has_no_tokenizer(tmp_path, capsys):
+    folder = tmp_path / "model"
+    small_opt().save_pretrained(folder)
+    text = ["--calibration", "bundled", "--eval-dataset", "bundled"]
+    assert "no tokenizer in that folder" in refused(capsys, parse.prune_main, folder, *text)
+    assert "no tokenizer in that folder" in refused(capsys, parse.evaluate_main, folder, "--dataset", "bundled")
+    assert "no tokenizer in that folder" in refused(capsys, parse.bench_main, folder, folder, "--prompt-lengths", "8")
+    for main, options in (
+        (parse.prune_main, text),
+        (parse.inspect_main, []),
+        (parse.evaluate_main, ["--dataset", "bundled"]),
+    ):
+        assert "is a file; expected a folder" in refused(capsys, main, folder / "config.json", *options)
+    assert parse.inspect_main([str(folder)]) == 0  # which needs none
+
+
+def test_all_lines_of_an_error_count():
+    assert reason(OSError("one of:\n(1) this,\n\n   (2) that.")) == "one of: (1) this, (2) that."
+    assert reason(OSError(28, "No space left on device", "file")) == "No space left on device"
+    assert reason(ValueError()) == "ValueError" and len(reason(ValueError("x" * 10_000))) < 410
+    assert shown(10**5000) == "an integer of more than 30 digits" and len(shown("x" * 10_000)) < 40
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+ODD = (0, -1, 7, 10**30, 2**62, 1.5, "abc", "", [], [1], {}, None, True, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_every_family_stands_on_its_config_alone(model_type, tmp_path):
+    AutoConfig.for_model(model_type, **FAMILY_CONFIGS[model_type]).save_pretrained(tmp_path)
+    assert load_skeleton(str(tmp_path)).config.model_type == model_type
+
+
+@pytest.mark.parametrize("model_type", ["opt", pytest.param("llama", marks=pytest.mark.exhaustive)])
+def test_any_value_of_any_key_of_a_config(model_type, tmp_path, capsys):
+    """It is taken, or refused in one line; nothing else."""
+    AutoConfig.for_model(model_type, **FAMILY_CONFIGS[model_type]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in config:
+        for value in ODD:
+            (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                load_skeleton(str(tmp_path))
+            except SnpError as error:
+                assert "\n" not in str(error) and len(str(error)) < 700, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ffn_dim": 0}, "fc1.weight is 0 x 32; expected widths of at least 1"),
+        ({"dropout": -3}, "config dropout: expected a probability from 0 to 1, got -3"),
+        ({"attention_dropout": 1.5}, "config attention_dropout: expected a probability"),
+        ({"num_hidden_layers": 0}, "config num_hidden_layers: expected an integer from 1 to 10,000, got 0"),
+        ({"num_hidden_layers": -1}, "config num_hidden_layers: .* got -1"),
+        ({"num_hidden_layers": 10**9}, "config num_hidden_layers: .* got 1000000000"),
+        ({"max_position_embeddings": 0}, "config max_position_embeddings: expected an integer from 2 up, got 0"),
+        ({"vocab_size": 0}, "config vocab_size: expected an integer from 1 up, got 0"),
+        ({"hidden_size": -5}, "hidden_size"),
+        ({"num_attention_heads": 0}, "no model can be built from its config"),
+        ({"num_attention_heads": 5}, "no model can be built from its config"),
+        ({"init_std": float("nan")}, "config init_std: expected a finite number, got nan"),
+        ({"activation_function": "no"}, "no model can be built from its config"),
+        ({"dtype": "float99"}, "config"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "inspect", "eval", "bench"])
+def test_configs_that_no_model_can_have(command, changes, message, no_weights, capsys):
+    config = json.loads((no_weights / "config.json").read_text())
+    (no_weights / "config.json").write_text(json.dumps({**config, **changes}))
+    main, *words = {
+        "prune": (parse.prune_main, "--calibration", "bundled", "--no-eval", "--output", no_weights.parent / "out"),
+        "inspect": (parse.inspect_main,),
+        "eval": (parse.evaluate_main, "--dataset", "bundled"),
+        "bench": (parse.bench_main, no_weights, "--prompt-lengths", "8"),
+    }[command]
+    assert re.search(message, refused(capsys, main, no_weights, *words))
+
+
+# --- files of earlier runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, tokenizer):
+    """A finished output folder, with a benchmark."""
+    folder = tmp_path_factory.mktemp("pruned")
+    model = save_model(small_opt(), tokenizer, folder / "dense")
+    options = ["--calibration", "bundled", "--num-samples", "4", "--seq-len", "32", "--no-eval"]
+    assert parse.prune_main([str(model), "--output", str(folder / "out"), *options]) == 0
+    few = ["--batch-sizes", "1", "--prompt-lengths", "8", "--new-tokens", "1", "--repeats", "1", "--no-memory"]
+    assert parse.bench_main([str(model), str(folder / "out"), *few, "--save"]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(pruned, tmp_path):
+    return shutil.copytree(pruned, tmp_path / "out")
+
+
+DEEP = "[" * 200_000
+DEEP_ENOUGH = '{"a":' * 600 + "1" + "}" * 600
+BROKEN = (
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"null",
+    b"[]",
+    b"5",
+    b'"x"',
+    b"NaN",
+    DEEP.encode(),
+    DEEP_ENOUGH.encode(),
+    b'{"a": 1e999}',
+)
+
+
+def odd_reports(report):
+    """Reports with a value of another kind at every key of the first level, and of all that is needed within."""
+    for key in report:
+        for value in (None, 5, "x", [], [1], {}, {"x": [1]}):
+            yield key, {**report, key: value}
+    for key in ("dense", "pruned", "recipe", "sparsity"):
+        for inner in report[key]:
+            for value in (None, "x", [1], {}, -1, 0, 1e308):
+                yield f"{key}.{inner}", {**report, key: {**report[key], inner: value}}
+    for inner in report["sites"][0]:
+        for value in (None, "x", [1], {}, -1, 0, 1e308):
+            yield f"sites.{inner}", {**report, "sites": [{**report["sites"][0], inner: value}, *report["sites"][1:]]}
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:12].decode("latin-1"))
+def test_broken_reports_are_noticed_before_anything_is_measured(content, copy, capsys):
+    (copy / REPORT).write_bytes(content)
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+    with mock.patch("snp_llm.evaluate.side_by_side.evaluate", None), mock.patch("snp_llm.evaluate.speed.bench", None):
+        for main, arguments in (
+            (parse.report_main, [copy]),
+            (parse.push_main, [copy, "user/name"]),
+            (parse.evaluate_main, [copy, "--dataset", "bundled", "--save"]),
+            (parse.bench_main, [copy, copy, "--save"]),
+        ):
+            assert f"{REPORT}: expected a report of `snp-llm prune`" in refused(capsys, main, *arguments)
+    assert before == {file.name: file.read_bytes() for file in copy.iterdir()}
+
+
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_a_report_with_a_value_of_another_kind_is_a_page_or_one_line(every, copy, capsys):
+    for key, odd in [*odd_reports(json.loads((copy / REPORT).read_text()))][::every]:
+        (copy / REPORT).write_text(json.dumps(odd))
+        if parse.report_main([str(copy)]):
+            error = capsys.readouterr().err
+            assert error.startswith("snp-llm: error: ") and error.count("\n") == 1 and len(error) < 700, key
+
+
+@pytest.mark.parametrize(
+    "changes", [{"perplexities": 5}, {"perplexities": [1]}, {"perplexities": [{}]}, {"tasks": [1]}, {"versions": None}]
+)
+def test_a_report_that_takes_no_results_is_noticed_first(changes, copy, capsys):
+    report = json.loads((copy / REPORT).read_text())
+    (copy / REPORT).write_text(json.dumps({**report, **changes}))
+    with mock.patch("snp_llm.evaluate.side_by_side.evaluate", None):
+        assert "Prune again" in refused(capsys, parse.evaluate_main, copy, "--dataset", "bundled", "--save")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_card_that_takes_no_section_is_noticed_first(content, copy, capsys):
+    (copy / "README.md").unlink()
+    if content is not None:
+        (copy / "README.md").write_bytes(content)
+    with mock.patch("snp_llm.evaluate.speed.bench", None):
+        assert "README.md" in refused(capsys, parse.bench_main, copy, copy, "--save")
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:12].decode("latin-1"))
+def test_a_broken_benchmark_is_one_line(content, copy, capsys):
+    (copy / "bench.json").write_bytes(content)
+    if parse.report_main([str(copy)]):
+        assert capsys.readouterr().err.count("\n") == 1
+    else:  # JSON of another kind is shown as it is
+        assert content in (b"null", b"[]", b"5", b'"x"')
+    if content not in (b"null", b"[]", b"5", b'"x"'):
+        assert "bench.json" in refused(capsys, parse.push_main, copy, "user/name")
+
+
+INDEXES = ('{"weight_map": null}', "{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": [5]}}')
+
+
+@pytest.mark.parametrize(
+    "content", [*BROKEN, *(text.encode() for text in INDEXES)], ids=lambda c: c[:24].decode("latin-1")
+)
+def test_a_broken_index_is_not_uploaded(content, copy, capsys):
+    (copy / hub.INDEX).write_bytes(content)
+    assert hub.INDEX in refused(capsys, parse.push_main, copy, "user/name")
+
+
+WHOLE = {"device": "cpu", "dtype": "float32", "batch_size": 1, "seq_len": 32, "whole": 1.0}
+TABLES = (
+    *(
+        {**WHOLE, "sites": sites}
+        for sites in (None, [], 5, {}, {"x": 5}, {"x": {}}, {"x": {"1": 1}}, {"x": {"a": 1, "b": 2}})
+    ),
+    *({**WHOLE, "sites": {"x": {"1": 1.0, "2": value}}} for value in (-1, 0, "x", None, [1], 10**400)),
+    *({**WHOLE, "sites": {"x": {"1": 1.0, "2": 2.0}}, "whole": value} for value in (0, -1, "x", None, [])),
+    {**WHOLE, "sites": {"x": {"0": 1.0, "-2": 2.0}}},
+    {**WHOLE, "more": 1, "sites": {}},
+)
+
+
+@pytest.mark.parametrize(
+    "content", [*BROKEN, *(json.dumps(table).encode() for table in TABLES)], ids=range(len(BROKEN) + len(TABLES))
+)
+def test_a_broken_table_of_latencies_is_noticed_before_weights_are_read(content, no_weights, tmp_path, capsys):
+    file = tmp_path / "table.json"
+    file.write_bytes(content)
+    options = ["--target-latency", "0.5x", "--latency-table", file, "--calibration", "bundled", "--no-eval"]
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *options)
+    assert f"{file}: expected a table" in error or "latency table: has " in error
+    file.unlink()
+    nowhere = ["--latency-table", tmp_path / "nowhere/table.json"]
+    error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *options, *nowhere)
+    assert "expected a folder there that can be written to" in error
+
+
+# --- where the result goes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_prunes")
+@pytest.mark.parametrize(("here", "model"), [(".", "."), (".", "../model"), ("inside", ".."), ("inside/deep", "../..")])
+def test_inside_the_model_the_result_goes_beside_it(here, model, tmp_path, tokenizer, monkeypatch, capsys):
+    folder = save_model(small_opt(), tokenizer, tmp_path / "model")
+    (folder / "inside/deep").mkdir(parents=True)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.chdir(folder / here)
+    options = ["--calibration", "bundled", "--num-samples", "4", "--seq-len", "32", "--no-eval"]
+    assert parse.prune_main([model, *options]) == 0
+    assert f"goes beside it, to {tmp_path / 'model-snp-30'}" in capsys.readouterr().err
+    assert (tmp_path / "model-snp-30/model.safetensors").exists() and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["llama[v2]-7b", "[red]x[/red]", "[/]", ":smile:", "a|b"])
+def test_names_are_printed_as_they_are(name, tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = name.replace("/", "")
+    save_model(small_opt(), tokenizer, tmp_path / folder)
+    few = ["--dataset", "bundled", "--seq-len", "32", "--max-windows", "1"]
+    assert parse.evaluate_main([folder, folder, *few]) == 0
+    assert capsys.readouterr().out.count(f"\n{folder} ") == 2
+
+
+def test_what_nothing_foresaw_is_one_line_too(capsys, monkeypatch):
+    too_large = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto")
+    for error in (
+        too_large,
+        OSError(5, "I/O error", "a\nb"),
+        RecursionError("deep"),
+        MemoryError(),
+        "\ud800",
+        OSError("x\ny"),
+    ):
+
+        def fail(*_given, error=error):
+            raise error if isinstance(error, Exception) else UnicodeError(error)
+
+        monkeypatch.setattr("snp_llm.cli.inspect.run_inspect", fail)
+        refused(capsys, parse.inspect_main, "tiny-opt")
