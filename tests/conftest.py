@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and their children, on two cores
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from snp_llm import Recipe
+from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.data.windows import BUNDLED
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import find_family
+from snp_llm.pruning.widths.latency import LatencyTable, key
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -129,6 +135,18 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_table(file: Path, folder: Path, ffn_share: float) -> None:
+    """Latencies of a model's blocks in which that share of the time grows with the FFN's width, the rest with heads."""
+    model = load_skeleton(str(folder))
+    family = find_family(model.config)
+    sites, times = find_sites(find_blocks(model, family), family), {}
+    for site in sites:
+        share = ffn_share if site.kind == "ffn" else 1 - ffn_share
+        widths = sorted({1, site.units // 2, site.units})
+        times[key(site)] = {width: 1 - share + share * width / site.units for width in widths}
+    file.write_text(json.dumps(asdict(LatencyTable("cpu", "float32", 1, 32, len(sites) / 2 + 1, times))))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tests.adversarial.trials import CHEAP, QUICKER
 from tests.adversarial.values import MISSING, damaged, near
 
 pytestmark = pytest.mark.exhaustive
-COUNT = 170
+COUNT = 130
 GOOD = {
     "sparsity": 0.0,
     "calibration": "bundled",

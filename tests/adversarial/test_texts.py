@@ -11,7 +11,7 @@ from snp_llm.cli.parse import evaluate_main
 from tests.adversarial.trials import KEEP_ALL
 
 pytestmark = pytest.mark.exhaustive
-COUNT = 140
+COUNT = 110
 WORDS = [
     "the",
     "model",

@@ -11,7 +11,7 @@ from tests.adversarial.trials import BUNDLED, KEEP_ALL
 from tests.adversarial.values import CODE, MISSING, NAMING, changed, damaged, near, places
 
 pytestmark = pytest.mark.exhaustive
-COUNT = 110
+COUNT = 100
 FAMILIES = ("opt", "llama", "gpt2", "qwen2")
 CONFIG = {
     **NAMING,

@@ -15,7 +15,7 @@ from tests.conftest import save_model, small_model
 
 pytestmark = pytest.mark.exhaustive
 FAMILIES = ("opt", "llama", "gpt2", "phi3")
-HEADERS, TENSORS, INDEXES = 150, 110, 100
+HEADERS, TENSORS, INDEXES = 120, 90, 80
 COUNT = HEADERS + TENSORS + INDEXES
 DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "U8", "BOOL", "C64", "X9", "", "f32")
 

@@ -116,6 +116,10 @@ def test_inspect_refuses(tmp_path, capsys):
     refuse(capsys, [str(tmp_path)], "its config cannot be loaded", inspect_main)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     refuse(capsys, [str(tmp_path)], "'bert' is not supported", inspect_main)
+    AutoConfig.for_model("llama", **FAMILY_CONFIGS["llama"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "output_attentions": True}))  # loads, and is not saved
+    refuse(capsys, [str(tmp_path)], "no model can be built from its config, or saved with it", inspect_main)
     refuse(capsys, ["tiny-opt", "--seq-len", "9999"], "at most the model's 256 positions", inspect_main)
     refuse(capsys, ["tiny-opt", "--log-level", "loud"], "loud.*--log-level", inspect_main)
 

@@ -287,6 +287,10 @@ def test_bad_folders_are_one_line(runs, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "empty" / PAGE).exists()
+    whole = copy_of(runs[0], tmp_path, name="whole")
+    before = sorted(whole.iterdir())
+    assert main_of("report", str(whole), str(strange)) == 2  # no page is written where one of them fails
+    assert sorted(whole.iterdir()) == before and not (strange / PAGE).exists()
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no fonts\nat all"), SnpError("odd"), OSError(28, "disk full")])

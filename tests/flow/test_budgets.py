@@ -64,9 +64,12 @@ def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatc
     other = small_model("llama", intermediate_size=96)
     with pytest.raises(SnpError, match="latency table: has .*expected ffn of 96 channels.*measured on another model"):
         plan(other, tokenizer, recipe)
-    file.write_text("[]")
-    with pytest.raises(SnpError, match="expected a table written by an earlier run"):
-        plan(dense, tokenizer, recipe)
+    file.write_text(json.dumps({**table, "whole": str(table["whole"])}))  # text that is a number counts as one
+    assert plan(dense, tokenizer, recipe) == first
+    for odd in ([], {**table, "whole": "long"}, {**table, "whole": [1]}):
+        file.write_text(json.dumps(odd))
+        with pytest.raises(SnpError, match="expected a table written by an earlier run"):
+            plan(dense, tokenizer, recipe)
 
 
 def test_latency_buys_what_saves_time(tokenizer, tmp_path):

@@ -318,6 +318,17 @@ def test_tokenizer_files_are_carried_over_byte_for_byte(tokenizer, tmp_path, mon
         assert "additional_chat_templates/tools.jinja" in report["files"]
 
 
+def test_texts_that_no_file_can_hold_unescaped(opt_folder, tmp_path, quick_prunes):
+    """Halves of characters in JSON, which are escaped there as they came."""
+    for name, more in (("config.json", {"problem_type": "\ud800"}), (CONFIG, {"auto_map": {}, "more": "\ud800"})):
+        values = json.loads((opt_folder / name).read_text())
+        (opt_folder / name).write_text(json.dumps({**values, **more}))
+    settings = ["--num-samples", "2", "--seq-len", "32", "--no-eval", "--calibration", "bundled"]
+    assert prune_main([str(opt_folder), "--output", str(tmp_path / "out"), *settings]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["problem_type"] == "\ud800"
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["more"] == "\ud800"
+
+
 def own_tokenizer(folder, body):
     (folder / "own.py").write_text(
         f"from transformers import PreTrainedTokenizerFast\nclass T(PreTrainedTokenizerFast):\n{body}"

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,11 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.models.anatomy import Site, find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
-from snp_llm.pruning.widths.latency import LatencyTable, key
-from tests.conftest import small_model
+from tests.conftest import small_model, write_table
 from tests.flow.forked import Runner, runner
 
 pytestmark = pytest.mark.slow
@@ -427,36 +422,24 @@ def test_what_changed_since_is_named(prune, dense, finished, tmp_path):
     assert weights(out) == weights(finished)
 
 
-def write_table(file: Path, sites: list[Site], ffn_share: float) -> None:
-    """Latencies of a block in which that share of the time grows with the FFN's width, and the rest with the heads."""
-    times = {}
-    for site in sites:
-        share = ffn_share if site.kind == "ffn" else 1 - ffn_share
-        widths = sorted({1, site.units // 2, site.units})
-        times[key(site)] = {width: 1 - share + share * width / site.units for width in widths}
-    file.write_text(json.dumps(asdict(LatencyTable("cpu", "float32", 1, 32, len(sites) / 2 + 1, times))))
-
-
 @pytest.mark.exhaustive
 def test_a_latency_table_counts_once_widths_were_chosen_from_it(prune, dense, tmp_path):
-    model, table = load_skeleton(str(dense)), tmp_path / "table.json"
-    family = find_family(model.config)
-    sites = find_sites(find_blocks(model, family), family)
+    table = tmp_path / "table.json"
     settings = (*SETTINGS[: SETTINGS.index("--sparsity")], "--round-to", 4, "--save-every", 0)
     settings = (*settings, "--target-latency", "0.7x", "--latency-table", table)
     for share in (0.8, 0.3):
-        write_table(table, sites, share)
+        write_table(table, dense, share)
         assert prune(dense, *settings, "--output", tmp_path / f"{share}")["codes"] == [0]
     assert weights(tmp_path / "0.8") != weights(tmp_path / "0.3")
     for phase, decided in (("curves", False), ("cut", True)):
         out = tmp_path / phase
-        write_table(table, sites, 0.8)
+        write_table(table, dense, 0.8)
         assert prune(dense, *settings, "--output", out, die_at=(phase, 2))["codes"] == [-9]
-        write_table(table, sites, 0.3)
+        write_table(table, dense, 0.3)
         result = prune(dense, *settings, "--output", out, "--resume")
         if decided:
             assert result["codes"] == [2] and f"latency table {table} is not the one" in result["stderr"]
-            write_table(table, sites, 0.8)
+            write_table(table, dense, 0.8)
             result = prune(dense, *settings, "--output", out, "--resume")
         assert result["codes"] == [0], result["stderr"]
         assert weights(out) == weights(tmp_path / ("0.8" if decided else "0.3"))
