@@ -53,7 +53,7 @@ SHAPES = {
     "opt-30b": (7168, 48, 56),
 }
 # What no gradients are needed for: with the default's ordering, with the paper's, and without a visit to the model.
-PLAIN = {"allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
+PLAIN = {"allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1}
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
     "plain": PLAIN,

@@ -38,7 +38,9 @@ def main() -> None:
         batch_size=args.batch_size,
     )
     if args.paper:
-        recipe = replace(recipe, ordering="zca", allocation="variance", metric="error", target="self", dampening=0.01)
+        recipe = replace(
+            recipe, ordering="zca", allocation="variance", metric="error", reference="self", dampening=0.01
+        )
     skeleton = load_skeleton(args.model)
     recipe = run.resolve(recipe, skeleton)
     needed = estimate(skeleton, recipe)

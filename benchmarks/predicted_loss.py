@@ -46,7 +46,7 @@ def main() -> None:
         num_samples=args.num_samples,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
-        target="self",
+        reference="self",
         round_to=1,
     )
     recipe = resolve(recipe, model)
@@ -107,7 +107,7 @@ def measure(
         here = anatomy.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
-            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=True)
+            empty_sums(s.name, out, clock.device, stream.storage, drifting=False, holding_out=True)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[Any, Tensor] = {}

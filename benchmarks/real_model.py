@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--uniform-allocation-at", type=float, default=0.2, help="one more row, compact; 0 for none")
     parser.add_argument("--serve-at", type=float, default=0.2, help="of the uniform model to serve; 0 for none")
     parser.add_argument("--metric", default=Recipe(model="").metric)
-    parser.add_argument("--target", default=Recipe(model="").target)
+    parser.add_argument("--reference", default=Recipe(model="").reference)
     parser.add_argument("--dampening", type=float, default=None, help="default: chosen at every site")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512, help="of calibration and of evaluation")
@@ -169,7 +169,7 @@ def recipe_for(args: argparse.Namespace, folder: Path, layout: str, allocation: 
         allocation=allocation,
         sparsity=sparsity,
         metric=args.metric,
-        target=args.target,
+        reference=args.reference,
         dampening=args.dampening,
         calibration=args.calibration,
         num_samples=args.num_samples,
@@ -267,7 +267,7 @@ def markdown(
         "",
         f"{NAME}, dequantised to float32. Calibrated on {args.num_samples} windows of {args.seq_len} tokens of "
         f"{Path(args.calibration).name}, dampening {args.dampening or 'chosen at every site'}, metric {args.metric}, "
-        f"target {args.target}, ordering {default.ordering}, head units "
+        f"target {args.reference}, ordering {default.ordering}, head units "
         f"{default.head_unit}; perplexity on {windows.description}. Sparsity is the share of the blocks' "
         f"linear weights. Seconds are of pruning alone, {torch.get_num_threads()} threads, "
         f"{compute_device('auto').type}, with whatever else the machine did. torch {torch.__version__}, transformers "

@@ -19,7 +19,7 @@ from snp_llm.runtime.errors import SnpError
 
 from .common import Method, Prune, Pruned, pruned
 
-PAPER = {"ordering": "zca-exact", "allocation": "variance", "metric": "error", "target": "self", "dampening": 0.1}
+PAPER = {"ordering": "zca-exact", "allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1}
 
 
 def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:

@@ -140,7 +140,7 @@ def _mostly_zero(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class TargetSums:
+class ReferenceSums:
     """Sums over calibration tokens of what a site should put out, `y`, against its inputs `x`.
 
     Attributes:
@@ -165,35 +165,37 @@ class Drift:
     first: Tensor
 
 
-def empty_target_sums(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> TargetSums:
+def empty_reference_sums(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> ReferenceSums:
     """Sums of no tokens; they are kept in `dtype`, raised to float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
-    return TargetSums(torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device))
+    return ReferenceSums(
+        torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device)
+    )
 
 
-def add_target(sums: TargetSums, target: Tensor, inputs: Tensor) -> None:
+def add_reference(sums: ReferenceSums, reference: Tensor, inputs: Tensor) -> None:
     """Adds a batch to the sums, in place.
 
     Args:
         sums: of d_out and n channels.
-        target: y, (..., d_out), any floating dtype, on the sums' device.
+        reference: y, (..., d_out), any floating dtype, on the sums' device.
         inputs: x, (..., n), likewise.
     """
     dtype = sums.cross.dtype
-    y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (target, inputs))
+    y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (reference, inputs))
     if y.dtype != x.dtype:
         y, x = y.to(dtype), x.to(dtype)
     add_matmul(sums.cross, y.T, x)
     sums.first.add_(y.sum(0, dtype=dtype))
 
 
-def drift_from(sums: TargetSums, moments: Moments, W: Tensor, bias: Tensor | None) -> Drift:
-    """What outputs `W x + b` lack of their targets, in place of the sums of those.
+def drift_from(sums: ReferenceSums, moments: Moments, W: Tensor, bias: Tensor | None) -> Drift:
+    """What outputs `W x + b` lack of their references, in place of the sums of those.
 
     `sum (y - W x - b) x^T = sum y x^T - W sum x x^T - b sum x^T`: no output has to be computed.
 
     Args:
-        sums: of the targets.
+        sums: of the references.
         moments: of the inputs, over the same tokens.
         W: out-projection weight, (d_out, n).
         bias: b, (d_out,), or None.

@@ -65,7 +65,7 @@ def cut(
             predicted_error=predicted / dampened if dampened > 0 else 0.0,
             error=max(0.0, lost + repaired.change) / total if total > 0 else 0.0,
             predicted_loss=None,
-            target_weight=repaired.alpha,
+            reference_weight=repaired.alpha,
             dampening=repaired.dampening,
             seconds=0.0,
             curve=curve,

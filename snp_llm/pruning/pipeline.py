@@ -19,7 +19,7 @@ from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read
 from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.stream import capture
-from snp_llm.pruning.widths.plan import find_target, plan_widths
+from snp_llm.pruning.widths.plan import find_removals, plan_widths
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock, compute_device
@@ -142,7 +142,7 @@ class Visited:
 
     def widths(self, recipe: Recipe) -> list[int]:
         """Units kept at every site under a recipe's budget."""
-        return plan_widths(self.anatomy, self.curves, find_target(self.anatomy, recipe), recipe)
+        return plan_widths(self.anatomy, self.curves, find_removals(self.anatomy, recipe), recipe)
 
 
 def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:

@@ -84,12 +84,12 @@ class DenseStream:
     @classmethod
     def beside(cls, stream: Stream, anatomy: Anatomy, run: Run) -> "DenseStream":
         """That of a stream which has not yet entered the first block."""
-        target = run.recipe.target
-        if target == "self":
+        wanted = run.recipe.reference
+        if wanted == "self":
             return cls(anatomy, run, None, False)
         widest = max(site.channels for site in anatomy.sites)
         first = stream.first(enough_windows(widest, stream.hidden.shape[1]))
-        return cls(anatomy, run, first, None if target == "residual" else False)
+        return cls(anatomy, run, first, None if wanted == "residual" else False)
 
     def state(self) -> dict[str, Tensor]:
         """What is needed to go on after the process was killed."""
@@ -177,7 +177,7 @@ def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bo
 
     adds = ranks.from_rank(0, same)
     if not adds:
-        log.warning("target residual: blocks of this model normalise what is added; target dense instead")
+        log.warning("reference residual: blocks of this model normalise what is added; reference dense instead")
     return adds
 
 

@@ -38,7 +38,7 @@ class RepairedSite:
 
 def chooses_repair(recipe: Recipe, statistics: Statistics) -> bool:
     """Whether held-out windows choose the repair."""
-    open_share = statistics.drift is not None and recipe.target_weight is None
+    open_share = statistics.drift is not None and recipe.reference_weight is None
     return statistics.held_moments is not None and (recipe.dampening is None or open_share)
 
 
@@ -58,8 +58,8 @@ def repair_site(
     """Least squares on the kept channels: of the cut, and of the drift where there is any.
 
     Dampening and the share of the drift are what serves the held-out windows best, when computed from the others that
-    have targets, unless the recipe fixes them. The repairs themselves are then computed from all windows, that of the
-    drift from all that have targets.
+    have a reference, unless the recipe fixes them. The repairs themselves are then computed from all windows, that of
+    the drift from all that have a reference.
 
     Args:
         W: out-projection weight, (d_out, n), float64 or float32: so is everything here.
@@ -74,21 +74,21 @@ def repair_site(
         centred: whether the bias absorbs the mean.
     """
     total, held, drift, files = statistics.moments, statistics.held_moments, statistics.drift, statistics.files
-    targeted = statistics.targeted or total
-    choice = Choice(used, used, 0.0 if drift is None else recipe.target_weight or 0.0)
+    referred = statistics.referred or total
+    choice = Choice(used, used, 0.0 if drift is None else recipe.reference_weight or 0.0)
     if at_once is None:
         assert held is not None
-        fit_first, fit_tokens = (targeted.first - held.first).to(W), targeted.tokens - held.tokens
+        fit_first, fit_tokens = (referred.first - held.first).to(W), referred.tokens - held.tokens
         fit_mean = fit_first / fit_tokens if centred else None
-        fit = kept_sums(W, kept, gone, targeted, drift, fit_mean, less=(held, statistics.held_drift), files=files)
+        fit = kept_sums(W, kept, gone, referred, drift, fit_mean, less=(held, statistics.held_drift), files=files)
         judged = kept_sums(W, kept, gone, held, statistics.held_drift, fit_mean, own_mean=False, files=files)
         view = viewed(root, W)
         if view is not None:
             fit, judged = fit.seen_by(view), judged.seen_by(view)
         dampenings = DAMPENINGS if recipe.dampening is None else [used]
         choice = choose_repair(fit, judged, dampenings, bias=centred)
-        if recipe.target_weight is not None:
-            choice = replace(choice, alpha=recipe.target_weight)
+        if recipe.reference_weight is not None:
+            choice = replace(choice, alpha=recipe.reference_weight)
         del fit, judged
     sums = kept_sums(W, kept, gone, total, None, mean if centred else None, files=files)
     added = repair_cut(sums, choice.dampening) if at_once is None else at_once - W[:, kept]
@@ -96,8 +96,8 @@ def repair_site(
     W_new, shift = (W[:, kept] + added) if at_once is None else at_once, torch.zeros_like(W[:, 0])
     if drift is not None and choice.alpha > 0:
         del sums
-        own_mean = targeted.first.to(W) / targeted.tokens
-        sums = kept_sums(W, kept, kept[:0], targeted, drift, own_mean if centred else None, files=files)
+        own_mean = referred.first.to(W) / referred.tokens
+        sums = kept_sums(W, kept, kept[:0], referred, drift, own_mean if centred else None, files=files)
         drifted = repair_drift(sums, choice, bias=centred)
         W_new = W_new + drifted.weight
         if centred:  # as seen from the mean that the bias absorbs

@@ -63,7 +63,7 @@ class SiteResult:
         predicted_error: relative squared output error read off the error curve (dampened Gram matrix).
         error: the same, computed from the weights that were written.
         predicted_loss: rise of the mean loss that the visit to the dense model predicted; None without gradients.
-        target_weight: alpha, the share of the drift's repair that the out-projection took up.
+        reference_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
         curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired.
@@ -75,12 +75,12 @@ class SiteResult:
     predicted_error: float
     error: float
     predicted_loss: float | None
-    target_weight: float
+    reference_weight: float
     dampening: float
     seconds: float
     curve: Curve | None = None
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"
-        repaired = f"error {self.error:.2e}, drift repaired {100 * self.target_weight:.0f} %"
+        repaired = f"error {self.error:.2e}, drift repaired {100 * self.reference_weight:.0f} %"
         return f"{self.site.name}: kept {units}, {repaired}, {self.seconds:.1f} s"

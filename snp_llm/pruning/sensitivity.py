@@ -214,7 +214,7 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         block, here = blocks[index], visit.anatomy.sites_of(index)
         outs = [linear(block, s.out_projection) for s in here]
         sums = [
-            empty_sums(s.name, out, clock.device, stream.shelf, drifting=False, holding_out=holding_out)
+            empty_sums(s.name, out, clock.device, stream.storage, drifting=False, holding_out=holding_out)
             for s, out in zip(here, outs, strict=True)
         ]
         seen: dict[nn.Module, Tensor] = {}

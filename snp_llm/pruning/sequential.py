@@ -165,10 +165,10 @@ def gather(
     for site, out in zip(stage, outs, strict=True):
         drifting = reference is not None and site in reference.outputs
         missing = drifting and referred < stream.total
-        options = {"drifting": drifting, "holding_out": run.recipe.holds_out, "some_untargeted": missing}
-        sums.append(empty_sums(site.name, out, device, stream.shelf, **options))
+        options = {"drifting": drifting, "holding_out": run.recipe.holds_out, "some_unreferred": missing}
+        sums.append(empty_sums(site.name, out, device, stream.storage, **options))
     shapes = [(windows, stream.hidden.shape[1], weight_of(out).shape[1]) for out in outs if keep]
-    kept = [stream.shelf.empty(*shape, dtype=stream.hidden.dtype) for shape in shapes]
+    kept = [stream.storage.empty(*shape, dtype=stream.hidden.dtype) for shape in shapes]
 
     def to_outs(at: slice) -> tuple[list[Tensor], list[Tensor]]:
         with _fixing(fixed, at, device) as before:

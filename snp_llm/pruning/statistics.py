@@ -10,18 +10,18 @@ from torch import Tensor
 from snp_llm.linalg.gram import (
     Drift,
     Moments,
-    TargetSums,
+    ReferenceSums,
     add_moments,
-    add_target,
+    add_reference,
     completed,
     drift_from,
     empty_moments,
-    empty_target_sums,
+    empty_reference_sums,
 )
 from snp_llm.models.anatomy import Projection, weight_of
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import has_room, trim_host_memory
-from snp_llm.runtime.storage import Files, Shelf
+from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ HELD_OUT_EVERY = 8  # one window of so many is held out
 
 TOKENS_A_CHANNEL = 16  # of the widest site: what is read from these is hardly better read from more
 
-MOMENTS = ("moments", "held_moments", "untargeted")  # of `Sums`
+MOMENTS = ("moments", "held_moments", "unreferred")  # of `Sums`
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Statistics:
 
     Attributes:
         moments: of its inputs, all tokens.
-        drift: what its output lacks of its target; None where the target is its own dense output.
-        targeted: of its inputs over the tokens that drift is known for; None where that is all.
-        held_moments, held_drift: over the windows that were held out, which have targets if any have; None without.
+        drift: what its output lacks of its reference; None where the reference is its own dense output.
+        referred: of its inputs over the tokens that drift is known for; None where that is all.
+        held_moments, held_drift: over the windows that were held out, which have references if any have; None without.
         gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
         files: that the sums of a wide site are in; none where they are in memory.
     """
@@ -59,7 +59,7 @@ class Statistics:
     held_moments: Moments | None = None
     held_drift: Drift | None = None
     gradient: Tensor | None = None
-    targeted: Moments | None = None
+    referred: Moments | None = None
     files: Files = ()
 
 
@@ -68,18 +68,18 @@ class Sums:
     """Sums of a site over calibration tokens, apart for the windows that are held out.
 
     Attributes:
-        moments, targets: of its inputs, and of what it should put out (None without targets), over all windows that
-            are in none of the following.
-        held_moments, held_targets: over those held out, or None where nothing is chosen by them.
-        untargeted: of its inputs over windows without a target, or None where all have one, or none has.
+        moments, references: of its inputs, and of what it should put out (None without references), over all windows
+            that are in none of the following.
+        held_moments, held_references: over those held out, or None where nothing is chosen by them.
+        unreferred: of its inputs over windows without a reference, or None where all have one, or none has.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
     moments: Moments
-    targets: TargetSums | None
+    references: ReferenceSums | None
     held_moments: Moments | None
-    held_targets: TargetSums | None
-    untargeted: Moments | None = None
+    held_references: ReferenceSums | None
+    unreferred: Moments | None = None
     files: Files = ()
 
     @torch.no_grad()
@@ -91,22 +91,29 @@ class Sums:
             gradient: F, or None where not needed.
         """
 
-        def lacking(targets: TargetSums | None, over: Moments) -> Drift | None:
-            return None if targets is None else drift_from(targets, over, weight_of(out), out.bias)
+        def lacking(references: ReferenceSums | None, over: Moments) -> Drift | None:
+            return None if references is None else drift_from(references, over, weight_of(out), out.bias)
 
-        moments, held, targets, held_targets = self.moments, self.held_moments, self.targets, self.held_targets
+        moments, held, references, held_references = (
+            self.moments,
+            self.held_moments,
+            self.references,
+            self.held_references,
+        )
         if held is not None and held.tokens == 0:
-            held = held_targets = None
+            held = held_references = None
         if held is not None:
             moments, held = added_to(moments, held), completed(held)
-        if targets is not None and held_targets is not None:
-            targets = TargetSums(targets.cross.add_(held_targets.cross), targets.first.add_(held_targets.first))
+        if references is not None and held_references is not None:
+            references = ReferenceSums(
+                references.cross.add_(held_references.cross), references.first.add_(held_references.first)
+            )
         moments = completed(moments)
-        drift = lacking(targets, moments)
-        held_drift = None if held is None else lacking(held_targets, held)
-        if self.untargeted is None:
+        drift = lacking(references, moments)
+        held_drift = None if held is None else lacking(held_references, held)
+        if self.unreferred is None:
             return Statistics(moments, drift, held, held_drift, gradient, files=self.files)
-        everything = added_to(completed(self.untargeted), moments)
+        everything = added_to(completed(self.unreferred), moments)
         return Statistics(everything, drift, held, held_drift, gradient, moments, self.files)
 
 
@@ -114,48 +121,48 @@ def empty_sums(
     name: str,
     out: Projection,
     device: torch.device,
-    shelf: Shelf,
+    storage: Storage,
     *,
     drifting: bool,
     holding_out: bool,
-    some_untargeted: bool = False,
+    some_unreferred: bool = False,
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
-    Where a shelf in files is asked for and the CPU is to sum, the matrices of wide sites are on it.
+    Where a storage in files is asked for and the CPU is to sum, the matrices of wide sites are on it.
 
     Args:
         name: of the site.
         out: its out-projection.
         device: where its inputs are.
-        shelf: for what does not have to be in memory all the time.
-        drifting: whether there is a target that its output may lack something of.
+        storage: for what does not have to be in memory all the time.
+        drifting: whether there is a reference that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
-        some_untargeted: whether sums over windows without a target are.
+        some_unreferred: whether sums over windows without a reference are.
     """
     (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
-    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_untargeted * n * (n + 1)
+    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_unreferred * n * (n + 1)
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     sums = Sums(
         moments=empty_moments(n, dtype, device),
-        targets=empty_target_sums(d_out, n, dtype, device) if drifting else None,
+        references=empty_reference_sums(d_out, n, dtype, device) if drifting else None,
         held_moments=empty_moments(n, dtype, device) if holding_out else None,
-        held_targets=empty_target_sums(d_out, n, dtype, device) if drifting and holding_out else None,
-        untargeted=empty_moments(n, dtype, device) if some_untargeted else None,
+        held_references=empty_reference_sums(d_out, n, dtype, device) if drifting and holding_out else None,
+        unreferred=empty_moments(n, dtype, device) if some_unreferred else None,
     )
-    in_files = shelf.device is None and device.type == "cpu" and n >= FILES_FROM
-    return _in_files(sums, shelf) if in_files else sums
+    in_files = storage.device is None and device.type == "cpu" and n >= FILES_FROM
+    return _in_files(sums, storage) if in_files else sums
 
 
-def _in_files(sums: Sums, shelf: Shelf) -> Sums:
+def _in_files(sums: Sums, storage: Storage) -> Sums:
     """The same sums of no tokens, those over pairs of channels in files."""
     files = []
 
-    def moved(part: Moments | TargetSums | None, name: str) -> Any:
+    def moved(part: Moments | ReferenceSums | None, name: str) -> Any:
         if part is None:
             return None
         matrix = getattr(part, name)
-        tensor, pages = shelf.file(*matrix.shape, dtype=matrix.dtype)
+        tensor, pages = storage.file(*matrix.shape, dtype=matrix.dtype)
         files.append(pages)
         filed: dict[str, Any] = {name: tensor}
         return replace(part, **filed)
@@ -163,41 +170,41 @@ def _in_files(sums: Sums, shelf: Shelf) -> Sums:
     return replace(
         sums,
         moments=moved(sums.moments, "second"),
-        targets=moved(sums.targets, "cross"),
+        references=moved(sums.references, "cross"),
         held_moments=moved(sums.held_moments, "second"),
-        held_targets=moved(sums.held_targets, "cross"),
-        untargeted=moved(sums.untargeted, "second"),
+        held_references=moved(sums.held_references, "cross"),
+        unreferred=moved(sums.unreferred, "second"),
         files=files,
     )
 
 
-def add_batch(sums: Sums, inputs: Tensor, target: Tensor | None, held: Tensor) -> Sums:
+def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor) -> Sums:
     """Adds a batch, in place, and returns the sums with the new counts.
 
     Args:
         sums: of the site.
         inputs: of its out-projection, (batch, T, n), or with its windows flattened, as OPT has them.
-        target: of its output, (batch, T, d_out), or None without targets. Of fewer windows where only the first of the
-            batch have one.
+        reference: of its output, (batch, T, d_out), or None without references. Of fewer windows where only the first
+            of the batch have one.
         held: which windows are held out, (batch,), bool.
     """
     device = sums.moments.second.device
     held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
-    target = None if target is None else target.to(device)
-    if sums.untargeted is not None:
-        targeted = 0 if target is None else len(target)
-        if targeted < len(inputs):
-            sums = replace(sums, untargeted=add_moments(sums.untargeted, inputs[targeted:]))
-        if not targeted:
+    reference = None if reference is None else reference.to(device)
+    if sums.unreferred is not None:
+        referred = 0 if reference is None else len(reference)
+        if referred < len(inputs):
+            sums = replace(sums, unreferred=add_moments(sums.unreferred, inputs[referred:]))
+        if not referred:
             return sums
-        held, inputs = held[:targeted], inputs[:targeted]
+        held, inputs = held[:referred], inputs[:referred]
     if sums.held_moments is None or not held.any():
-        if sums.targets is not None and target is not None:
-            add_target(sums.targets, target, inputs)
+        if sums.references is not None and reference is not None:
+            add_reference(sums.references, reference, inputs)
         return replace(sums, moments=add_moments(sums.moments, inputs))
-    if sums.targets is not None and sums.held_targets is not None and target is not None:
-        add_target(sums.targets, target[~held], inputs[~held])
-        add_target(sums.held_targets, target[held], inputs[held])
+    if sums.references is not None and sums.held_references is not None and reference is not None:
+        add_reference(sums.references, reference[~held], inputs[~held])
+        add_reference(sums.held_references, reference[held], inputs[held])
     return replace(
         sums,
         moments=add_moments(sums.moments, inputs[~held]),
@@ -215,7 +222,7 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
         statistics,
         moments=completed(statistics.moments),
         held_moments=None if statistics.held_moments is None else completed(statistics.held_moments),
-        targeted=None if statistics.targeted is None else completed(statistics.targeted),
+        referred=None if statistics.referred is None else completed(statistics.referred),
     )
     second = statistics.moments.second
     wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
@@ -244,9 +251,9 @@ def over_all_ranks(sums: Sums) -> Sums:
     if ranks.rank_count() == 1:
         return sums
     parts = {name: part for name in MOMENTS if (part := getattr(sums, name)) is not None}
-    targets = [t for t in (sums.targets, sums.held_targets) if t is not None]
+    references = [t for t in (sums.references, sums.held_references) if t is not None]
     tensors = [t for part in parts.values() for t in (part.second, part.first)]
-    ranks.add_up(tensors + [t for part in targets for t in (part.cross, part.first)])
+    ranks.add_up(tensors + [t for part in references for t in (part.cross, part.first)])
     counts = ranks.from_all([part.tokens for part in parts.values()])
     counted: dict[str, Any] = {
         name: replace(part, tokens=sum(tokens))

@@ -16,7 +16,7 @@ from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import ONCE, Clock
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.storage import Shelf
+from snp_llm.runtime.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +36,13 @@ class Stream:
     """Calibration windows of this rank before some block.
 
     Attributes:
-        hidden: hidden states, (windows, T, d), on the shelf.
+        hidden: hidden states, (windows, T, d), on the storage.
         calls: every block's other arguments, for one window; windows are equally long, so they hold for any batch.
         index: of the block that comes next.
         windows: which of all calibration windows these are.
         total: how many there are on all ranks together.
         batch: windows at a time.
-        shelf: where hidden states wait.
+        storage: where hidden states wait.
     """
 
     hidden: Tensor
@@ -50,7 +50,7 @@ class Stream:
     windows: range
     total: int
     batch: BatchSize
-    shelf: Shelf
+    storage: Storage
     index: int = 0
 
     @property
@@ -64,12 +64,12 @@ class Stream:
 
     def like_hidden(self) -> Tensor:
         """Room for as many hidden states."""
-        return self.shelf.empty(*self.hidden.shape, dtype=self.hidden.dtype)
+        return self.storage.empty(*self.hidden.shape, dtype=self.hidden.dtype)
 
     def first(self, count: int) -> "Stream":
         """The first so many of all windows, this rank's among them, with hidden states of their own."""
         mine = range(self.windows.start, max(self.windows.start, min(self.windows.stop, count)))
-        hidden = self.shelf.empty(len(mine), *self.hidden.shape[1:], dtype=self.hidden.dtype)
+        hidden = self.storage.empty(len(mine), *self.hidden.shape[1:], dtype=self.hidden.dtype)
         return replace(self, hidden=hidden.copy_(self.hidden[: len(mine)]), windows=mine, total=min(self.total, count))
 
 
@@ -89,7 +89,7 @@ def capture(
         clock: of the compute device.
         folder: for hidden states on disk; None: the system's for temporary files.
     """
-    shelf = Shelf(None if recipe.hidden_device == "disk" else torch.device(recipe.hidden_device), folder)
+    storage = Storage(None if recipe.hidden_device == "disk" else torch.device(recipe.hidden_device), folder)
     if len(tokens) < ranks.rank_count():
         raise SnpError(
             f"calibration: expected a window or more for each of {ranks.rank_count()} ranks, got {len(tokens)}. Use "
@@ -99,11 +99,11 @@ def capture(
     size = recipe.batch_size
     with clock.phase(ONCE), rest_on_device(model, blocks, torch.device("cpu")):
         first, calls = capture_calls(model, blocks, tokens[:1])
-        hidden = shelf.empty(len(mine), *first.shape[1:], dtype=first.dtype)
+        hidden = storage.empty(len(mine), *first.shape[1:], dtype=first.dtype)
         for start in range(0, len(mine), size):
             stop = min(start + size, len(mine))
             hidden[start:stop] = capture_calls(model, blocks, tokens[mine.start + start : mine.start + stop])[0]
-    return Stream(hidden, calls, mine, len(tokens), BatchSize(size), shelf)
+    return Stream(hidden, calls, mine, len(tokens), BatchSize(size), storage)
 
 
 def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:

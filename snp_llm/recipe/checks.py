@@ -43,7 +43,7 @@ RANGES = {
     "sparsity": SHARE,
     "ffn_sparsity": SHARE,
     "head_sparsity": SHARE,
-    "target_weight": Range(float, 0, 1),
+    "reference_weight": Range(float, 0, 1),
     "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
     "round_to": COUNT,
     "num_samples": COUNT,

@@ -16,6 +16,8 @@ from snp_llm.runtime.version import __version__
 
 HINTS = get_type_hints(Recipe)
 
+RENAMED = {"target": ("reference",), "target_weight": ("reference_weight",)}  # what files of before may say
+
 LONGEST_FILE = 100_000  # bytes; all settings take about two thousand
 
 NODES = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
@@ -107,7 +109,7 @@ def _checked(where: str, name: str, node: yaml.Node) -> Any:
     """The value of a node, if it is one that the setting may have."""
     if name not in HINTS:
         names = [field.name for field in fields(Recipe)]
-        near = get_close_matches(name[:LONGEST_NAME].replace("-", "_"), names, n=1)
+        near = RENAMED.get(name) or get_close_matches(name[:LONGEST_NAME].replace("-", "_"), names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else " `snp-llm prune --help` lists them, with dashes."
         raise SnpError(f"{where}: {shown(name)}: expected a setting's name, got an unknown one.{hint}")
     hint = HINTS[name]

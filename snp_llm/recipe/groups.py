@@ -7,7 +7,7 @@ AMOUNT = ("sparsity", *GOALS, "latency_table")
 SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
-    *("ordering", "metric", "allocation", "target", "target_weight", "dampening", "absorb_bias"),
+    *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "absorb_bias"),
     *("head_unit", "layout", "round_to"),
 )
 

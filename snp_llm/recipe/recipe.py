@@ -89,11 +89,11 @@ class Recipe:
     allocation: Literal["uniform", "variance", "loss"] = "loss"
     """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
     latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
-    target: Literal["self", "dense", "residual"] = "residual"
+    reference: Literal["self", "dense", "residual"] = "residual"
     """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
     dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""
-    target_weight: float | None = None
-    """Share of the way from self to that target, in [0, 1]. Default: at each site what held-out windows like best."""
+    reference_weight: float | None = None
+    """Share of the way from self to that, in [0, 1]. Default: at each site what held-out windows like best."""
     head_unit: HeadUnit = "kv_group"
     """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
     every group; the only choice where there is one key-value head."""
@@ -261,7 +261,7 @@ class Recipe:
     @property
     def holds_out(self) -> bool:
         """Whether anything is chosen by its error on held-out windows."""
-        return self.dampening is None or (self.target != "self" and self.target_weight is None)
+        return self.dampening is None or (self.reference != "self" and self.reference_weight is None)
 
     @property
     def needs_gradients(self) -> bool:

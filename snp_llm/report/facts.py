@@ -52,7 +52,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "relative_error": result.error,
             "predicted_error": result.predicted_error,
             "predicted_loss": result.predicted_loss,
-            "target_weight": result.target_weight,
+            "reference_weight": result.reference_weight,
             "dampening": result.dampening,
             "seconds": round(result.seconds, 4),
             "heads": heads(result),

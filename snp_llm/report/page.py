@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from snp_llm.checkpoint.output import BENCH, PAGE, REPORT
-from snp_llm.pruning.widths.plan import FARTHEST_FROM_TARGET
+from snp_llm.pruning.widths.plan import FARTHEST_FROM_BUDGET
 from snp_llm.report import drawing, figures
 from snp_llm.report.compare import compare
 from snp_llm.report.figures import SitePoint
@@ -150,7 +150,7 @@ def limits(run: Run) -> list[str]:
         f"whole model has {percent(1 - pruned['size']['parameters'] / dense['size']['parameters'])} fewer parameters."
     ]
     target = sparsity.get("target")
-    if target is not None and abs(target - sparsity["achieved"]) > FARTHEST_FROM_TARGET:
+    if target is not None and abs(target - sparsity["achieved"]) > FARTHEST_FROM_BUDGET:
         found.append(
             f"{percent(target)} were asked for and {percent(sparsity['achieved'])} removed: heads come in whole "
             f"numbers and FFN widths in multiples of {recipe.get('round_to')}."
@@ -278,10 +278,10 @@ def _curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _repairs(report: Mapping[str, Any]) -> list[Picture]:
     places, found = _blocks(report["sites"]), []
-    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or s.get("target_weight")]
+    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or s.get("reference_weight")]
     for key, title, note, log in (
         ("dampening", "Dampening", "Of the repair, relative to each channel's energy, where there was one.", True),
-        ("target_weight", "Share of the drift repaired", "Of what earlier cuts had spoilt at this site.", False),
+        ("reference_weight", "Share of the drift repaired", "Of what earlier cuts had spoilt at this site.", False),
     ):
         points = _site_points(done, places, key)
         if points and any(p.value > 0 for p in points):

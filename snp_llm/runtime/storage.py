@@ -16,7 +16,7 @@ Files = Sequence[mmap.mmap]
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Storage:
     """Where hidden states wait between blocks, and the sums of wide sites between two readings.
 
     Attributes:

@@ -18,7 +18,7 @@ GOOD = {
     "calibration": "bundled",
     "ordering": "variance",
     "dampening": 0.1,
-    "target_weight": 0.5,
+    "reference_weight": 0.5,
     "layout": "uniform",
     "round_to": 4,
     "seed": 3,

@@ -18,7 +18,7 @@ from tests.adversarial.fresh import digest, logits
 CHEAP = ("--num-samples", 2, "--seq-len", 16, "--no-eval", "--quiet")
 KEEP_ALL = (*CHEAP, "--sparsity", 0)
 BUNDLED = ("--calibration", "bundled")
-QUICKER = ("--allocation", "uniform", "--metric", "error", "--target", "self")  # no visit to the dense model
+QUICKER = ("--allocation", "uniform", "--metric", "error", "--reference", "self")  # no visit to the dense model
 SAMPLE = 8  # one accepted model of so many is loaded in a fresh process too
 ERROR = "snp-llm: error: "
 

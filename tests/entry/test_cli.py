@@ -74,7 +74,7 @@ def test_a_budget_from_the_command_line(opt_folder, tmp_path, capsys):
     ratio = report["pruned"]["size"]["parameters"] / report["dense"]["size"]["parameters"]
     assert 0.89 < ratio <= 0.9 and report["sparsity"]["target"] is None and report["trials"] == []
     assert report["predicted_perplexity_ratio"] > 1
-    assert {"predicted_loss", "target_weight", "dampening"} <= set(report["sites"][0])
+    assert {"predicted_loss", "reference_weight", "dampening"} <= set(report["sites"][0])
 
 
 def test_a_permitted_rise_of_perplexity_from_the_command_line(opt_folder, tmp_path, capsys):

@@ -24,10 +24,10 @@ README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
 MINE = "ordering: variance\ntarget: self\ndampening: 0.1\nallocation: uniform\n"  # no visit, no choice on held-out text
 FEW = "--num-samples 4 --seq-len 64 --no-eval --calibration bundled --output {output}"
-CHEAP = "--ordering variance --target self --dampening 0.1 --allocation uniform"
+CHEAP = "--ordering variance --reference self --dampening 0.1 --allocation uniform"
 RUNS = (
-    "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --target dense "
-    f"--target-weight 0.5 --dampening 0.1 --head-unit query --layout padded {FEW}",
+    "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --reference dense "
+    f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded {FEW}",
     f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x {FEW}",

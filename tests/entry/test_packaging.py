@@ -81,7 +81,7 @@ def test_the_package_runs_from_the_wheel(wheel, tmp_path):
         "from snp_llm import Recipe, checkpoint, prune\n"
         "model, tokenizer = checkpoint.load('tiny-opt', 'auto')\n"
         "recipe = Recipe('tiny-opt', calibration='bundled', num_samples=2, seq_len=32, allocation='uniform',\n"
-        "                ordering='variance', metric='error', target='self')\n"
+        "                ordering='variance', metric='error', reference='self')\n"
         "pruned = prune(model, tokenizer, recipe)\n"
         "print(sum(len(r.kept) for r in pruned.sites))\n"
     )

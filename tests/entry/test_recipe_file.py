@@ -62,7 +62,7 @@ def test_there_is_a_recipe_for_every_published_setting():
 def test_the_papers_recipe_holds_the_papers_choices():
     (path,) = [path for path in RECIPES if path.stem.startswith("paper")]
     recipe = load_recipe(path)
-    assert (recipe.ordering, recipe.allocation, recipe.target, recipe.dampening) == ("zca", "variance", "self", 0.01)
+    assert (recipe.ordering, recipe.allocation, recipe.reference, recipe.dampening) == ("zca", "variance", "self", 0.01)
     assert not recipe.needs_gradients and not recipe.holds_out
 
 

@@ -24,7 +24,7 @@ from tests.conftest import save_model, small_opt, small_recipe
 
 QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples", "4", "--seq-len", "32"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-NEWER = ("curve", "heads", "predicted_loss", "predicted_error", "target_weight", "dampening", "seconds")
+NEWER = ("curve", "heads", "predicted_loss", "predicted_error", "reference_weight", "dampening", "seconds")
 
 
 class Reader(HTMLParser):

@@ -125,7 +125,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
     monkeypatch.setattr("snp_llm.pruning.pipeline.capture", lambda *given: seen.append(given[1]) or pytest.fail("seen"))
     identities = {}
     for bos in ("auto", "always", "once", "never"):
-        recipe = small_recipe(bos=bos, seed=5, allocation="uniform", metric="error", target="self")
+        recipe = small_recipe(bos=bos, seed=5, allocation="uniform", metric="error", reference="self")
         with pytest.raises(pytest.fail.Exception, match="seen"):
             prune(model, tokenizer, recipe)
         starts = (seen[-1][:, 0] == BOS).tolist()

@@ -54,7 +54,7 @@ def test_a_size_on_disk(tokenizer, tmp_path):
 
 def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatch):
     dense, file = small_model("llama", intermediate_size=4096), tmp_path / "latency.json"
-    fixed = {"allocation": "uniform", "ordering": "variance", "target": "self"}  # no visit: it is about the table
+    fixed = {"allocation": "uniform", "ordering": "variance", "reference": "self"}  # no visit: it is about the table
     recipe = small_recipe(num_samples=2, target_latency="0.9x", latency_table=str(file), round_to=4, **fixed)
     first = plan(dense, tokenizer, recipe)
     table = json.loads(file.read_text())
@@ -126,7 +126,7 @@ def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
         ),
         ({"target_params": "1M", "ffn_sparsity": 0.2}, "--target-params and --ffn-sparsity: expected one budget"),
         ({"latency_table": "x.json"}, "--latency-table: expected together with --target-latency"),
-        ({"target_weight": 1.5}, "--target-weight: expected a number from 0 to 1, got 1.5"),
+        ({"reference_weight": 1.5}, "--reference-weight: expected a number from 0 to 1, got 1.5"),
     ],
 )
 def test_budgets_that_say_nothing_are_refused(settings, message):

@@ -46,7 +46,7 @@ class Products(TorchDispatchMode):
     [
         {"num_samples": 8},
         {"num_samples": 200},  # more than have targets
-        {"num_samples": 8, "metric": "error", "target": "self", "allocation": "variance"},
+        {"num_samples": 8, "metric": "error", "reference": "self", "allocation": "variance"},
     ],
     ids=["default", "many windows", "paper"],
 )
@@ -71,7 +71,7 @@ def test_what_each_option_saves():
     many = of(model, num_samples=600)
     assert many.host_bytes > plain.host_bytes and many.disk_bytes > plain.disk_bytes and many.flops > 10 * plain.flops
     assert of(model, num_samples=600, hidden_device="disk").host_bytes < many.host_bytes
-    assert of(model, num_samples=600, target="self").host_bytes < many.host_bytes
+    assert of(model, num_samples=600, reference="self").host_bytes < many.host_bytes
     many = of(model, batch_size=6, seq_len=64)  # else the algebra takes more than a batch
     assert of(model, batch_size=1, seq_len=64).host_bytes < many.host_bytes
     assert of(model, allocation="uniform", metric="error").flops < plain.flops

@@ -55,7 +55,7 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
 def test_every_site_is_the_least_squares_solution_on_what_the_pruned_blocks_before_it_give(variant, tokenizer):
     """Replays the result: at each site, lstsq on the activations that really arrive there, to 1e-9."""
     dense = small_opt(torch.float64, **OPT_VARIANTS[variant])
-    recipe = small_recipe(sparsity=0.4, dampening=0.0, num_samples=40, round_to=4, target="self")
+    recipe = small_recipe(sparsity=0.4, dampening=0.0, num_samples=40, round_to=4, reference="self")
     pruned = prune(dense, tokenizer, recipe)
     family = FAMILIES[0]
     tokens = pruned.calibration.tokens

@@ -14,7 +14,7 @@ from snp_llm.runtime import ranks
 from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.slow
-# The first 32 windows have targets: of four ranks the last has none of them.
+# The first 32 windows have references: of four ranks the last has none of them.
 SETTINGS = ("--num-samples", 44, "--seq-len", 32, "--batch-size", 4, "--calibration", "bundled", "--no-eval")
 SETTINGS = (*SETTINGS, "--sparsity", 0.4, "--round-to", 4, "--device", "cpu")
 
@@ -32,7 +32,7 @@ def assert_same_model(one: Path, other: Path) -> None:
         assert float((a[name] - b[name]).abs().max()) <= 1e-5 * float(a[name].abs().max()), name
 
 
-PAPER = ("--allocation", "variance", "--metric", "error", "--target", "self", "--dtype", "float64")
+PAPER = ("--allocation", "variance", "--metric", "error", "--reference", "self", "--dtype", "float64")
 
 
 @pytest.mark.parametrize("choices", [(), pytest.param(PAPER, marks=pytest.mark.exhaustive)])

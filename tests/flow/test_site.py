@@ -92,7 +92,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results
     assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening
-    assert 0 < wide.target_weight == pytest.approx(single.target_weight, abs=1e-4)
+    assert 0 < wide.reference_weight == pytest.approx(single.reference_weight, abs=1e-4)
     assert wide.error == pytest.approx(single.error, rel=1e-3)
     assert wide.predicted_error == pytest.approx(single.predicted_error, rel=1e-3)
     torch.testing.assert_close(W, W32, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ from snp_llm import prune
 from snp_llm.pruning import statistics, stream
 from snp_llm.pruning.stream import BatchSize, in_batches
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.storage import Shelf, let_go
+from snp_llm.runtime.storage import Storage, let_go
 from tests.conftest import small_model, small_recipe
 
 CUTS = {"sparsity": 0.4, "round_to": 4, "num_samples": 10, "batch_size": 8}
@@ -65,7 +65,9 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
 
 def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_says_so(tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
+    monkeypatch.setattr(
+        "snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3
+    )  # not all have references
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
     monkeypatch.setattr(statistics, "has_room", lambda _device, size: size < 10_000)
@@ -77,9 +79,11 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "target": "self"}])
+@pytest.mark.parametrize("choices", [{}, {"allocation": "variance", "metric": "error", "reference": "self"}])
 def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monkeypatch, choices):
-    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3)  # not all have targets
+    monkeypatch.setattr(
+        "snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: 3
+    )  # not all have references
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS, **choices))
     monkeypatch.setattr(statistics, "FILES_FROM", 1)
@@ -89,15 +93,15 @@ def test_sums_of_wide_sites_wait_in_files_where_hidden_states_do(tokenizer, monk
             f"snp_llm.pruning.{module}.let_go", lambda files: released.append(len(files)) or let_go(files)
         )
     found = prune(dense, tokenizer, small_recipe(**CUTS, **choices, hidden_device="disk"))
-    # Second moments, those of held-out windows, and what outputs lack of their targets, likewise, and second moments
-    # where there are no targets; the visit has none.
+    # Second moments, those of held-out windows, and what outputs lack of their references, likewise, and second moments
+    # where there are no references; the visit has none.
     assert set(released) == ({1, 2} if choices else {2, 5})
     for a, b in zip(expected.model.parameters(), found.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_tensors_in_files_are_the_same_when_they_come_back(tmp_path):
-    tensor, pages = Shelf(None, tmp_path).file(1000, 500, dtype=torch.float32)
+    tensor, pages = Storage(None, tmp_path).file(1000, 500, dtype=torch.float32)
     assert not tensor.any()
     expected = torch.randn(1000, 500)
     tensor.copy_(expected)
@@ -109,8 +113,8 @@ def test_tensors_in_files_are_the_same_when_they_come_back(tmp_path):
 
 
 def test_hidden_states_on_disk_are_files_without_a_name(tmp_path):
-    shelf = Shelf(None, tmp_path / "deep" / "down")
-    states = shelf.empty(3, 5, 7, dtype=torch.bfloat16)
+    storage = Storage(None, tmp_path / "deep" / "down")
+    states = storage.empty(3, 5, 7, dtype=torch.bfloat16)
     states.fill_(2.0)
     states[1] = 3.0
     assert states[1].eq(3).all() and states[2].eq(2).all() and list((tmp_path / "deep/down").iterdir()) == []
@@ -121,4 +125,4 @@ def test_hidden_states_on_disk_are_files_without_a_name(tmp_path):
         gc.collect()
         assert "/deep/down/hidden-" not in maps.read_text()
     with pytest.raises(SnpError, match="--hidden-device disk"):
-        Shelf(None, tmp_path).empty(1 << 50, dtype=torch.float32)
+        Storage(None, tmp_path).empty(1 << 50, dtype=torch.float32)

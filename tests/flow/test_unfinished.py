@@ -102,8 +102,8 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
 
 
-def test_without_targets_there_is_one_stream_to_go_on_with(prune, dense, tmp_path):
-    paper = ("--target", "self", "--ordering", "zca", "--allocation", "variance", "--metric", "error")
+def test_without_references_there_is_one_stream_to_go_on_with(prune, dense, tmp_path):
+    paper = ("--reference", "self", "--ordering", "zca", "--allocation", "variance", "--metric", "error")
     assert prune(dense, *SETTINGS, *paper, "--output", tmp_path / "whole")["codes"] == [0]
     interrupted(prune, dense, tmp_path / "out", *paper, after=3)
     assert prune(dense, *SETTINGS, *paper, "--output", tmp_path / "out", "--resume")["codes"] == [0]

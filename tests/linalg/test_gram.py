@@ -4,12 +4,12 @@ import torch
 from snp_llm.linalg.gram import (
     add_moments,
     add_product,
+    add_reference,
     add_sparse_product,
-    add_target,
     column_blocks,
     drift_from,
     empty_moments,
-    empty_target_sums,
+    empty_reference_sums,
     gram_matrix,
 )
 from tests.linalg.problems import make_inputs, make_weight
@@ -53,39 +53,39 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
     assert error < 1e-6
 
 
-def summed(X, targets, tokens=100):
-    """Gram matrix, sum of the inputs, and both sums of the targets."""
-    moments, sums = empty_moments(70, X.dtype, X.device), empty_target_sums(7, 70, X.dtype, X.device)
-    for x, y in zip(X.split(tokens), targets.split(tokens), strict=True):
+def summed(X, references, tokens=100):
+    """Gram matrix, sum of the inputs, and both sums of the references."""
+    moments, sums = empty_moments(70, X.dtype, X.device), empty_reference_sums(7, 70, X.dtype, X.device)
+    for x, y in zip(X.split(tokens), references.split(tokens), strict=True):
         moments = add_moments(moments, x.reshape(4, -1, 70))
-        add_target(sums, y.reshape(4, -1, 7), x.reshape(4, -1, 70))
+        add_reference(sums, y.reshape(4, -1, 7), x.reshape(4, -1, 70))
     return moments.second.tril(), moments.first, sums.cross, sums.first
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tensor_cores_sum_in_float32(dtype):
-    X, targets = (make_inputs(20_000, n).to("cuda", dtype) for n in (70, 7))
-    second, _, cross, _ = summed(X, targets, tokens=20_000)
-    for found, exact in ((second, (X.double().T @ X.double()).tril()), (cross, targets.double().T @ X.double())):
+    X, references = (make_inputs(20_000, n).to("cuda", dtype) for n in (70, 7))
+    second, _, cross, _ = summed(X, references, tokens=20_000)
+    for found, exact in ((second, (X.double().T @ X.double()).tril()), (cross, references.double().T @ X.double())):
         assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_that_is_not_widened_gives_the_same_sums(dtype, monkeypatch):
     """The products that a GPU would be asked for, done here."""
-    X, targets = (make_inputs(500, n).to(dtype) for n in (70, 7))
+    X, references = (make_inputs(500, n).to(dtype) for n in (70, 7))
     asked = []
 
     def tensor_cores(a, b, *, out_dtype):
         asked.append((a.dtype, b.dtype, out_dtype))
         return a.float() @ b.float()
 
-    expected = summed(X, targets)
+    expected = summed(X, references)
     monkeypatch.setattr("snp_llm.linalg.gram.SUMMED_AT_ONCE", 30)  # of the hundred in a batch
     monkeypatch.setattr("snp_llm.linalg.gram.widened", lambda x, _dtype: x)
     monkeypatch.setattr(torch, "mm", tensor_cores)
-    found = summed(X, targets)
+    found = summed(X, references)
     assert set(asked) == {(dtype, dtype, torch.float32)}
     assert len(asked) == 5 * 4 * (len(column_blocks(70)) + 1)
     for a, b in zip(found, expected, strict=True):
@@ -123,15 +123,15 @@ def test_the_sparse_product_is_the_product(dtype):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_what_outputs_lack_is_known_without_computing_any(with_bias):
     """Against the outputs themselves, token by token."""
-    X, W, targets = make_inputs(), make_weight(), 3 + make_inputs(n=7, seed=9)
+    X, W, references = make_inputs(), make_weight(), 3 + make_inputs(n=7, seed=9)
     bias = torch.arange(7, dtype=torch.float64) if with_bias else None
-    moments, sums = empty_moments(12, torch.float64), empty_target_sums(7, 12, torch.float64)
-    for x, y in zip(X.split(17), targets.split(17), strict=True):
+    moments, sums = empty_moments(12, torch.float64), empty_reference_sums(7, 12, torch.float64)
+    for x, y in zip(X.split(17), references.split(17), strict=True):
         moments = add_moments(moments, x)
-        add_target(sums, y, x)
+        add_reference(sums, y, x)
     moments.second.tril_().add_(torch.full((12, 12), 1e9).triu(1))  # nobody says what is above the diagonal
     drift = drift_from(sums, moments, W, bias)
-    lacking = targets - X @ W.T - (0 if bias is None else bias)
+    lacking = references - X @ W.T - (0 if bias is None else bias)
     torch.testing.assert_close(drift.cross, lacking.T @ X, rtol=1e-10, atol=1e-9)
     torch.testing.assert_close(drift.first, lacking.sum(0), rtol=1e-10, atol=1e-9)
 
@@ -140,10 +140,10 @@ def test_little_that_is_lacking_is_known_in_float32():
     """Outputs many times what they lack, of inputs whose mean is ten times their spread."""
     X, W = make_inputs(4000, 12) / 10 + 10 * torch.arange(12), make_weight()
     lacking = 0.1 * make_inputs(4000, 7, seed=9)
-    moments, sums = empty_moments(12, torch.float32), empty_target_sums(7, 12, torch.float32)
+    moments, sums = empty_moments(12, torch.float32), empty_reference_sums(7, 12, torch.float32)
     for x, e in zip(X.split(400), lacking.split(400), strict=True):
         moments = add_moments(moments, x.float())
-        add_target(sums, (x @ W.T + e).float(), x.float())
+        add_reference(sums, (x @ W.T + e).float(), x.float())
     drift = drift_from(sums, moments, W, None)
     outputs = X @ W.T + lacking
     scale = outputs.norm(dim=0)[:, None] * X.norm(dim=0)

@@ -38,7 +38,7 @@ def test_what_is_taken_over_is_a_ridge_regression_on_what_went(dampening):
     torch.testing.assert_close(repair_cut(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_without_dampening_cut_and_drift_together_are_least_squares_on_the_target():
+def test_without_dampening_cut_and_drift_together_are_least_squares_on_the_reference():
     X, W, lacking = make_inputs(), make_weight(), make_inputs(n=7, seed=9)
     found = W[:, KEPT] + repair_cut(sums(X), 0.0)
     found = found + drift_repair(sums(X, lacking), 0.0, bias=False).weight

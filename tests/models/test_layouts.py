@@ -83,7 +83,7 @@ def test_head_counts_that_llama_refuses_are_saved_as_mistral(tokenizer):
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 16
     dense = small_model("llama", num_key_value_heads=6, rope_parameters=rope)
-    heads_only = {"head_sparsity": 0.16, "ffn_sparsity": 0.0, "num_samples": 2, "target": "self"}
+    heads_only = {"head_sparsity": 0.16, "ffn_sparsity": 0.0, "num_samples": 2, "reference": "self"}
     pruned = prune(dense, tokenizer, small_recipe(layout="uniform", **heads_only))
     config = pruned.model.config
     assert type(pruned.model) is MistralForCausalLM

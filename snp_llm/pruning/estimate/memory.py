@@ -72,8 +72,8 @@ def _activations(shapes: Shapes, *, kept: bool) -> int:
     return attention + ffn + wide + (attention + ffn if kept else 0) if kept else max(attention, ffn) + wide
 
 
-def _sums(n: int, d: int, *, drifting: bool, holding_out: bool, untargeted: bool) -> int:
-    return 4 * ((n * n + (d * n if drifting else 0)) * (2 if holding_out else 1) + n * n * untargeted)
+def _sums(n: int, d: int, *, drifting: bool, holding_out: bool, unreferred: bool) -> int:
+    return 4 * ((n * n + (d * n if drifting else 0)) * (2 if holding_out else 1) + n * n * unreferred)
 
 
 def _sums_parts(
@@ -83,8 +83,8 @@ def _sums_parts(
     sizes = {"device": 0, "disk": 0}
     for n in widths:
         in_files = recipe.hidden_device == "disk" and shapes.device == "cpu" and n >= FILES_FROM
-        untargeted = drifting and shapes.target_windows < shapes.windows
-        size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out, untargeted=untargeted)
+        unreferred = drifting and shapes.reference_windows < shapes.windows
+        size = _sums(n, shapes.hidden, drifting=drifting, holding_out=holding_out, unreferred=unreferred)
         sizes["disk" if in_files else "device"] += size
     kinds = {"device": "sums", "disk": "hidden on disk"}
     return [Part(phase, place, kinds[place], "sums of inputs", size) for place, size in sizes.items() if size]
@@ -98,7 +98,7 @@ def _algebra(n: int, shapes: Shapes, recipe: Recipe) -> int:
 
 def prune_memory(shapes: Shapes, recipe: Recipe) -> list[Part]:
     d, tokens = shapes.hidden, shapes.windows * shapes.seq_len
-    drifting = recipe.target != "self"
+    drifting = recipe.reference != "self"
     stream = tokens * d * shapes.item
     inputs = tokens * shapes.widths[0] * shapes.item
     widest = max(shapes.widths)
@@ -109,8 +109,8 @@ def prune_memory(shapes: Shapes, recipe: Recipe) -> list[Part]:
     ]
     if drifting:
         what = "hidden states of the dense model"
-        of_targets = 3 * stream * shapes.target_windows // shapes.windows
-        always.append(_hidden_part("prune", "hidden", what, of_targets, recipe))
+        of_references = 3 * stream * shapes.reference_windows // shapes.windows
+        always.append(_hidden_part("prune", "hidden", what, of_references, recipe))
     algebra = _algebra(widest, shapes, recipe)
     return _summed_and_factored("prune", always, _activations(shapes, kept=False), algebra)
 
@@ -156,7 +156,7 @@ def curve_memory(shapes: Shapes, recipe: Recipe) -> list[Part]:
 def disk_needed(shapes: Shapes, recipe: Recipe) -> list[Part]:
     d = shapes.hidden
     stream = shapes.windows * shapes.seq_len * d * shapes.item
-    snapshots = stream + stream * shapes.target_windows // shapes.windows
+    snapshots = stream + stream * shapes.reference_windows // shapes.windows
     parts = [
         Part(
             "all",

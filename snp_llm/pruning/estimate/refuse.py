@@ -14,7 +14,7 @@ REMEDIES = {
     "block": "--dtype bfloat16",
     "activations": "a smaller --batch-size or --seq-len",
     "logits": "a smaller --seq-len",
-    "sums": "--ordering zca --target self --dampening 0.1, which hold fewer sums; on a CPU, --hidden-device disk",
+    "sums": "--ordering zca --reference self --dampening 0.1, which hold fewer sums; on a CPU, --hidden-device disk",
     "algebra": "a device with more memory; matrices as wide as the FFN cannot be smaller",
     "rest": "--dtype bfloat16",
     "hidden": "--hidden-device disk, or fewer --num-samples",

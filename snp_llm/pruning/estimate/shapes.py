@@ -39,7 +39,7 @@ class Shapes:
         eager: whether attention scores are materialised.
         device: kind.
         windows, seq_len, batch: of calibration.
-        target_windows: those with targets, of the first ones; 0 without targets.
+        reference_windows: those with a reference, of the first ones; 0 without a reference.
         curve_windows, gradient_windows: of the visit, 0 where it reads no such thing.
     """
 
@@ -60,7 +60,7 @@ class Shapes:
     windows: int
     seq_len: int
     batch: int
-    target_windows: int
+    reference_windows: int
     curve_windows: int
     gradient_windows: int
 
@@ -88,7 +88,7 @@ def read_shapes(model: PreTrainedModel, recipe: Recipe) -> Shapes:
     enough = enough_windows(max(s.channels for s in sites), recipe.seq_len)
     hidden = int(model.config.hidden_size)
     curves = enough if recipe.allocation in NEEDS_CURVES else 0
-    targeted = enough if recipe.target != "self" else 0
+    referred = enough if recipe.reference != "self" else 0
     gradients = gradient_windows(hidden, recipe.seq_len) if recipe.needs_gradients else 0
     each = [_bytes(block) for block in blocks]
     return Shapes(
@@ -109,7 +109,7 @@ def read_shapes(model: PreTrainedModel, recipe: Recipe) -> Shapes:
         windows=recipe.num_samples,
         seq_len=recipe.seq_len,
         batch=min(recipe.batch_size, recipe.num_samples),
-        target_windows=min(targeted, recipe.num_samples),
+        reference_windows=min(referred, recipe.num_samples),
         curve_windows=min(curves, recipe.num_samples),
         gradient_windows=min(gradients, recipe.num_samples),
     )

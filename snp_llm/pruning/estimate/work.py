@@ -58,8 +58,8 @@ def matmul_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[to
 def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
     """FLOPs of every step; a product of (a, b) and (b, c) is 2abc."""
     d, T = shapes.hidden, shapes.seq_len
-    tokens, targeted, seen, back = (
-        n * T for n in (shapes.windows, shapes.target_windows, shapes.curve_windows, shapes.gradient_windows)
+    tokens, referred, seen, back = (
+        n * T for n in (shapes.windows, shapes.reference_windows, shapes.curve_windows, shapes.gradient_windows)
     )
     sites = [(s.channels, s) for s in shapes.all_sites]
     scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.kind == "attention")
@@ -68,7 +68,7 @@ def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
     out_ffn = sum(2.0 * d * n for n, s in sites if s.kind == "ffn")
     wide = multiplied_as(shapes.dtype, torch.promote_types(shapes.dtype, torch.float32), shapes.device)
     holding = len(DAMPENINGS) if recipe.dampening is None else 1
-    drifting = recipe.target != "self"
+    drifting = recipe.reference != "self"
     work = []
     gram = sum(2.0 * n * n * SHARE_OF_GRAM for n, _ in sites)
     if recipe.needs_gradients:
@@ -85,13 +85,13 @@ def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
         work += [Work("visit: forwards", forward * seen, shapes.dtype), Work("visit: sums", gram * seen, wide)]
         work += _algebra_work("visit: linear algebra", curves)
     if drifting:
-        work.append(Work("targets of the dense model", forward * targeted, shapes.dtype))
+        work.append(Work("reference of the dense model", forward * referred, shapes.dtype))
     # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.
     passes = forward + ffn - out_ffn
     work.append(Work("pruned pass", passes * tokens, shapes.dtype))
     cross = sum(2.0 * d * n for n, _ in sites) if drifting else 0.0
-    work.append(Work("sums", gram * tokens + cross * targeted, wide))
-    if drifting:  # outputs, taken off their targets in the sums
+    work.append(Work("sums", gram * tokens + cross * referred, wide))
+    if drifting:  # outputs, taken off their reference in the sums
         outputs = sum(2.0 * d * n * n for n, _ in sites) * (1 + recipe.holds_out)
         work.append(Work("sums of outputs", outputs, torch.promote_types(shapes.dtype, torch.float32)))
     cuts = []

@@ -28,24 +28,24 @@ from snp_llm.runtime.errors import SnpError
 log = logging.getLogger(__name__)
 
 
-FARTHEST_FROM_TARGET = 0.01  # that an achieved sparsity may be without a word about it
+FARTHEST_FROM_BUDGET = 0.01  # that an achieved sparsity may be without a word about it
 
 
 @dataclass(frozen=True)
-class Target:
+class Removals:
     """What has to go.
 
     Attributes:
         costs: of every site at every width.
-        removals: kinds of site that share a budget, what of the costs' unit has to go from them, and what that is a
+        parts: kinds of site that share a budget, what of the costs' unit has to go from them, and what that is a
             share of when people are told.
     """
 
     costs: Costs
-    removals: list[tuple[tuple[str, ...], float, float]]
+    parts: list[tuple[tuple[str, ...], float, float]]
 
 
-def find_target(anatomy: Anatomy, recipe: Recipe) -> Target:
+def find_removals(anatomy: Anatomy, recipe: Recipe) -> Removals:
     """A recipe's budget in numbers.
 
     Raises:
@@ -54,12 +54,12 @@ def find_target(anatomy: Anatomy, recipe: Recipe) -> Target:
     budget = recipe.budget
     if budget is not None:
         costs = budget_costs(anatomy, budget, recipe)
-        return Target(costs, [(("attention", "ffn"), removal_wanted(costs, budget), costs.dense)])
-    removals = []
+        return Removals(costs, [(("attention", "ffn"), removal_wanted(costs, budget), costs.dense)])
+    parts = []
     for kinds, sparsity in recipe.sparsities:
         whole = float(sum(site.parameters for site in anatomy.sites if site.kind in kinds))
-        removals.append((kinds, sparsity * whole, whole))
-    return Target(sparsity_costs(anatomy.sites), removals)
+        parts.append((kinds, sparsity * whole, whole))
+    return Removals(sparsity_costs(anatomy.sites), parts)
 
 
 def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -73,55 +73,55 @@ def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
         recipe: all settings, resolved.
 
     Raises:
-        SnpError: the model costs less already, or the target is more than all units that may go.
+        SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
     if unknown or recipe.perplexity_increase is not None:
         return
     anatomy = find_anatomy(model, recipe.head_unit)
-    sites, target = anatomy.sites, find_target(anatomy, recipe)
-    for kinds, removal, _ in target.removals:
+    sites, removals = anatomy.sites, find_removals(anatomy, recipe)
+    for kinds, removal, _ in removals.parts:
         concerned = [i for i, site in enumerate(sites) if site.kind in kinds]
         own = [sites[i] for i in concerned]
-        budgets = [site_budget(anatomy, sites[i], recipe, None, target.costs.sites[i]) for i in concerned]
+        budgets = [site_budget(anatomy, sites[i], recipe, None, removals.costs.sites[i]) for i in concerned]
         if recipe.allocation in NEEDS_CURVES:
-            sites_to_cut(own, budgets, removal, target.costs, recipe)
+            sites_to_cut(own, budgets, removal, removals.costs, recipe)
         else:  # such a rule may refuse what others would not, and needs no more than shapes for it
-            fit_budget(own, budgets, removal, target.costs, recipe)
+            fit_budget(own, budgets, removal, removals.costs, recipe)
 
 
-def plan_widths(anatomy: Anatomy, curves: Sequence[SiteCurves | None], target: Target, recipe: Recipe) -> list[int]:
+def plan_widths(anatomy: Anatomy, curves: Sequence[SiteCurves | None], removals: Removals, recipe: Recipe) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
     Args:
         anatomy: of the dense model.
         curves: what the visit to the dense model gave for each; None where the allocation needs none.
-        target: what has to go.
+        removals: what has to go.
         recipe: all settings, resolved.
 
     Raises:
-        SnpError: the target cannot be met with the units that may go.
+        SnpError: the budget cannot be met with the units that may go.
     """
     sites = anatomy.sites
     budgets = [
         site_budget(anatomy, site, recipe, curve, cost)
-        for site, curve, cost in zip(sites, curves, target.costs.sites, strict=True)
+        for site, curve, cost in zip(sites, curves, removals.costs.sites, strict=True)
     ]
     widths = [site.units for site in sites]
-    for kinds, removal, whole in target.removals:
+    for kinds, removal, whole in removals.parts:
         concerned = [i for i, s in enumerate(sites) if s.kind in kinds]
         chosen = [budgets[i] for i in concerned]
-        found = fit_budget([sites[i] for i in concerned], chosen, removal, target.costs, recipe)
+        found = fit_budget([sites[i] for i in concerned], chosen, removal, removals.costs, recipe)
         for i, width in zip(concerned, found, strict=True):
             widths[i] = width
         removed = total_cost(chosen) - total_cost(chosen, found)
-        if abs(removed - removal) > FARTHEST_FROM_TARGET * whole:
+        if abs(removed - removal) > FARTHEST_FROM_BUDGET * whole:
             log.warning(
                 "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
                 " and ".join(kinds),
                 100 * removal / whole,
-                target.costs.unit,
+                removals.costs.unit,
                 100 * removed / whole,
             )
     if recipe.layout == "uniform":
@@ -142,7 +142,7 @@ def fit_budget(
         recipe: all settings, resolved.
 
     Raises:
-        SnpError: the target is more than all units that may go.
+        SnpError: the budget asks for more than all units that may go.
     """
     uniform = recipe.layout == "uniform"
     widths = [min(s.units for s in sites if s.kind == site.kind) if uniform else site.units for site in sites]
@@ -172,7 +172,7 @@ def sites_to_cut(
         sites, budgets, removal, costs, recipe: as of `fit_budget`.
 
     Raises:
-        SnpError: the target is more than what is between all units and the fewest that may stay.
+        SnpError: the budget asks for more than what is between all units and the fewest that may stay.
     """
     movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
     members = [i for i, site in enumerate(sites) if site.kind in movable]

@@ -23,26 +23,26 @@ def flat(x):
     return x.reshape(-1, x.shape[-1])
 
 
-@pytest.mark.parametrize("targeted", [12, 9], ids=["all", "some"])
-@pytest.mark.parametrize("target", ["dense", "residual"])
+@pytest.mark.parametrize("referred", [12, 9], ids=["all", "some"])
+@pytest.mark.parametrize("reference", ["dense", "residual"])
 @pytest.mark.parametrize("model_type", [m for m in FAMILY_CONFIGS if m not in NORMALISED])
-def test_every_site_is_the_least_squares_solution_for_its_target(model_type, target, targeted, tokenizer, monkeypatch):
-    """At each site lstsq on what really arrives there, for a target taken from the dense model's own stream.
+def test_every_site_is_the_least_squares_solution(model_type, reference, referred, tokenizer, monkeypatch):
+    """At each site lstsq on what really arrives there, for a reference taken from the dense model's own stream.
 
-    Where some windows have no target, what the output lacks of it is fitted on the others, and the cut on all.
+    Where some windows have no reference, what the output lacks of it is fitted on the others, and the cut on all.
     """
-    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: targeted)
+    monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: referred)
     dense = small_model(model_type)
-    pruned = prune(dense, tokenizer, small_recipe(**CUTS, target=target, target_weight=1.0))
+    pruned = prune(dense, tokenizer, small_recipe(**CUTS, reference=reference, reference_weight=1.0))
     family = find_family(dense.config)
     dense_blocks, blocks = find_blocks(dense, family), find_blocks(pruned.model, family)
     hidden, calls = capture_calls(dense, dense_blocks, pruned.calibration.tokens)
-    reference = hidden
+    stream = hidden
     for index, (before, after) in enumerate(zip(dense_blocks, blocks, strict=True)):
         scale = getattr(before, "residual_multiplier", 1.0)
         wanted = {}
         for path in (family.attention_out, family.ffn_out):
-            wanted[path] = output_of(linear(before, path), before, reference, calls[index]).reshape(hidden.shape)
+            wanted[path] = output_of(linear(before, path), before, stream, calls[index]).reshape(hidden.shape)
         half = copy.deepcopy(before)  # attention pruned, FFN still dense
         half.set_submodule(family.attention, copy.deepcopy(after.get_submodule(family.attention)))
         for path, full in ((family.attention_out, before), (family.ffn_out, half)):
@@ -52,14 +52,14 @@ def test_every_site_is_the_least_squares_solution_for_its_target(model_type, tar
             old = linear(full, path)
             own = flat(inputs) @ weight_of(old).T + (0 if old.bias is None else old.bias)
             goal = wanted[path]
-            if target == "residual":
-                goal = goal + (reference - hidden) / scale
+            if reference == "residual":
+                goal = goal + (stream - hidden) / scale
                 if path == family.ffn_out:
                     attended = output_of(linear(half, family.attention_out), half, hidden, calls[index])
                     goal = goal + wanted[family.attention_out] - attended.reshape(hidden.shape)
             new = linear(after, path)
             A = with_ones(X, new)
-            some = slice(targeted * hidden.shape[1])
+            some = slice(referred * hidden.shape[1])
             fit = torch.linalg.lstsq(A, own, driver="gelsd").solution
             fit += torch.linalg.lstsq(A[some], (flat(goal) - own)[some], driver="gelsd").solution
             expected = A @ fit
@@ -67,7 +67,7 @@ def test_every_site_is_the_least_squares_solution_for_its_target(model_type, tar
             # As a whole: norms inside compute in float32, and some of these random sites are nearly singular.
             assert float((got - expected).norm()) < 1e-4 * float(expected.norm())
         hidden = run_block(after, hidden, calls[index])
-        reference = run_block(before, reference, calls[index])
+        stream = run_block(before, stream, calls[index])
 
 
 def result_channels(pruned, block, path):
@@ -77,29 +77,29 @@ def result_channels(pruned, block, path):
 
 
 @pytest.mark.parametrize("model_type", NORMALISED)
-def test_blocks_that_normalise_their_outputs_get_the_dense_target_instead(model_type, tokenizer, caplog):
+def test_blocks_that_normalise_their_outputs_get_the_dense_reference_instead(model_type, tokenizer, caplog):
     cuts = {**CUTS, **({"head_sparsity": 0.0} if model_type == "olmo2" else {})}
     one, other = (
-        prune(small_model(model_type), tokenizer, small_recipe(**cuts, target=t)) for t in ("residual", "dense")
+        prune(small_model(model_type), tokenizer, small_recipe(**cuts, reference=t)) for t in ("residual", "dense")
     )
-    assert sum("target residual: blocks of this model normalise" in m for m in caplog.messages) == 1
+    assert sum("reference residual: blocks of this model normalise" in m for m in caplog.messages) == 1
     tokens = one.calibration.tokens[:1]
     assert torch.equal(one.model(tokens).logits, other.model(tokens).logits)
 
 
-def test_no_share_of_the_target_is_the_target_self(tokenizer):
+def test_no_share_of_the_reference_is_the_reference_self(tokenizer):
     nothing, itself = (
         prune(small_model("llama"), tokenizer, small_recipe(**CUTS, **settings))
-        for settings in ({"target": "residual", "target_weight": 0.0}, {"target": "self"})
+        for settings in ({"reference": "residual", "reference_weight": 0.0}, {"reference": "self"})
     )
     tokens = nothing.calibration.tokens[:1]
     torch.testing.assert_close(nothing.model(tokens).logits, itself.model(tokens).logits, rtol=1e-9, atol=1e-9)
-    assert all(r.target_weight == 0 for r in nothing.sites)
+    assert all(r.reference_weight == 0 for r in nothing.sites)
 
 
 def test_shares_and_dampening_are_chosen_and_reported(tokenizer):
     pruned = prune(small_model("llama"), tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.3, num_samples=16))
-    assert any(0 < r.target_weight < 1 for r in pruned.sites)
+    assert any(0 < r.reference_weight < 1 for r in pruned.sites)
     assert len({r.dampening for r in pruned.sites}) > 1
 
 
@@ -114,26 +114,26 @@ def test_the_held_out_choice_is_better_on_unseen_text_than_the_extremes(tokenize
         recipe = small_recipe(sparsity=0.3, round_to=4, **fixed, **settings)
         return float((prune(dense, tokenizer, recipe).model(unseen).logits - logits).square().mean())
 
-    assert error() < error(dampening=0.0, target_weight=1.0)
+    assert error() < error(dampening=0.0, reference_weight=1.0)
 
 
 def test_one_window_leaves_nothing_to_hold_out(tokenizer):
     pruned = prune(small_model("llama"), tokenizer, small_recipe(sparsity=0.3, num_samples=1, round_to=4))
-    assert all(r.target_weight == 0 for r in pruned.sites)
+    assert all(r.reference_weight == 0 for r in pruned.sites)
 
 
-@pytest.mark.parametrize("target", ["dense", "residual"])
-def test_attention_that_stays_whole_before_the_first_cut_stays_to_the_bit(target, tokenizer):
+@pytest.mark.parametrize("reference", ["dense", "residual"])
+def test_attention_that_stays_whole_before_the_first_cut_stays_to_the_bit(reference, tokenizer):
     """Its inputs are the dense model's own, so that there is nothing for it to make good."""
     dense = small_model("opt")
-    pruned = prune(dense, tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.0, target=target, round_to=4))
+    pruned = prune(dense, tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.0, reference=reference, round_to=4))
     family = find_family(dense.config)
     before, after = (find_blocks(model, family) for model in (dense, pruned.model))
     attention = [linear(block, family.attention_out) for block in (before[0], after[0])]
     assert torch.equal(attention[0].weight, attention[1].weight) and torch.equal(attention[0].bias, attention[1].bias)
-    assert pruned.sites[0].target_weight == 0 and pruned.sites[1].kept.numel() < pruned.sites[1].site.units
-    if target == "residual":  # later ones have something to make good
-        assert any(result.target_weight > 0 for result in pruned.sites[2::2])
+    assert pruned.sites[0].reference_weight == 0 and pruned.sites[1].kept.numel() < pruned.sites[1].site.units
+    if reference == "residual":  # later ones have something to make good
+        assert any(result.reference_weight > 0 for result in pruned.sites[2::2])
 
 
 def test_a_model_to_be_trained_is_pruned_like_any_other(tokenizer):
