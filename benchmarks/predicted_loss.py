@@ -12,7 +12,6 @@ import copy
 import csv
 import statistics
 import sys
-from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,18 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from snp_llm import Recipe, checkpoint, perplexity
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import evaluation_windows
-from snp_llm.models.anatomy import Site, linear
-from snp_llm.models.blocks import run_block, watch_inputs
+from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.pruning.cut import cut
 from snp_llm.pruning.pipeline import Visited, visit
 from snp_llm.pruning.run import Run, read_calibration, resolve
-from snp_llm.pruning.statistics import add_batch, empty_sums, held_out
-from snp_llm.pruning.stream import Stream, capture, in_batches
+from snp_llm.pruning.sensitivity import sum_up
+from snp_llm.pruning.statistics import empty_sums, held_out
+from snp_llm.pruning.stream import Stream, capture
 from snp_llm.runtime.device import Clock, compute_device
 
 
@@ -97,7 +96,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for every site and share: predicted and measured rise of the mean loss."""
     anatomy, recipe, clock = visited.anatomy, run.recipe, run.clock
-    model, blocks, family = anatomy.model, anatomy.blocks, anatomy.family
+    model, blocks = anatomy.model, anatomy.blocks
 
     def mean_loss() -> float:
         return log(perplexity(model, tokens, batch_size=recipe.batch_size, device=clock.device))
@@ -105,26 +104,21 @@ def measure(
     base, rows, held = mean_loss(), [], held_out(stream.total)
     for index, block in enumerate(blocks):
         here = anatomy.sites_of(index)
-        outs = [linear(block, s.out_projection) for s in here]
+        weights = [site_weight(block, site) for site in here]
         sums = [
-            empty_sums(s.name, out, clock.device, stream.storage, drifting=False, holding_out=True)
-            for s, out in zip(here, outs, strict=True)
+            empty_sums(s.name, W, clock.device, stream.storage, drifting=False, holding_out=True)
+            for s, W in zip(here, weights, strict=True)
         ]
-        seen: dict[Any, Tensor] = {}
-        with watch_inputs({out: partial(seen.__setitem__, out) for out in outs}):
-            step = partial(run_windows, block, stream, index)
-            for at, output in in_batches(len(stream.hidden), stream.batch, step):
-                sums = [add_batch(s, seen[o], None, held[at]) for s, o in zip(sums, outs, strict=True)]
-                stream.hidden[at] = output
-        for site, out, site_sums in zip(here, outs, sums, strict=True):
+        sums = sum_up(block, here, sums, stream.before(index), held, clock)
+        for site, W, site_sums in zip(here, weights, sums, strict=True):
             if index % every:
                 continue
             curves = visited.curves[anatomy.sites.index(site)]
             assert curves is not None and curves.loss is not None
-            found = site_sums.statistics(out, curves.gradient)
+            found = site_sums.statistics(W, site_bias(block, site), curves.gradient)
             for width in widths(site, shares):
                 narrow = copy.deepcopy(block)
-                cut(narrow, family, site, found, width, run)
+                cut(narrow, site, found, width, run)
                 blocks[index] = narrow
                 rise = mean_loss() - base
                 blocks[index] = block
@@ -134,14 +128,9 @@ def measure(
     return rows
 
 
-def run_windows(block: nn.Module, stream: Stream, index: int, at: slice) -> Tensor:
-    return run_block(block, stream.hidden[at], stream.calls[index])
-
-
 def widths(site: Site, shares: list[float]) -> list[int]:
     """Widths at these shares of the units, whole units of every group, each once and never all."""
-    step = site.groups or 1
-    found = {max(step, round(share * site.units / step) * step) for share in shares}
+    found = {max(site.step, round(share * site.units / site.step) * site.step) for share in shares}
     return sorted(w for w in found if w < site.units)
 
 

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from snp_llm.linalg.allocation import SiteBudget, linear_costs, uniform
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.anatomy import Site, find_blocks, find_sites, linear, weight_of
+from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, input_of, run_block, watch_inputs
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
+from snp_llm.models.projections import projection, weight_of
+from snp_llm.models.site import Site
 from snp_llm.models.size import model_size
 from snp_llm.models.surgery import prune_site
 
@@ -108,14 +110,14 @@ def keep_units(
         biases: new out-projection bias of each site, or None for the dense one. A projection without gets one.
     """
     model = copy.deepcopy(dense)
-    family, blocks, sites = model_sites(model)
+    _family, blocks, sites = model_sites(model)
     for index, (site, units) in enumerate(zip(sites, kept, strict=True)):
         if len(units) == site.units:
             continue
         block = blocks[site.block]
-        out = linear(block, site.out_projection)
+        out = projection(block, site.path)
         bias = out.bias if biases is None or biases[index] is None else biases[index]
-        prune_site(block, family, site, units, weight_of(out)[:, unit_channels(units, site.unit_size)], bias)
+        prune_site(block, site, units, weight_of(out)[:, unit_channels(units, site.unit_size)], bias)
     return model
 
 
@@ -132,7 +134,7 @@ class ChannelStatistics:
 def channel_statistics(dense: PreTrainedModel, tokens: Tensor) -> list[ChannelStatistics]:
     """Mean and mean square of every channel at every site of the dense model, in one pass."""
     _, blocks, sites = model_sites(dense)
-    outs = [linear(blocks[site.block], site.out_projection) for site in sites]
+    outs = [projection(blocks[site.block], site.path) for site in sites]
     sums = [torch.zeros(2, weight_of(out).shape[1], dtype=torch.float64) for out in outs]
 
     def add(total: Tensor, inputs: Tensor) -> None:
@@ -199,13 +201,13 @@ def prune_sequentially(
             site, width = sites[at], widths[at]
             if width == site.units:
                 continue
-            out = linear(block, site.out_projection)
+            out = projection(block, site.path)
             moments = empty_moments(weight_of(out).shape[1], out.weight.dtype, out.weight.device)
             for batch, call in zip(hidden, calls, strict=True):
                 moments = add_moments(moments, input_of(out, block, batch, call))
             bias = None if out.bias is None else out.bias.detach().double()
             result = cut(SiteProblem(block, family, site, moments, weight_of(out).double(), bias, width))
-            prune_site(block, family, site, result.kept, result.weight, result.bias)
+            prune_site(block, site, result.kept, result.weight, result.bias)
         hidden = [run_block(block, batch, call) for batch, call in zip(hidden, calls, strict=True)]
     return model
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import per_unit, unit_channels
-from snp_llm.models.anatomy import Site, linear, weight_of
+from snp_llm.models.projections import projection, weight_of
+from snp_llm.models.site import Site
 
 from .common import Method, Prune, Pruned, channel_statistics, keep_units, model_sites, pruned
 
@@ -72,7 +73,7 @@ def compensated_bias(W: Tensor, bias: Tensor | None, mean: Tensor, kept: Tensor)
 def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
     _, blocks, sites = model_sites(dense)
     statistics = channel_statistics(dense, tokens)
-    outs = [linear(blocks[site.block], site.out_projection) for site in sites]
+    outs = [projection(blocks[site.block], site.path) for site in sites]
     weights = [weight_of(out).double().cpu() for out in outs]
     variances = [seen.square - seen.mean.square() for seen in statistics]
     scores = [unit_scores(W, v, s.unit_size) for W, v, s in zip(weights, variances, sites, strict=True)]

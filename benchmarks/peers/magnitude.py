@@ -12,8 +12,8 @@ from snp_llm.linalg.gram import gram_matrix
 from snp_llm.linalg.ldl import make_definite
 from snp_llm.linalg.least_squares import absorb_mean
 from snp_llm.linalg.units import per_unit, unit_channels
-from snp_llm.models.anatomy import Site, linear, row_units, weight_of
-from snp_llm.models.families.family import Family
+from snp_llm.models.projections import projection, weight_of
+from snp_llm.models.site import Site
 
 from .common import (
     Cut,
@@ -33,19 +33,20 @@ from .common import (
 DAMPENING = 0.1  # relative to each channel's energy, as by default in the package
 
 
-def unit_norms(block: nn.Module, family: Family, site: Site) -> Tensor:
+def unit_norms(block: nn.Module, site: Site) -> Tensor:
     """Euclidean norm of all weights of each unit, its rows of the in-projections and its columns, (units,), float64."""
-    total = per_unit(weight_of(linear(block, site.out_projection)).double().square().sum(0), site.unit_size)
-    for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
-        rows, units = weight_of(linear(block, path)).double().square().sum(1), units.to(total.device)
+    total = per_unit(weight_of(projection(block, site.path)).double().square().sum(0), site.unit_size)
+    for producer in site.producers:
+        rows = weight_of(projection(block, producer.path)).double().square().sum(1)
+        units = producer.units().to(total.device)
         total.index_add_(0, units[units >= 0], rows[units >= 0])
     return total.sqrt()
 
 
 def prepare(dense: PreTrainedModel, _tokens: Tensor, _seed: int) -> Prune:
     """The units of the largest norm, out-projections as they were."""
-    family, blocks, sites = model_sites(dense)
-    scores = [unit_norms(blocks[site.block], family, site) for site in sites]
+    _family, blocks, sites = model_sites(dense)
+    scores = [unit_norms(blocks[site.block], site) for site in sites]
 
     def prune(sparsity: float) -> Pruned:
         widths = uniform_widths(sites, sparsity)
@@ -66,7 +67,7 @@ def prepare_refitted(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prun
 
 def refit(problem: SiteProblem) -> Cut:
     """Weight, and bias where there is one, that come closest to the site's output before the cut."""
-    kept = best_units(unit_norms(problem.block, problem.family, problem.site), problem.width).cpu()
+    kept = best_units(unit_norms(problem.block, problem.site), problem.width).cpu()
     channels = unit_channels(kept, problem.site.unit_size).to(problem.W.device)
     gram = make_definite(gram_matrix(problem.moments, centred=problem.bias is not None), DAMPENING).gram
     weight, bias = least_squares(problem.W, gram, channels), problem.bias

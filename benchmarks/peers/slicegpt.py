@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import find_blocks, linear
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, first_tensor
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
+from snp_llm.models.projections import projection
 from snp_llm.models.size import model_size
 from snp_llm.runtime.errors import SnpError
 
@@ -98,8 +99,8 @@ class SlicedBlock(nn.Module):
         x, (parent, _, _) = self.ffn_norm(hidden), self.family.ffn_out.rpartition(".")
         if parent:
             return self.block.get_submodule(parent)(x)
-        inner = linear(self.block, self.family.ffn_in[0])(x)
-        return linear(self.block, self.family.ffn_out)(self.block.activation_fn(inner))
+        inner = projection(self.block, self.family.ffn_in[0])(x)
+        return projection(self.block, self.family.ffn_out)(self.block.activation_fn(inner))
 
     def forward(self, hidden: Tensor, **call: Any) -> Tensor:
         around_attention, around_ffn = self.shortcuts
@@ -136,29 +137,29 @@ def read_norm(norm: nn.Module) -> Norm:
     )
 
 
-def read_from(projection: nn.Linear, norm: Norm) -> None:
+def read_from(reader: nn.Linear, norm: Norm) -> None:
     """Lets a projection that reads a norm take over its scale and shift, in place."""
-    W = projection.weight.detach().double()
+    W = reader.weight.detach().double()
     if norm.bias is not None:
         shift = W @ norm.bias
-        _set(projection, bias=shift if projection.bias is None else projection.bias.detach().double() + shift)
+        _set(reader, bias=shift if reader.bias is None else reader.bias.detach().double() + shift)
     if norm.weight is not None:
-        _set(projection, W * norm.weight)
+        _set(reader, W * norm.weight)
 
 
-def write_centred(projection: nn.Linear) -> None:
+def write_centred(writer: nn.Linear) -> None:
     """Takes the mean over directions off what a projection writes into the stream, in place."""
-    W = projection.weight.detach().double()
-    bias = None if projection.bias is None else projection.bias.detach().double()
-    _set(projection, W - W.mean(0), bias=None if bias is None else bias - bias.mean())
+    W = writer.weight.detach().double()
+    bias = None if writer.bias is None else writer.bias.detach().double()
+    _set(writer, W - W.mean(0), bias=None if bias is None else bias - bias.mean())
 
 
-def _set(projection: nn.Module, weight: Tensor | None = None, *, bias: Tensor | None = None) -> None:
-    old = projection.weight
+def _set(module: nn.Module, weight: Tensor | None = None, *, bias: Tensor | None = None) -> None:
+    old = module.weight
     if weight is not None:
-        projection.weight = nn.Parameter(weight.to(old.device, old.dtype).contiguous(), requires_grad=False)
+        module.weight = nn.Parameter(weight.to(old.device, old.dtype).contiguous(), requires_grad=False)
     if bias is not None:
-        projection.bias = nn.Parameter(bias.to(old.device, old.dtype).contiguous(), requires_grad=False)
+        module.bias = nn.Parameter(bias.to(old.device, old.dtype).contiguous(), requires_grad=False)
 
 
 def absorb_norms(model: PreTrainedModel) -> list[SlicedBlock]:
@@ -178,10 +179,10 @@ def absorb_norms(model: PreTrainedModel) -> list[SlicedBlock]:
         norms = [read_norm(block.get_submodule(path)) for path in (stream.attention_norm, stream.ffn_norm)]
         for paths, norm in zip((family.qkv, family.ffn_in), norms, strict=True):
             for path in paths:
-                read_from(linear(block, path), norm)
+                read_from(projection(block, path), norm)
         for path in (family.attention_out, family.ffn_out):
             if final.centred:
-                write_centred(linear(block, path))
+                write_centred(projection(block, path))
         for path in (stream.attention_norm, stream.ffn_norm):
             block.set_submodule(path, nn.Identity())
         sliced.append(SlicedBlock(block, family, (UnitNorm(d, norms[0].eps), UnitNorm(d, norms[1].eps))))
@@ -255,9 +256,9 @@ def slice_model(dense: PreTrainedModel, tokens: Tensor, width: int) -> PreTraine
             (family.ffn_in, family.ffn_out, Q_ffn, Q_after),
         ):
             for path in paths:
-                projection = linear(block.block, path)
-                _set(projection, projection.weight.detach().double() @ enter)
-            writer = linear(block.block, out)
+                reader = projection(block.block, path)
+                _set(reader, reader.weight.detach().double() @ enter)
+            writer = projection(block.block, out)
             bias = None if writer.bias is None else leave.T @ writer.bias.detach().double()
             _set(writer, leave.T @ writer.weight.detach().double(), bias=bias)
             block.shortcuts.append(nn.Parameter((enter.T @ leave).to(writer.weight), requires_grad=False))
@@ -280,11 +281,11 @@ def sliced_parameters(dense: PreTrainedModel, width: int) -> int:
         for paths, norm in ((family.qkv, stream.attention_norm), (family.ffn_in, stream.ffn_norm)):
             shifts = read_norm(block.get_submodule(norm)).bias is not None
             for path in paths:
-                projection = linear(block, path)
-                total += projection.weight.shape[0] * (width + int(shifts or projection.bias is not None))
+                reader = projection(block, path)
+                total += reader.weight.shape[0] * (width + int(shifts or reader.bias is not None))
         for path in (family.attention_out, family.ffn_out):
-            projection = linear(block, path)
-            total += width * (projection.weight.shape[1] + int(projection.bias is not None))
+            written = projection(block, path)
+            total += width * (written.weight.shape[1] + int(written.bias is not None))
         total += 2 * width**2
     tokens, *positions = (embedding.weight for embedding in _embeddings(dense, stream))
     total += sum(weight.shape[0] * width for weight in positions)

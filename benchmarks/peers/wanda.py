@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import per_unit
-from snp_llm.models.anatomy import linear, weight_of
+from snp_llm.models.projections import projection, weight_of
 
 from .common import (
     Method,
@@ -40,7 +40,7 @@ def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
     _, blocks, sites = model_sites(dense)
     scores = []
     for site, seen in zip(sites, channel_statistics(dense, tokens), strict=True):
-        W = weight_of(linear(blocks[site.block], site.out_projection)).double().cpu()
+        W = weight_of(projection(blocks[site.block], site.path)).double().cpu()
         scores.append(unit_scores(W, torch.sqrt(seen.square * seen.tokens), site.unit_size))
 
     def prune(sparsity: float) -> Pruned:

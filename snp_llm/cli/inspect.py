@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.layout import describe_layout
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Anatomy, Projection, Site, find_anatomy
+from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.families.family import Family
+from snp_llm.models.projections import Projection
+from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.estimate.work import matmul_rates
@@ -160,8 +162,8 @@ def _resolved_round(model: PreTrainedModel, recipe: Recipe, layout: Layout) -> i
 
 def _site_facts(site: Site) -> dict[str, Any]:
     return {
-        "in_projections": [*site.in_projections],
-        "out_projection": site.out_projection,
+        "in_projections": [producer.path for producer in site.producers],
+        "out_projection": site.path,
         "unit": site.unit,
         "parameters_a_unit": site.cost,
         "prunable": site.prunable,

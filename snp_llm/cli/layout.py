@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import Site
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, uniform_widths
+from snp_llm.models.site import Site
 
 
 def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, round_to: int) -> str:

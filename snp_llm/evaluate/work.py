@@ -28,7 +28,7 @@ def attention_channels(model: PreTrainedModel) -> int:
     """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
     family = find_family(model.config)
     sites = find_sites(find_blocks(model, family), family)
-    return sum(site.channels for site in sites if site.kind == "attention")
+    return sum(site.channels for site in sites if site.heads is not None)
 
 
 def weights_read(model: PreTrainedModel) -> float:

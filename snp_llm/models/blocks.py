@@ -167,12 +167,17 @@ def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.
 @torch.no_grad()
 def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The input tensor that `module` gets inside the block; nothing after that point is computed."""
-    return inputs_of([module], block, hidden, call)[0]
+    (inputs,) = inputs_of([module], block, hidden, call)
+    assert inputs is not None
+    return inputs
 
 
 @torch.no_grad()
-def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, call: BlockCall) -> list[Tensor]:
-    """The input tensor that each of the modules gets inside the block; nothing is computed after the last of them."""
+def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, call: BlockCall) -> list[Tensor | None]:
+    """The input tensor that each of the modules gets inside the block; nothing is computed after the last of them.
+
+    None for a module that is not run, as an expert that no token comes by.
+    """
     seen: dict[nn.Module, Tensor] = {}
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -182,7 +187,7 @@ def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, ca
 
     with _attached(module.register_forward_pre_hook(stop) for module in modules), suppress(_Reached):
         run_block(block, hidden, call)
-    return [seen[module] for module in modules]
+    return [seen.get(module) for module in modules]
 
 
 @torch.no_grad()

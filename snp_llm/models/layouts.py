@@ -9,10 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from snp_llm.models import modeling_snp
-from snp_llm.models.anatomy import Heads, Site, find_blocks, find_sites, linear, read_heads
+from snp_llm.models.anatomy import find_blocks, find_sites, read_heads
 from snp_llm.models.families.decoders import FAMILIES, find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.offload import disk_index, read_tensor, wait_on_disk
+from snp_llm.models.projections import projection
+from snp_llm.models.site import Heads, Site
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -153,10 +155,9 @@ def possible_types(dense: PreTrainedModel, layout: str) -> tuple[str, ...]:
 
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
     """The widths of an attention site that a plain config can hold in every block, ascending, without "all units"."""
-    step = site.groups or 1
     return tuple(
         width
-        for width in range(step, site.units, step)
+        for width in range(site.step, site.units, site.step)
         if plain_type(dense, family, site.heads_after(width)) is not None
     )
 
@@ -214,4 +215,4 @@ def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
 
 def _has_biases(blocks: nn.ModuleList, family: Family) -> bool:
     paths = (*family.qkv, family.attention_out, *family.ffn_in, family.ffn_out)
-    return any(linear(blocks[0], path).bias is not None for path in paths)
+    return any(projection(blocks[0], path).bias is not None for path in paths)

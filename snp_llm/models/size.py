@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import Projection, find_blocks, find_sites
+from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.projections import Projection
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
     blocks = find_blocks(model, family)
     unique = {id(p): p for p in model.parameters()}.values()
     linear = sum(linear_weights(block) for block in blocks)
-    attended = sum(s.channels for s in find_sites(blocks, family) if s.kind == "attention")
+    attended = sum(s.channels for s in find_sites(blocks, family) if s.heads is not None)
     return ModelSize(
         parameters=sum(p.numel() for p in unique),
         block_linear=linear,

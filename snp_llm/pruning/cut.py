@@ -5,8 +5,7 @@ from torch import nn
 
 from snp_llm.linalg.ldl import energy_curve, error_curve
 from snp_llm.linalg.least_squares import absorb_mean, output_energy, reconstruct
-from snp_llm.models.anatomy import Site, linear
-from snp_llm.models.families.family import Family
+from snp_llm.models.site import Site, site_bias
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.factor import DAMPENING, factor_site
 from snp_llm.pruning.repair import chooses_repair, repair_site
@@ -18,7 +17,6 @@ from snp_llm.runtime.errors import SnpError
 
 def cut(
     block: nn.Module,
-    family: Family,
     site: Site,
     statistics: Statistics,
     width: int,
@@ -32,12 +30,12 @@ def cut(
         everything = torch.arange(site.units)
         return SiteResult(site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, recipe.dampening or DAMPENING, 0.0)
     with clock.phase("factorisation"):
-        factored, gram = factor_site(block, family, site, statistics, recipe, clock, width)
+        factored, gram = factor_site(block, site, statistics, recipe, clock, width)
         W, mean, subspace = factored.W, factored.mean, factored.subspace
         channels = width * site.unit_size
         kept, gone = subspace.order[:channels].sort().values, subspace.order[channels:].sort().values
-        dense_bias = linear(block, site.out_projection).bias
-        bias = None if dense_bias is None else dense_bias.detach().to(W)
+        bias = site_bias(block, site)
+        bias = None if bias is None else bias.to(W)
         energy = float(energy_curve(subspace.D, site.unit_size)[width])
         total, lost = output_energy(W, gram), output_energy(W[:, gone], gram[gone[:, None], gone])
         dampened = total + subspace.dampening * float((gram.diagonal() * W.square().sum(0)).sum())
@@ -71,5 +69,5 @@ def cut(
             curve=curve,
         )
     with clock.phase("surgery"):
-        prune_site(block, family, site, result.kept, repaired.W, bias)
+        prune_site(block, site, result.kept, repaired.W, bias)
     return result

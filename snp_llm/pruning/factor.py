@@ -21,8 +21,8 @@ from snp_llm.linalg.ldl import (
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.anatomy import Site, linear, row_units, weight_of
-from snp_llm.models.families.family import Family
+from snp_llm.models.projections import Projection, weight_of
+from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.pruning.statistics import SINGLE_PRECISION_FROM, Statistics
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock
@@ -86,13 +86,12 @@ class FactoredSite:
 
 
 def factor_site(
-    block: nn.Module, family: Family, site: Site, statistics: Statistics, recipe: Recipe, clock: Clock, width: int = 0
+    block: nn.Module, site: Site, statistics: Statistics, recipe: Recipe, clock: Clock, width: int = 0
 ) -> tuple[FactoredSite, Tensor]:
     """Orders a site's units and factors its Gram matrix in that order, on the moments' device.
 
     Args:
         block: that it is in.
-        family: the block's.
         site: to be factored.
         statistics: of it.
         recipe: all settings, resolved.
@@ -105,15 +104,19 @@ def factor_site(
     """
     let_go(statistics.files)
     try:
-        out, moments = linear(block, site.out_projection), statistics.moments
-        centred = recipe.absorb_bias and out.bias is not None
+        moments = statistics.moments
+        if moments.tokens == 0:
+            raise SnpError("no calibration token came by; expected some. Use more --num-samples.")
+        centred = recipe.absorb_bias and site_bias(block, site) is not None
         definite = _definite(site, statistics, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
         gram = definite.gram
-        W = weight_of(out).to(gram)
+        W = site_weight(block, site).to(gram)
         in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
-        for path, units in zip(site.in_projections, row_units(block, family, site), strict=True):
-            sums = weight_of(linear(block, path)).to(gram.device).abs().sum(1, dtype=torch.float64)
-            units = units.to(gram.device)
+        for producer in site.producers:
+            if not isinstance(module := block.get_submodule(producer.path), Projection):
+                continue  # a norm that goes along
+            sums = weight_of(module).to(gram.device).abs().sum(1, dtype=torch.float64)
+            units = producer.units().to(gram.device)
             in_weight.index_add_(0, units[units >= 0], sums[units >= 0])
         root = None
         if statistics.gradient is not None:

@@ -31,7 +31,7 @@ def padded_blocks(
             block = copy_unhooked(new)
             for result in results:
                 if result.site.block == index and len(result.kept) < result.site.units:
-                    pad_site(block, old, anatomy.family, result.site, result.kept)
+                    pad_site(block, old, result.site, result.kept)
         if journal.folder is not None:
             if ranks.rank() == 0:
                 journal.put(index, dict(block.state_dict()))

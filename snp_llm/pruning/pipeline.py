@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
+from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import assemble
+from snp_llm.models.site import Site
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult

@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from snp_llm.models.anatomy import Anatomy, Site, linear
+from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import run_block, watch_outputs
+from snp_llm.models.projections import projection
+from snp_llm.models.site import Site
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.pruning.stream import Stream, check_finite, in_batches
@@ -121,14 +123,16 @@ class DenseStream:
         )
         if self.stream is None or untouched:
             return None
-        block, sites, dense = self.anatomy.blocks[index], self.anatomy.sites_of(index), self.stream.before(index)
+        block, dense = self.anatomy.blocks[index], self.stream.before(index)
+        sites = [site for site in self.anatomy.sites_of(index) if site.has_reference]
         with self.run.clock.phase("forward passes"):
-            if self.residual is None:
+            if self.residual is None and sites:
                 self.residual = adds_to_stream(block, sites, dense)
-            found = block_reference(block, sites, dense, residual=self.residual, device=self.run.clock.device)
+            residual = bool(self.residual and sites)
+            found = block_reference(block, sites, dense, residual=residual, device=self.run.clock.device)
         if entered:
             for site in self.anatomy.stages(index)[0]:
-                del found.outputs[site]
+                found.outputs.pop(site, None)
         return found
 
 
@@ -191,7 +195,7 @@ def _outputs(
     """What a block and each of its sites put out for the first windows of the stream, batch after batch."""
     seen: dict[Site, Tensor] = {}
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {
-        linear(block, site.out_projection): partial(seen.__setitem__, site) for site in sites
+        projection(block, site.consumers[0]): partial(seen.__setitem__, site) for site in sites
     }
 
     def run(at: slice) -> tuple[Tensor, list[Tensor]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snp_llm.models.anatomy import Site
+from snp_llm.models.site import Site
 
 CURVE_POINTS = 128  # of a curve that is kept for pictures; the cut comes on top
 

@@ -3,7 +3,7 @@
 Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,23 +14,22 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
-from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
+from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import (
     BlockCall,
     frozen,
-    input_gradient,
     loss_gradient,
     on_device,
     rest_on_device,
     run_block,
-    watch_inputs,
 )
+from snp_llm.models.site import Site, site_weight
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import (
     Statistics,
     Sums,
-    add_batch,
+    add_inputs,
     empty_sums,
     enough_windows,
     for_algebra,
@@ -38,9 +37,10 @@ from snp_llm.pruning.statistics import (
     over_all_ranks,
 )
 from snp_llm.pruning.stream import Stream, advance, capture, check_finite, in_batches
+from snp_llm.pruning.taps import gradients_at, tapped
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import ONCE
+from snp_llm.runtime.device import ONCE, Clock
 from snp_llm.runtime.errors import SnpError
 
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
@@ -50,9 +50,6 @@ GRADIENT_TOKENS = 32_768  # at most: what of these enters every block is kept fo
 FEWEST_WINDOWS = 4  # at least, so that up to so many ranks read the same
 
 HELD_OUT_OF = 4  # one window of so many is held out
-
-
-Watchers = dict[nn.Module, Callable[[Tensor], None]]
 
 
 @dataclass(frozen=True)
@@ -112,16 +109,16 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
 
     with frozen(anatomy.model):
         if recipe.needs_gradients:
-            hidden = weight_of(linear(blocks[0], sites[0].out_projection)).shape[0]
+            hidden = len(site_weight(blocks[0], sites[0]))
             _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
         if recipe.allocation in NEEDS_CURVES:
             widest = max(site.channels for site in sites)
             _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients.journal)
     return [
         SiteCurves(
-            energy=curves.journal.get(site.block, f"{site.kind} energy"),
-            loss=curves.journal.get(site.block, f"{site.kind} loss"),
-            read_gradient=partial(gradients.journal.get, site.block, site.kind),
+            energy=curves.journal.get(site.block, f"{site.path} energy"),
+            loss=curves.journal.get(site.block, f"{site.path} loss"),
+            read_gradient=partial(gradients.journal.get, site.block, site.path),
         )
         for site in sites
     ]
@@ -173,21 +170,19 @@ def _read_gradients(visit: _Visit) -> None:
                 states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
     for index in range(len(blocks) - done - 1, -1, -1):
         block, entering, here = blocks[index], inputs.pop(), visit.anatomy.sites_of(index)
-        outs = [linear(block, s.out_projection) for s in here]
-        sums = [empty_moments(len(weight_of(out)), out.weight.dtype, device) for out in outs]
-        seen: dict[nn.Module, Tensor] = {}
-        watchers: Watchers = {out: partial(_keep, seen, out) for out in outs}
-        back = partial(_back, block, entering, stream.calls[index], gradients, watchers, device)
+        weights = [site_weight(block, site) for site in here]
+        sums = [empty_moments(len(W), W.dtype, device) for W in weights]
+        back = partial(_back, block, here, entering, stream.calls[index], gradients, device)
         with on_device(block, device), clock.phase("forward passes"):
-            for at, gradient in in_batches(len(windows), stream.batch, back):
+            for at, (gradient, found) in in_batches(len(windows), stream.batch, back):
                 with clock.phase("Gram matrices"):
-                    sums = [add_moments(s, seen[out]) for s, out in zip(sums, outs, strict=True)]
+                    sums = [s if g is None else add_moments(s, g) for s, g in zip(sums, found, strict=True)]
                 gradients[at] = gradient
         with clock.phase("Gram matrices"):
             ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
             if ranks.owner(index) == ranks.rank():
                 count = visit.tokens.numel()
-                journal.put(index, {s.kind: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
+                journal.put(index, {s.path: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
         journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
         visit.run.on_step(f"block {index}: gradients of the dense model")
     ranks.wait()
@@ -212,23 +207,13 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
     summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
     for index in range(first, len(blocks)):
         block, here = blocks[index], visit.anatomy.sites_of(index)
-        outs = [linear(block, s.out_projection) for s in here]
+        weights = [site_weight(block, site) for site in here]
         sums = [
-            empty_sums(s.name, out, clock.device, stream.storage, drifting=False, holding_out=holding_out)
-            for s, out in zip(here, outs, strict=True)
+            empty_sums(s.name, W, clock.device, stream.storage, drifting=False, holding_out=holding_out)
+            for s, W in zip(here, weights, strict=True)
         ]
-        seen: dict[nn.Module, Tensor] = {}
-
-        run = partial(_run, block, stream.hidden, stream.calls[index])
-        keepers: Watchers = {out: partial(_keep, seen, out) for out in outs}
         with on_device(block, clock.device):
-            with clock.phase("forward passes"), watch_inputs(keepers):
-                for at, output in in_batches(len(windows), stream.batch, run):
-                    check_finite(output, index)
-                    with clock.phase("Gram matrices"):
-                        sums = [add_batch(s, seen[out], None, held_here[at]) for s, out in zip(sums, outs, strict=True)]
-                    stream.hidden[at] = output
-            seen.clear()  # its memory goes to the algebra
+            sums = sum_up(block, here, sums, stream.before(index), held_here, clock)
             with clock.phase("Gram matrices"):
                 sums = [over_all_ranks(s) for s in sums]
             if ranks.owner(index) == ranks.rank():
@@ -240,20 +225,36 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         visit.run.on_step(f"block {index}: curves of the dense model")
 
 
-def _run(block: nn.Module, hidden: Tensor, call: BlockCall, at: slice) -> Tensor:
-    return run_block(block, hidden[at], call)
+def sum_up(
+    block: nn.Module, sites: Sequence[Site], sums: list[Sums], stream: Stream, held: Tensor, clock: Clock
+) -> list[Sums]:
+    """Adds all windows to the sums of a block's sites; the stream moves on to what the block puts out."""
+
+    def run(at: slice) -> tuple[Tensor, list[Tensor | None]]:
+        hidden = stream.hidden[at]
+        output = run_block(block, hidden, stream.call)
+        return output, taps.read(hidden, output)
+
+    with tapped(block, sites) as taps, clock.phase("forward passes"):
+        for at, (output, inputs) in in_batches(len(stream.windows), stream.batch, run):
+            check_finite(output, stream.index)
+            with clock.phase("Gram matrices"):
+                triples = zip(sums, sites, inputs, strict=True)
+                sums = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
+            stream.hidden[at] = output
+    return sums
 
 
 def _back(
     block: nn.Module,
+    sites: Sequence[Site],
     entering: Tensor,
     call: BlockCall,
     gradients: Tensor,
-    watchers: Watchers,
     device: torch.device,
     at: slice,
-) -> Tensor:
-    return input_gradient(block, entering[at], call, gradients[at].to(device), watchers)
+) -> tuple[Tensor, list[Tensor | None]]:
+    return gradients_at(block, sites, entering[at], call, gradients[at].to(device))
 
 
 def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
@@ -287,15 +288,15 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
             Statistics(
                 of_site.moments,
                 held_moments=of_site.held_moments,
-                gradient=gradients.get(index, site.kind),
+                gradient=gradients.get(index, site.path),
                 files=of_site.files,
             ),
         )
-        factored = factor_site(block, visit.anatomy.family, site, apart, recipe, visit.run.clock)[0]
-        found[f"{site.kind} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
+        factored = factor_site(block, site, apart, recipe, visit.run.clock)[0]
+        found[f"{site.path} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
         loss = factored.loss_curve(apart)
         if loss is not None:
-            found[f"{site.kind} loss"] = loss[:: site.unit_size].cpu()
+            found[f"{site.path} loss"] = loss[:: site.unit_size].cpu()
     return found
 
 
@@ -304,7 +305,3 @@ def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
     return (gram_matrix(moments, centred=False) / tokens).float().cpu()
-
-
-def _keep(seen: dict[nn.Module, Tensor], module: nn.Module, values: Tensor) -> None:
-    seen[module] = values.detach()

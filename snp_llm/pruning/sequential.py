@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.anatomy import Anatomy, Site, linear, weight_of
-from snp_llm.models.blocks import fixed_output, inputs_of, on_device, output_of, run_block, with_first_tensor
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block, with_first_tensor
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
-from snp_llm.models.surgery import prune_site
+from snp_llm.models.projections import projection
+from snp_llm.models.site import Site, site_bias, site_weight
+from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.cut import cut
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.result import Curve, SiteResult
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Sums, add_batch, empty_sums, for_algebra, held_out, over_all_ranks
+from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, for_algebra, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite, in_batches
+from snp_llm.pruning.taps import inputs_at
 from snp_llm.runtime import ranks
 
 # Gradient of a site by its number, read when its turn comes.
@@ -53,14 +55,14 @@ def prune_blocks(
     for index in range(first):
         pairs = zip(anatomy.sites_of(index), journal.facts(index), strict=True)
         found = [_result(site, facts) for site, facts in pairs]
-        pruned_blocks.append(finished_block(blocks[index], anatomy.family, found, journal.file(index)))
+        pruned_blocks.append(finished_block(blocks[index], found, journal.file(index)))
         results += found
     for index in range(first, len(blocks)):
         home = next(blocks[index].parameters()).device
         with on_device(blocks[index], clock.device):
             reference = dense.reference(index, widths)
             block = copy_unhooked(blocks[index])
-            found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
+            block, found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
         if reference is None:
             dense.follow(stream)
         results += found
@@ -79,10 +81,10 @@ class FixedSite:
     Attributes:
         module: whose output it is; nothing inside is run any more.
         form: what the module returns, with its hidden states left out.
-        inputs: of the pruned out-projection before it was pruned, (windows, T, channels); None once outputs are known.
-        outputs: of the pruned out-projection, (windows, T, d).
+        inputs: of the consumer before it was pruned, (windows, T, channels); None once outputs are known.
+        outputs: of the pruned consumer, (windows, T, d).
         channels: of the inputs that were kept.
-        out: the pruned out-projection.
+        out: the pruned consumer.
     """
 
     module: nn.Module
@@ -109,8 +111,8 @@ def prune_block(
     gradients: Gradients,
     reference: Reference | None,
     run: Run,
-) -> list[SiteResult]:
-    """Cuts the sites of a block, in place, stage after stage; the stream moves on to what the block then puts out.
+) -> tuple[nn.Module, list[SiteResult]]:
+    """The block with its sites cut, stage after stage; the stream moves on to what it then puts out.
 
     A block costs little more than one forward pass: the inputs of an out-projection are computed once and kept, so that
     after its cut only the out-projection has to run, and the next stage sees exactly what the pruned block will give
@@ -122,17 +124,20 @@ def prune_block(
     for stage in stages:
         start, goes_on = time.perf_counter(), stage is not stages[-1]
         with run.clock.phase("forward passes"), torch.no_grad():
-            forms = [_form(block, site, stream, fixed) for site in stage if goes_on]
+            forms = [_form(block, site, stream, fixed) if goes_on and site.module else None for site in stage]
             sums, inputs = gather(block, stage, stream, fixed, reference, run, keep=goes_on)
         for earlier in fixed:
             earlier.inputs = None
         for site in stage:
             number = anatomy.sites.index(site)
-            result = cut_site(block, anatomy.family, site, sums.pop(0), widths[number], partial(gradients, number), run)
+            result = cut_site(block, site, sums.pop(0), widths[number], partial(gradients, number), run)
             results.append(replace(result, seconds=time.perf_counter() - start))
             run.on_step(str(results[-1]))
-            if goes_on:
-                fixed.append(fix(block, result, forms.pop(0), inputs.pop(0), stream))
+            if not site.consumers and not len(result.kept):
+                block = NoBlock()
+            form, seen = forms.pop(0), inputs.pop(0)
+            if seen is not None:
+                fixed.append(fix(block, result, form, seen, stream))
 
     def run_on(at: slice) -> Tensor:
         with _fixing(fixed, at, run.clock.device):
@@ -142,7 +147,7 @@ def prune_block(
         for at, output in in_batches(len(stream.windows), stream.batch, run_on):
             check_finite(output, stream.index)
             stream.hidden[at] = output
-    return results
+    return block, results
 
 
 def gather(
@@ -154,39 +159,42 @@ def gather(
     run: Run,
     *,
     keep: bool,
-) -> tuple[list[Sums], list[Tensor]]:
-    """Sums over the inputs of a stage's out-projections, in one pass, and with `keep` the inputs themselves."""
+) -> tuple[list[Sums], list[Tensor | None]]:
+    """Sums over the inputs of a stage's consumers, in one pass; with `keep` also the inputs, of sites to be fixed."""
     device, windows = run.clock.device, len(stream.windows)
-    outs = [linear(block, site.out_projection) for site in stage]
+    weights = [site_weight(block, site) for site in stage]
     referred = stream.total if reference is None else reference.windows  # the first of all windows
     held = held_out(referred)[stream.windows.start : stream.windows.stop]
     held = nn.functional.pad(held, (0, windows - len(held)))
     sums = []
-    for site, out in zip(stage, outs, strict=True):
+    for site, W in zip(stage, weights, strict=True):
         drifting = reference is not None and site in reference.outputs
         missing = drifting and referred < stream.total
         options = {"drifting": drifting, "holding_out": run.recipe.holds_out, "some_unreferred": missing}
-        sums.append(empty_sums(site.name, out, device, stream.storage, **options))
-    shapes = [(windows, stream.hidden.shape[1], weight_of(out).shape[1]) for out in outs if keep]
-    kept = [stream.storage.empty(*shape, dtype=stream.hidden.dtype) for shape in shapes]
+        sums.append(empty_sums(site.name, W, device, stream.storage, **options))
+    shape = (windows, stream.hidden.shape[1])
+    kept = [
+        stream.storage.empty(*shape, site.channels, dtype=stream.hidden.dtype) if keep and site.module else None
+        for site in stage
+    ]
 
-    def to_outs(at: slice) -> tuple[list[Tensor], list[Tensor]]:
+    def to_consumers(at: slice) -> tuple[list[Tensor], list[Tensor | None]]:
         with _fixing(fixed, at, device) as before:
-            return before, inputs_of(outs, block, stream.hidden[at], stream.call)
+            return before, inputs_at(block, stage, stream.hidden[at], stream.call)
 
-    for at, (before, inputs) in in_batches(windows, stream.batch, to_outs):
+    for at, (before, inputs) in in_batches(windows, stream.batch, to_consumers):
         for number, (site, given) in enumerate(zip(stage, inputs, strict=True)):
             wanted = None if reference is None else reference.of(site, at, stream.hidden, before, device)
             with run.clock.phase("Gram matrices"):
-                sums[number] = add_batch(sums[number], given, wanted, held[at])
-            if keep:
-                kept[number][at] = given
+                sums[number] = add_inputs(sums[number], site, given, wanted, held[at])
+            whole = kept[number]
+            if whole is not None and given is not None:
+                whole[at] = given
     return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 
 def cut_site(
     block: nn.Module,
-    family: Family,
     site: Site,
     sums: Sums,
     width: int,
@@ -199,27 +207,30 @@ def cut_site(
 
     def here() -> tuple[SiteResult, Tensor, Tensor | None]:
         with run.clock.phase("Gram matrices"):
-            statistics = for_algebra(site.name, sums.statistics(linear(block, site.out_projection), gradient()))
-        result = cut(block, family, site, statistics, width, run)
-        out = linear(block, site.out_projection)
-        return result, weight_of(out), None if out.bias is None else out.bias.detach()
+            W, bias = site_weight(block, site), site_bias(block, site)
+            statistics = for_algebra(site.name, sums.statistics(W, bias, gradient()))
+        result = cut(block, site, statistics, width, run)
+        return result, site_weight(block, site), site_bias(block, site)
 
     owner = ranks.owner(site.block)
     result, weight, bias = ranks.from_rank(owner, here)
     if ranks.rank() != owner:
-        prune_site(block, family, site, result.kept, weight, bias)
+        prune_site(block, site, result.kept, weight, bias)
     return result
 
 
 def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:
     """What the later stages of a block need of a site that has just been cut."""
-    out = linear(block, result.site.out_projection)
-    channels = unit_channels(result.kept, result.site.unit_size).to(out.weight.device)
-    return FixedSite(block.get_submodule(result.site.module), form, inputs, stream.like_hidden(), channels, out)
+    site = result.site
+    assert site.module is not None
+    out = projection(block, site.consumers[0])
+    channels = unit_channels(result.kept, site.unit_size).to(out.weight.device)
+    return FixedSite(block.get_submodule(site.module), form, inputs, stream.like_hidden(), channels, out)
 
 
 def _form(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite]) -> Any:
     """What a site's module returns, a tensor or what else there is beside it, with its hidden states left out."""
+    assert site.module is not None
     module = block.get_submodule(site.module)
 
     def returned(at: slice) -> Any:
@@ -251,20 +262,21 @@ def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, jour
     return block
 
 
-def finished_block(block: nn.Module, family: Family, results: Sequence[SiteResult], file: Path) -> nn.Module:
+def finished_block(block: nn.Module, results: Sequence[SiteResult], file: Path) -> nn.Module:
     """A block that an interrupted run has finished. What was done to it is done again, to tensors that are not there.
 
     Args:
         block: as it was before the cut; left as it is.
-        family: its family.
         results: what happened at its sites.
         file: that its tensors are in.
     """
     pruned = copy_unhooked(block)
     for result in results:
-        site, out = result.site, linear(pruned, result.site.out_projection)
-        weight = weight_of(out)[:, unit_channels(result.kept, site.unit_size).to(out.weight.device)]
-        prune_site(pruned, family, site, result.kept, weight, out.bias)
+        site, W = result.site, site_weight(pruned, result.site)
+        weight = W[:, unit_channels(result.kept, site.unit_size).to(W.device)]
+        prune_site(pruned, site, result.kept, weight, site_bias(pruned, site))
+        if not site.consumers and not len(result.kept):
+            pruned = NoBlock()
     leave_on_disk(pruned, file)
     return pruned
 

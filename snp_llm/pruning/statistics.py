@@ -18,7 +18,7 @@ from snp_llm.linalg.gram import (
     empty_moments,
     empty_reference_sums,
 )
-from snp_llm.models.anatomy import Projection, weight_of
+from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import has_room, trim_host_memory
 from snp_llm.runtime.storage import Files, Storage
@@ -83,16 +83,16 @@ class Sums:
     files: Files = ()
 
     @torch.no_grad()
-    def statistics(self, out: Projection, gradient: Tensor | None) -> Statistics:
+    def statistics(self, W: Tensor, bias: Tensor | None, gradient: Tensor | None) -> Statistics:
         """With the held-out windows as part of the whole. Sums in place: these sums are used up.
 
         Args:
-            out: the site's out-projection, as it was while the sums were made.
+            W, bias: of the site's consumers, as they were while the sums were made.
             gradient: F, or None where not needed.
         """
 
         def lacking(references: ReferenceSums | None, over: Moments) -> Drift | None:
-            return None if references is None else drift_from(references, over, weight_of(out), out.bias)
+            return None if references is None else drift_from(references, over, W, bias)
 
         moments, held, references, held_references = (
             self.moments,
@@ -119,7 +119,7 @@ class Sums:
 
 def empty_sums(
     name: str,
-    out: Projection,
+    W: Tensor,
     device: torch.device,
     storage: Storage,
     *,
@@ -133,14 +133,14 @@ def empty_sums(
 
     Args:
         name: of the site.
-        out: its out-projection.
+        W: of its consumers, (d_out, n).
         device: where its inputs are.
         storage: for what does not have to be in memory all the time.
         drifting: whether there is a reference that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
         some_unreferred: whether sums over windows without a reference are.
     """
-    (d_out, n), dtype = weight_of(out).shape, out.weight.dtype
+    (d_out, n), dtype = W.shape, W.dtype
     entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_unreferred * n * (n + 1)
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
     sums = Sums(
@@ -178,12 +178,30 @@ def _in_files(sums: Sums, storage: Storage) -> Sums:
     )
 
 
+def add_inputs(sums: Sums, site: Site, inputs: Tensor | None, reference: Tensor | None, held: Tensor) -> Sums:
+    """Adds what arrived at a site, as `add_batch` does; of a routed site, whose tokens are no windows, as tokens.
+
+    Args:
+        sums: of the site.
+        site: that it is.
+        inputs: of its consumers, or None where no token came by.
+        reference: of their output, or None.
+        held: which windows are held out; of a routed site one token of so many is.
+    """
+    if inputs is None:
+        return sums
+    if site.routed:
+        inputs = inputs.reshape(-1, 1, inputs.shape[-1])
+        held = held_out(len(inputs)) & (sums.held_moments is not None)
+    return add_batch(sums, inputs, reference, held)
+
+
 def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor) -> Sums:
     """Adds a batch, in place, and returns the sums with the new counts.
 
     Args:
         sums: of the site.
-        inputs: of its out-projection, (batch, T, n), or with its windows flattened, as OPT has them.
+        inputs: of its consumers, (batch, T, n), or with its windows flattened, as OPT has them.
         reference: of its output, (batch, T, d_out), or None without references. Of fewer windows where only the first
             of the batch have one.
         held: which windows are held out, (batch,), bool.

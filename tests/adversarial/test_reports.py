@@ -131,8 +131,8 @@ def test_saved_evaluations(finished, trials):
         (folder / "report.html").unlink(missing_ok=True)
         done = "nothing" if seed % 5 == 0 else change(generator, folder / "prune_report.json")
         few = ("--dataset", "bundled", "--seq-len", 16, "--max-windows", 1, "--save", "--quiet")
-        report = "out/prune_report.json"
-        code = trials.run(f"{seed} {done}", evaluate_main, [folder, *few], makes=(), changes=(report,))
+        made = {"makes": ("out/report.html",), "changes": ("out/prune_report.json",)}
+        code = trials.run(f"{seed} {done}", evaluate_main, [folder, *few], **made)
         if code == 0:
             entries = json.loads((folder / "prune_report.json").read_text())["perplexities"]
             assert math.isfinite(entries[-1]["perplexity"])

@@ -16,8 +16,8 @@ from benchmarks.peers.common import least_squares, model_sites, uniform_widths
 from snp_llm import Recipe
 from snp_llm.data.windows import BUNDLED, calibration_windows
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.anatomy import linear
 from snp_llm.models.blocks import capture_calls, input_of
+from snp_llm.models.projections import projection
 from snp_llm.models.size import model_size
 from snp_llm.pruning.pipeline import plan
 from tests.conftest import save_model, small_model, small_opt
@@ -174,12 +174,12 @@ def test_flap_keeps_the_mean_output(model_type):
     dense = MODELS[model_type](torch.float64)
     pruned = PEERS["flap"](dense, TOKENS, 0.5)
     before, after = (model_sites(model)[2] for model in (dense, pruned))
-    path = next(old.out_projection for old, new in zip(before, after, strict=True) if new.units < old.units)
+    path = next(old.path for old, new in zip(before, after, strict=True) if new.units < old.units)
     outputs = []
     for model in (dense, pruned):
         _, blocks, _ = model_sites(model)
         hidden, calls = capture_calls(model, blocks, TOKENS)
-        out = linear(blocks[0], path)
+        out = projection(blocks[0], path)
         outputs.append(out(input_of(out, blocks[0], hidden, calls[0])))
     assert (outputs[0] - outputs[1]).abs().mean() > 1e-3
     torch.testing.assert_close(outputs[1].mean((0, 1)), outputs[0].mean((0, 1)), rtol=1e-9, atol=1e-9)
@@ -213,7 +213,7 @@ def test_flap_leaves_no_site_empty(caplog):
 
 def test_magnitude_and_wanda_scores_by_hand():
     dense = MODELS["llama"](torch.float64)
-    family, blocks, (attention, ffn, *_) = model_sites(dense)
+    _family, blocks, (attention, ffn, *_) = model_sites(dense)
     block, size, group = blocks[0], attention.heads.size, attention.heads.query // attention.heads.key_value
     module = block.self_attn
     for unit in range(attention.units):
@@ -222,10 +222,10 @@ def test_magnitude_and_wanda_scores_by_hand():
         parts = [module.q_proj.weight[queries], module.k_proj.weight[keys], module.v_proj.weight[keys]]
         parts.append(module.o_proj.weight[:, queries])
         expected = torch.cat([part.reshape(-1) for part in parts]).norm()
-        torch.testing.assert_close(magnitude.unit_norms(block, family, attention)[unit], expected)
+        torch.testing.assert_close(magnitude.unit_norms(block, attention)[unit], expected)
     mlp = block.mlp
     expected = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T], 1).norm(dim=1)
-    torch.testing.assert_close(magnitude.unit_norms(block, family, ffn), expected)
+    torch.testing.assert_close(magnitude.unit_norms(block, ffn), expected)
 
     W, norms = torch.tensor([[1.0, -2.0, 0.0, 3.0], [-1.0, 1.0, 4.0, 0.0]]), torch.tensor([1.0, 2.0, 0.5, 10.0])
     assert wanda.unit_scores(W, norms, 1).tolist() == [2.0, 6.0, 2.0, 30.0]

@@ -55,7 +55,17 @@ def test_there_is_a_recipe_for_every_published_setting():
     wanted |= {"smollm2-135m-20-uniform", "tiny-opt-demo", "paper-snp-zca-variance"}
     assert {path.stem for path in RECIPES} == wanted
     for path in RECIPES:  # whole ones: nothing that decides about the result is left to a default
-        named = {"model", "output", "sparsity", "ordering", "metric", "allocation", "reference", "layout", "calibration"}
+        named = {
+            "model",
+            "output",
+            "sparsity",
+            "ordering",
+            "metric",
+            "allocation",
+            "reference",
+            "layout",
+            "calibration",
+        }
         assert named | {"num_samples", "seq_len", "batch_size", "seed"} <= set(yaml.safe_load(path.read_text()))
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.models.anatomy import find_blocks, find_sites, linear, weight_of
+from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import uniform_widths
+from snp_llm.models.projections import projection, weight_of
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -52,8 +53,8 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
         site = result.site
         removed[site.kind] += site.units - len(result.kept)
         channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = linear(find_blocks(pruned.model, family)[site.block], site.out_projection)
-        large = linear(find_blocks(masked, family)[site.block], site.out_projection)
+        small = projection(find_blocks(pruned.model, family)[site.block], site.path)
+        large = projection(find_blocks(masked, family)[site.block], site.path)
         weight_of(large).zero_()[:, channels] = weight_of(small)
         if small.bias is not None:
             large.bias.copy_(small.bias)

@@ -41,8 +41,8 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
     for result in pruned.sites:
         site = result.site
         channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = find_blocks(pruned.model, family)[site.block].get_submodule(site.out_projection)
-        large = find_blocks(masked, family)[site.block].get_submodule(site.out_projection)
+        small = find_blocks(pruned.model, family)[site.block].get_submodule(site.path)
+        large = find_blocks(masked, family)[site.block].get_submodule(site.path)
         large.weight.zero_()
         large.weight[:, channels] = small.weight
         if small.bias is not None:
@@ -68,13 +68,13 @@ def test_every_site_is_the_least_squares_solution_on_what_the_pruned_blocks_befo
             site = result.site
             size = site.unit_size
             channels = torch.cat([torch.arange(u * size, (u + 1) * size) for u in result.kept.tolist()])
-            out = full.get_submodule(site.out_projection)
+            out = full.get_submodule(site.path)
             X = input_of(out, full, hidden, calls[index]).reshape(-1, out.in_features)
             A = X[:, channels]
             if out.bias is not None:
                 A = torch.cat([A, torch.ones(len(X), 1, dtype=torch.float64)], 1)
             expected = torch.linalg.lstsq(A, out(X), driver="gelsd").solution
-            new = after.get_submodule(site.out_projection)
+            new = after.get_submodule(site.path)
             got = new.weight.T if new.bias is None else torch.cat([new.weight.T, new.bias[None]])
             # Compared as outputs: dead ReLU channels make the weights themselves ambiguous, rare ones ill-conditioned.
             torch.testing.assert_close(A @ got, A @ expected, rtol=1e-6, atol=1e-6)

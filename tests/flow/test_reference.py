@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.models.anatomy import find_blocks, linear, weight_of
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, input_of, output_of, run_block
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.projections import projection, weight_of
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
 CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples": 12, "dampening": 1e-9}
@@ -42,22 +43,22 @@ def test_every_site_is_the_least_squares_solution(model_type, reference, referre
         scale = getattr(before, "residual_multiplier", 1.0)
         wanted = {}
         for path in (family.attention_out, family.ffn_out):
-            wanted[path] = output_of(linear(before, path), before, stream, calls[index]).reshape(hidden.shape)
+            wanted[path] = output_of(projection(before, path), before, stream, calls[index]).reshape(hidden.shape)
         half = copy.deepcopy(before)  # attention pruned, FFN still dense
         half.set_submodule(family.attention, copy.deepcopy(after.get_submodule(family.attention)))
         for path, full in ((family.attention_out, before), (family.ffn_out, half)):
             channels = result_channels(pruned, index, path)
-            inputs = input_of(linear(full, path), full, hidden, calls[index])
+            inputs = input_of(projection(full, path), full, hidden, calls[index])
             X = flat(inputs)[:, channels]
-            old = linear(full, path)
+            old = projection(full, path)
             own = flat(inputs) @ weight_of(old).T + (0 if old.bias is None else old.bias)
             goal = wanted[path]
             if reference == "residual":
                 goal = goal + (stream - hidden) / scale
                 if path == family.ffn_out:
-                    attended = output_of(linear(half, family.attention_out), half, hidden, calls[index])
+                    attended = output_of(projection(half, family.attention_out), half, hidden, calls[index])
                     goal = goal + wanted[family.attention_out] - attended.reshape(hidden.shape)
-            new = linear(after, path)
+            new = projection(after, path)
             A = with_ones(X, new)
             some = slice(referred * hidden.shape[1])
             fit = torch.linalg.lstsq(A, own, driver="gelsd").solution
@@ -71,7 +72,7 @@ def test_every_site_is_the_least_squares_solution(model_type, reference, referre
 
 
 def result_channels(pruned, block, path):
-    result = next(r for r in pruned.sites if r.site.block == block and r.site.out_projection == path)
+    result = next(r for r in pruned.sites if r.site.block == block and r.site.path == path)
     size = result.site.unit_size
     return torch.cat([torch.arange(u * size, (u + 1) * size) for u in result.kept.tolist()])
 
@@ -129,7 +130,7 @@ def test_attention_that_stays_whole_before_the_first_cut_stays_to_the_bit(refere
     pruned = prune(dense, tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.0, reference=reference, round_to=4))
     family = find_family(dense.config)
     before, after = (find_blocks(model, family) for model in (dense, pruned.model))
-    attention = [linear(block, family.attention_out) for block in (before[0], after[0])]
+    attention = [projection(block, family.attention_out) for block in (before[0], after[0])]
     assert torch.equal(attention[0].weight, attention[1].weight) and torch.equal(attention[0].bias, attention[1].bias)
     assert pruned.sites[0].reference_weight == 0 and pruned.sites[1].kept.numel() < pruned.sites[1].site.units
     if reference == "residual":  # later ones have something to make good

@@ -27,7 +27,7 @@ def test_a_gram_matrix_that_stays_indefinite_names_the_block():
     second[1, 0] = -1e6
     moments = Moments(second, torch.zeros(64), 100)
     with pytest.raises(SnpError, match=r"^block 1 fc2: Gram matrix of 64 channels is not positive definite \(pivot 2"):
-        factor_site(blocks[1], family, site, Statistics(moments), small_recipe(), Clock(torch.device("cpu")))
+        factor_site(blocks[1], site, Statistics(moments), small_recipe(), Clock(torch.device("cpu")))
 
 
 def test_the_mean_moves_only_where_there_is_a_bias():
@@ -36,9 +36,7 @@ def test_the_mean_moves_only_where_there_is_a_bias():
         blocks = find_blocks(model, family)
         site = find_sites(blocks, family)[1]
         moments = Moments(4 * torch.eye(64), torch.full((64,), 2.0), 4)
-        factored, gram = factor_site(
-            blocks[0], family, site, Statistics(moments), small_recipe(), Clock(torch.device("cpu"))
-        )
+        factored, gram = factor_site(blocks[0], site, Statistics(moments), small_recipe(), Clock(torch.device("cpu")))
         assert factored.centred == centred
         assert gram[0, 1] == (-1 if centred else 0) and factored.mean[0] == 0.5
 
@@ -83,12 +81,10 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         monkeypatch.setattr("snp_llm.pruning.factor.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model, family)[0])
         statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
-        factored, _ = factor_site(block, family, site, statistics, small_recipe(), Clock(torch.device("cpu")))
+        factored, _ = factor_site(block, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
         curve = factored.loss_curve(statistics)
-        result = cut(
-            block, family, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal(), print)
-        )
+        result = cut(block, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal(), print))
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results
     assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening

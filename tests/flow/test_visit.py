@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.models.anatomy import find_anatomy, find_blocks, linear
+from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.projections import projection
 from snp_llm.pruning.run import Run, resolve
 from snp_llm.pruning.sensitivity import gradient_windows, visit_dense, visit_passes
 from snp_llm.pruning.statistics import enough_windows
@@ -37,7 +38,7 @@ def test_gradient_moments_are_those_of_a_backward_pass_through_the_whole_model(m
             output.retain_grad()
             outputs[name] = output
 
-        linear(blocks[site.block], site.out_projection).register_forward_hook(keep)
+        projection(blocks[site.block], site.path).register_forward_hook(keep)
     logits = model(TOKENS, use_cache=False).logits[:, :-1]
     functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
     for site, curves in zip(sites, found, strict=True):

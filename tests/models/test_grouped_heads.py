@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.models.anatomy import Heads, find_blocks, find_sites, row_units, weight_of
+from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.projections import weight_of
+from snp_llm.models.site import Heads
 from snp_llm.models.surgery import prune_site
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
@@ -50,9 +52,7 @@ def test_rows_of_separate_fused_and_interleaved_projections():
     neox = small_model("gpt_neox", hidden_size=4, num_attention_heads=2)
 
     def rows(model, head_unit="kv_group"):
-        family = find_family(model.config)
-        block = find_blocks(model, family)[0]
-        return [units.tolist() for units in row_units(block, family, sites_of(model, head_unit)[0])]
+        return [producer.units().tolist() for producer in sites_of(model, head_unit)[0].producers]
 
     q, k = [0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1]
     assert rows(llama) == [q, k, k] and rows(phi) == [q + k + k]
@@ -63,9 +63,8 @@ def test_rows_of_separate_fused_and_interleaved_projections():
 
 def test_a_fused_gate_and_up_has_every_channel_twice():
     model = small_model("phi3")
-    family = find_family(model.config)
-    (units,) = row_units(find_blocks(model, family)[0], family, sites_of(model, "kv_group")[1])
-    assert units.tolist() == [*range(64), *range(64)]
+    (gate_up,) = sites_of(model, "kv_group")[1].producers
+    assert gate_up.units().tolist() == [*range(64), *range(64)]
 
 
 @pytest.mark.parametrize("head_unit", ["kv_group", "query"])
@@ -82,9 +81,9 @@ def test_a_block_still_runs_after_surgery_and_equals_zeroed_columns(model_type, 
             kept = kept[kept % per_group != per_group - 1]
         channels = (kept[:, None] * site.unit_size + torch.arange(site.unit_size)).reshape(-1)
         block = find_blocks(pruned, family)[site.block]
-        old = block.get_submodule(site.out_projection)
-        prune_site(block, family, site, kept, weight_of(old)[:, channels], old.bias)
-        large = weight_of(find_blocks(dense, family)[site.block].get_submodule(site.out_projection))
+        old = block.get_submodule(site.path)
+        prune_site(block, site, kept, weight_of(old)[:, channels], old.bias)
+        large = weight_of(find_blocks(dense, family)[site.block].get_submodule(site.path))
         zeroed = torch.zeros_like(large)
         zeroed[:, channels] = large[:, channels]
         large.copy_(zeroed)

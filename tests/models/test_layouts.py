@@ -23,9 +23,9 @@ def cut_blocks(model, widths):
     blocks = nn.ModuleList(copy.deepcopy(list(find_blocks(model, FAMILY))))
     for site, width in zip(find_sites(blocks, FAMILY), widths, strict=True):
         if width < site.units:
-            out = blocks[site.block].get_submodule(site.out_projection)
+            out = blocks[site.block].get_submodule(site.path)
             weight = out.weight[:, : width * site.unit_size]
-            prune_site(blocks[site.block], FAMILY, site, torch.arange(width), weight, out.bias)
+            prune_site(blocks[site.block], site, torch.arange(width), weight, out.bias)
     return blocks
 
 

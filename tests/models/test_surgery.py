@@ -3,18 +3,8 @@ import torch
 
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import FAMILIES
-from snp_llm.models.surgery import prune_site, slice_linear
+from snp_llm.models.surgery import prune_site
 from tests.conftest import OPT_VARIANTS, small_opt
-
-
-def test_sliced_linear_computes_a_part_of_the_whole():
-    linear = torch.nn.Linear(6, 5)
-    x = torch.randn(3, 6)
-    rows, columns = torch.tensor([4, 0]), torch.tensor([1, 5])
-    torch.testing.assert_close(slice_linear(linear, rows=rows)(x), linear(x)[:, rows])
-    zeroed = torch.zeros_like(x)
-    zeroed[:, columns] = x[:, columns]
-    torch.testing.assert_close(slice_linear(linear, columns=columns)(x[:, columns]), linear(zeroed))
 
 
 @pytest.mark.parametrize("variant", OPT_VARIANTS)
@@ -26,10 +16,10 @@ def test_removing_units_equals_zeroing_their_columns(variant):
         units = kept[site.kind]
         channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in units.tolist()])
         block = find_blocks(pruned, family)[site.block]
-        old = block.get_submodule(site.out_projection)
-        prune_site(block, family, site, units, old.weight[:, channels].double(), old.bias)
+        old = block.get_submodule(site.path)
+        prune_site(block, site, units, old.weight[:, channels].double(), old.bias)
         zeroed = torch.zeros_like(old.weight)
         zeroed[:, channels] = old.weight[:, channels]
-        find_blocks(dense, family)[site.block].get_submodule(site.out_projection).weight.copy_(zeroed)
+        find_blocks(dense, family)[site.block].get_submodule(site.path).weight.copy_(zeroed)
     torch.testing.assert_close(pruned(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
     assert [s.units for s in find_sites(find_blocks(pruned, family), family)] == [2, 44] * 3

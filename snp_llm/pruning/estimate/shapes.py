@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.models.anatomy import Site, embedding_rows, find_blocks, find_sites
+from snp_llm.models.anatomy import embedding_rows, find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.pruning.sensitivity import gradient_windows
 from snp_llm.pruning.statistics import enough_windows

@@ -62,7 +62,7 @@ def work_by_phase(shapes: Shapes, recipe: Recipe) -> list[Work]:
         n * T for n in (shapes.windows, shapes.reference_windows, shapes.curve_windows, shapes.gradient_windows)
     )
     sites = [(s.channels, s) for s in shapes.all_sites]
-    scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.kind == "attention")
+    scores = sum(4.0 * n * (T + 1) / 2 for n, s in sites if s.heads is not None)
     forward = 2.0 * shapes.size.block_linear + scores
     ffn = 2.0 * sum(s.parameters for _, s in sites if s.kind == "ffn")
     out_ffn = sum(2.0 * d * n for n, s in sites if s.kind == "ffn")

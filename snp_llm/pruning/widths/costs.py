@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Anatomy, Site, linear, row_units
+from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.site import Site, site_weight
 from snp_llm.models.size import model_size
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe
@@ -68,14 +69,13 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
         return latency_costs(sites, read_or_measure(anatomy, recipe))
     per_unit = []
     for site in sites:
-        paths = [linear(blocks[site.block], path) for path in site.in_projections]
-        rows = [int((units == 0).sum()) for units in row_units(blocks[site.block], anatomy.family, site)]
-        parameters = site.cost + sum(count for count, path in zip(rows, paths, strict=True) if path.bias is not None)
-        attended = site.unit_size if site.kind == "attention" else 0
+        modules = [(producer, blocks[site.block].get_submodule(producer.path)) for producer in site.producers]
+        parameters = site.cost + sum(p.per_unit for p, module in modules if getattr(module, "bias", None) is not None)
+        attended = site.unit_size if site.heads is not None else 0
         per_unit.append(
             {
                 "params": parameters,
-                "size": parameters * paths[0].weight.element_size(),
+                "size": parameters * site_weight(blocks[site.block], site).element_size(),
                 "flops": 2.0 * site.cost + 4.0 * attended * (recipe.seq_len + 1) / 2,
             }[budget.kind]
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.anatomy import Anatomy, Site, embedding_rows, linear, weight_of
+from snp_llm.models.anatomy import Anatomy, embedding_rows
 from snp_llm.models.blocks import (
     BlockCall,
     capture_calls,
@@ -24,8 +24,8 @@ from snp_llm.models.blocks import (
     run_block,
     run_without_blocks,
 )
-from snp_llm.models.families.family import Family
 from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import compute_device, synchronize
@@ -151,7 +151,7 @@ def measure_table(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
         shape = tuple(key(site) for site in here)
         if shape not in dense_seconds:
             with on_device(block, device):
-                medians = _time_all(block, anatomy.family, here, hidden, move(calls[index], device))
+                medians = _time_all(block, here, hidden, move(calls[index], device))
             for (name, width), seconds in medians.items():
                 found.setdefault(name, {})[width] = seconds
             dense_seconds[shape] = min(medians[key(site), site.units] for site in here)
@@ -171,18 +171,14 @@ def measure_table(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
 
 def _widths(site: Site) -> list[int]:
     """Widths to measure: equal steps, whole units of every group."""
-    step = site.groups or 1
-    return sorted({max(step, round(site.units * i / STEPS / step) * step) for i in range(1, STEPS + 1)})
+    return sorted({max(site.step, round(site.units * i / STEPS / site.step) * site.step) for i in range(1, STEPS + 1)})
 
 
-def _time_all(
-    block: nn.Module, family: Family, sites: Sequence[Site], hidden: Tensor, call: BlockCall
-) -> dict[tuple[str, int], float]:
+def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: BlockCall) -> dict[tuple[str, int], float]:
     """Median seconds of a block at every width of either site, all taking turns.
 
     Args:
         block: with its weights, where `hidden` and what is in `call` are.
-        family: its family.
         sites: of the block.
         hidden: its input.
         call: its other arguments.
@@ -194,7 +190,7 @@ def _time_all(
     for _ in range(ROUNDS + 1):
         for site in sites:
             for width in sorted({site.units, *_widths(site)}):
-                narrow = _narrow(block, family, site, width)  # made anew each time: all of them at once are many blocks
+                narrow = _narrow(block, site, width)  # made anew each time: all of them at once are many blocks
                 synchronize(hidden.device)
                 start = time.perf_counter()
                 run_block(narrow, hidden, call)
@@ -203,13 +199,12 @@ def _time_all(
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
 
 
-def _narrow(block: nn.Module, family: Family, site: Site, width: int) -> nn.Module:
+def _narrow(block: nn.Module, site: Site, width: int) -> nn.Module:
     """A copy of a block in which one site keeps its first units; what they compute does not matter here."""
     narrow = copy_unhooked(block)
     order = torch.arange(site.units)
     kept = (deal_from_groups(order, site.groups) if site.groups else order)[:width].sort().values
-    out = linear(narrow, site.out_projection)
-    bias = None if out.bias is None else out.bias.detach()
-    weight = weight_of(out)
-    prune_site(narrow, family, site, kept, weight[:, unit_channels(kept, site.unit_size).to(weight.device)], bias)
+    weight = site_weight(narrow, site)
+    columns = unit_channels(kept, site.unit_size).to(weight.device)
+    prune_site(narrow, site, kept, weight[:, columns], site_bias(narrow, site))
     return narrow

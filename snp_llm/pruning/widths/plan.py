@@ -18,8 +18,9 @@ from snp_llm.linalg.allocation import (
     pooled_widths,
     total_cost,
 )
-from snp_llm.models.anatomy import Anatomy, Site, find_anatomy
+from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import plain_type, uniform_widths
+from snp_llm.models.site import Site
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.recipe.recipe import Recipe
@@ -220,11 +221,11 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
 def site_budget(anatomy: Anatomy, site: Site, recipe: Recipe, curves: SiteCurves | None, costs: Tensor) -> SiteBudget:
     """What the allocation may know of a site, and the widths that the layout lets it have."""
     assert recipe.round_to is not None
-    multiple = recipe.round_to if site.kind == "ffn" else site.groups or 1
+    multiple = recipe.round_to if site.heads is None else site.step
     permitted: tuple[int, ...] | None = None
     if not site.prunable:
         permitted = ()
-    elif recipe.layout == "uniform" and site.kind == "attention":
+    elif recipe.layout == "uniform" and site.heads is not None:
         permitted = uniform_widths(anatomy.model, anatomy.family, site)
     return SiteBudget(
         kind=site.kind,
