@@ -59,7 +59,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
-    device = next(block.parameters()).device
+    device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
     output = block(move(hidden, device), *move(call.args, device), **move(call.kwargs, device))
     return first_tensor(output)
 

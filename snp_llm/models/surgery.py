@@ -15,7 +15,7 @@ from snp_llm.models.site import Site
 def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Removes all units but `kept` from a site, in place, and gives its consumers the repaired weight.
 
-    Where no head is left the attention goes, and its bias stays.
+    Where no head is left the attention goes, but for its out-projection, which has no inputs any more.
 
     Args:
         block: that the site is in.
@@ -25,10 +25,6 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
             (d_out, u * unit_size); cast here, once, to the model's dtype.
         bias: repaired biases, (d_out,), or None where the consumers are to keep theirs.
     """
-    if len(kept) == 0 and site.heads is not None and site.module is not None:
-        like = projection(block, site.consumers[0]).weight
-        block.set_submodule(site.module, NoHeads(None if bias is None else bias.to(like.device, like.dtype)))
-        return
     for producer in site.producers:
         rows = producer.kept_rows(kept)
         block.set_submodule(producer.path, with_rows(block.get_submodule(producer.path), rows))
@@ -40,7 +36,11 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
         new_bias = old.bias if bias is None else bias[here].to(like.device, like.dtype)
         block.set_submodule(path, with_weight(old, weight[here].to(like.device, like.dtype), new_bias))
     if site.heads is not None and site.module is not None:
-        _set_head_counts(block.get_submodule(site.module), site, len(kept))
+        if len(kept):
+            _set_head_counts(block.get_submodule(site.module), site, len(kept))
+        else:
+            name = site.consumers[0].removeprefix(f"{site.module}.")
+            block.set_submodule(site.module, NoHeads(name, projection(block, site.consumers[0])))
 
 
 def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> None:
@@ -70,19 +70,15 @@ def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> No
 
 
 class NoHeads(nn.Module):
-    """Stands where an attention was whose heads are all gone: what it adds is its bias.
+    """Stands where an attention was whose heads are all gone: what it adds is the bias of its out-projection."""
 
-    Attributes:
-        bias: of its out-projection, (d,), or None.
-    """
-
-    def __init__(self, bias: Tensor | None) -> None:
+    def __init__(self, name: str, out: nn.Module) -> None:
         super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        self.add_module(name, out)
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing if self.bias is None else nothing + self.bias), None
+        (out,) = self.children()
+        return out(hidden_states[..., :0]), None
 
 
 class NoBlock(nn.Module):

@@ -52,12 +52,12 @@ def find_removals(anatomy: Anatomy, recipe: Recipe) -> Removals:
     Raises:
         SnpError: the model costs less already; a latency table of another model.
     """
-    budget = recipe.budget
+    budget, all_kinds = recipe.budget, tuple(dict.fromkeys(site.kind for site in anatomy.sites))
     if budget is not None:
         costs = budget_costs(anatomy, budget, recipe)
-        return Removals(costs, [(("attention", "ffn"), removal_wanted(costs, budget), costs.dense)])
+        return Removals(costs, [(all_kinds, removal_wanted(costs, budget), costs.dense)])
     parts = []
-    for kinds, sparsity in recipe.sparsities:
+    for kinds, sparsity in recipe.sparsities if recipe.separate else [(all_kinds, recipe.sparsity_of(all_kinds[0]))]:
         whole = float(sum(site.parameters for site in anatomy.sites if site.kind in kinds))
         parts.append((kinds, sparsity * whole, whole))
     return Removals(sparsity_costs(anatomy.sites), parts)
@@ -191,12 +191,16 @@ def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int,
     place = f"in this model and layout {recipe.layout}"
     if goal is not None:
         least, got = costs.shown(costs.dense - prunable, costs.dense - removal)
-        remedy = f"Ask for {math.ceil(1000 * (1 - prunable / costs.dense)) / 1000:g}x or more."
+        share = math.ceil(1000 * (1 - prunable / costs.dense)) / 1000
+        remedy = (
+            f"Ask for {share:g}x or more." if share < 1 else "Removing units saves none of it here; use another budget."
+        )
         return (
             f"--target-{goal.kind}: expected at least {least}, what is left {place} when every unit that may go is "
             f"gone; got {got}. {remedy}"
         )
-    option = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}[kinds[0]] if len(kinds) == 1 else "--sparsity"
+    options = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}
+    option = options.get(kinds[0], "--sparsity") if len(kinds) == 1 else "--sparsity"
     remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else "Use a smaller --round-to."
     most = math.floor(1000 * prunable / whole) / 1000
     return (
@@ -225,6 +229,8 @@ def site_budget(anatomy: Anatomy, site: Site, recipe: Recipe, curves: SiteCurves
     permitted: tuple[int, ...] | None = None
     if not site.prunable:
         permitted = ()
+    elif site.droppable and site.units == 1:
+        permitted = (0,)
     elif recipe.layout == "uniform" and site.heads is not None:
         permitted = uniform_widths(anatomy.model, anatomy.family, site)
     return SiteBudget(
