@@ -150,7 +150,9 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
     assert identities["always"] != identities["once"] and identities["always"] != identities["never"]
 
 
-@pytest.mark.parametrize("bos", [None, "always", "once", "never"])
+@pytest.mark.parametrize(
+    "bos", [None, "once", *(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("always", "never"))]
+)
 def test_prune_and_eval_say_which_was_used(bos, tmp_path, capsys, quick_prunes):
     tokenizer = make_tokenizer("adds")
     folder = save_model(small_model("gemma", torch.float32), tokenizer, tmp_path / "gemma")

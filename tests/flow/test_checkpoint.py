@@ -19,8 +19,14 @@ from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, save_model, small_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["pre-norm", "350m"])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        ("pre-norm", torch.float32),
+        ("350m", torch.bfloat16),
+        *(pytest.param(v, torch.float16, marks=pytest.mark.exhaustive) for v in ("pre-norm", "350m")),
+    ],
+)
 def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer, tmp_path):
     dense = small_opt(dtype, **OPT_VARIANTS[variant])
     pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3))
@@ -323,7 +329,8 @@ def test_a_pickle_of_tensors_loads(opt_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)]
+    "number",
+    [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (signal.SIGKILL, signal.SIGINT))],
 )
 def test_a_run_killed_while_writing_leaves_no_output_but_can_be_resumed(number, tmp_path):
     """A real process, really killed once its temporary folder holds weights."""

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -206,45 +204,46 @@ def test_names_that_no_folder_can_have(name):
 
 # --- the exchange ----------------------------------------------------------------------------------------------------
 
-# Exchanges two folders in a process that is killed when it has made so many changes to the file system.
-EXCHANGE = """
-import os, signal, sys
-from pathlib import Path
-from snp_llm.checkpoint import output
-folder, kill_at, atomic = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-count = 0
-def counted(call):
-    def change(*args, **options):
-        global count
-        if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        return call(*args, **options)
-    return change
-partial = folder.with_name(f".{folder.name}.partial")
-(partial / "journal/cut").mkdir(parents=True)
-(partial / "journal/cut/state.json").write_text("")
-(partial / "model.safetensors").write_text("new")
-if not atomic:
-    output._exchanged = lambda one, other: False
-for name in ("rename", "rmdir", "unlink", "mkdir"):
-    setattr(os, name, counted(getattr(os, name)))
-Path.rename = counted(Path.rename)
-output._exchanged = counted(output._exchanged)
-output._exchange(partial, folder)
-"""
+
+def exchange(folder: Path, kill_at: int, atomic: bool) -> int:
+    """Exit code of a process that exchanges two folders, and is killed when it has changed the file system so often."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [kill_at]
+
+    def counted(call):
+        def change(*args, **options):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return call(*args, **options)
+
+        return change
+
+    try:
+        partial = folder.with_name(f".{folder.name}.partial")
+        (partial / "journal/cut").mkdir(parents=True)
+        (partial / "journal/cut/state.json").write_text("")
+        (partial / "model.safetensors").write_text("new")
+        if not atomic:
+            output._exchanged = lambda one, other: False
+        for name in ("rename", "rmdir", "unlink", "mkdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        Path.rename = counted(Path.rename)
+        output._exchanged = counted(output._exchanged)
+        output._exchange(partial, folder)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("atomic", [True, False])
 def test_killed_anywhere_in_the_exchange_one_of_both_is_whole_in_the_end(atomic, tmp_path):
     """In its place at once where the system can exchange folders, and else when the next run begins."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     outcomes = set()
     for kill_at in range(40):
         out = finished(tmp_path / f"{atomic}-{kill_at}/out")
-        command = [sys.executable, "-c", EXCHANGE, str(out), str(kill_at), str(atomic)]
-        code = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2]).returncode
+        code = exchange(out, kill_at, atomic)
         partial = out.with_name(".out.partial")
         if atomic:
             assert (out / "model.safetensors").read_text() in ("old", "new")

@@ -45,6 +45,7 @@ def test_two_and_four_ranks_prune_as_one_does(choices, prune, dense, tmp_path): 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4"]
 
 
+@pytest.mark.exhaustive
 def test_of_a_trained_model_as_much_is_the_same_as_the_docs_promise(prune, shared, tmp_path):  # noqa: F811
     model = shared / "models/opt-7m"
     if not model.is_dir():
