@@ -36,7 +36,6 @@ from snp_llm.data.windows import BUNDLED
 from snp_llm.evaluate.peak import resident_peak
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import run_without_blocks
-from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.estimate.estimate import estimate
 from snp_llm.pruning.estimate.work import matmul_rates
 from snp_llm.pruning.run import read_calibration, resolve
@@ -254,7 +253,7 @@ def forward_seconds(
 ) -> tuple[float, float]:
     """One plain forward pass over all tokens, and the part of it that is embeddings and head."""
     model.to(device)
-    blocks = find_blocks(model, find_family(model.config))
+    blocks = find_blocks(model)
     batches = [batch.to(device) for batch in tokens.split(batch_size)]
     model(batches[0], use_cache=False)  # warms up
     seconds = []

@@ -229,7 +229,7 @@ def pruned_row(
 def widths(model: PreTrainedModel) -> dict[str, str]:
     """Query heads and FFN channels of a model's blocks."""
     family = find_family(model.config)
-    blocks = find_blocks(model, family)
+    blocks = find_blocks(model)
     counts = {
         "heads": [read_heads(block, family).query for block in blocks],
         "ffn": [site.units for site in find_sites(blocks, family) if site.kind == "ffn"],

@@ -141,7 +141,7 @@ def write_table(file: Path, folder: Path, ffn_share: float) -> None:
     """Latencies of a model's blocks in which that share of the time grows with the FFN's width, the rest with heads."""
     model = load_skeleton(str(folder))
     family = find_family(model.config)
-    sites, times = find_sites(find_blocks(model, family), family), {}
+    sites, times = find_sites(find_blocks(model), family), {}
     for site in sites:
         share = ffn_share if site.kind == "ffn" else 1 - ffn_share
         widths = sorted({1, site.units // 2, site.units})

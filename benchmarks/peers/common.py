@@ -21,6 +21,7 @@ from snp_llm.models.families.family import Family
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site
 from snp_llm.models.size import model_size
+from snp_llm.models.structure import find_attention, find_ffn
 from snp_llm.models.surgery import prune_site
 
 BATCH = 8  # calibration windows at a time
@@ -72,7 +73,7 @@ class Method:
 def model_sites(model: PreTrainedModel) -> tuple[Family, nn.ModuleList, list[Site]]:
     """Family, decoder blocks and sites of a model; an attention unit is a KV group."""
     family = find_family(model.config)
-    blocks = find_blocks(model, family)
+    blocks = find_blocks(model)
     return family, blocks, find_sites(blocks, family)
 
 
@@ -97,6 +98,25 @@ def pruned(dense: PreTrainedModel, model: PreTrainedModel) -> Pruned:
 def best_units(scores: Tensor, width: int) -> Tensor:
     """The `width` units with the highest scores, ascending, (width,); of equal ones the first."""
     return torch.argsort(scores, descending=True, stable=True)[:width].sort().values
+
+
+@dataclass(frozen=True)
+class Names:
+    """Paths of a block's projections, and of its attention module."""
+
+    attention: str
+    qkv: tuple[str, ...]
+    attention_out: str
+    ffn_in: tuple[str, ...]
+    ffn_out: str
+
+
+def names_of(block: nn.Module) -> Names:
+    """Those of a block with one attention and one FFN."""
+    attention, ffn = find_attention(block), find_ffn(block)
+    assert attention is not None and ffn is not None
+    qkv, ffn_in = (rows.path for rows in attention.rows), (path for path, _ in ffn.rows)
+    return Names(attention.module, (*qkv,), attention.out, (*ffn_in,), ffn.out)
 
 
 def keep_units(

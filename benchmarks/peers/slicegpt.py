@@ -18,12 +18,11 @@ from transformers import PreTrainedModel
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, first_tensor
 from snp_llm.models.families.decoders import find_family
-from snp_llm.models.families.family import Family
 from snp_llm.models.projections import projection
 from snp_llm.models.size import model_size
 from snp_llm.runtime.errors import SnpError
 
-from .common import BATCH, Method, Prune, Pruned
+from .common import BATCH, Method, Names, Prune, Pruned, names_of
 
 
 @dataclass(frozen=True)
@@ -83,24 +82,24 @@ class SlicedBlock(nn.Module):
         shortcuts: Q on the skip connection around attention and around the FFN, or None for the identity.
     """
 
-    def __init__(self, block: nn.Module, family: Family, norms: tuple[UnitNorm, UnitNorm]) -> None:
+    def __init__(self, block: nn.Module, names: Names, norms: tuple[UnitNorm, UnitNorm]) -> None:
         super().__init__()
-        self.block, self.family = block, family
+        self.block, self.names = block, names
         self.attention_norm, self.ffn_norm = norms
         self.shortcuts = nn.ParameterList()
 
     def attend(self, hidden: Tensor, **call: Any) -> Tensor:
         """What attention adds to the stream."""
         call = {name: value for name, value in call.items() if name != "use_cache"}
-        return first_tensor(self.block.get_submodule(self.family.attention)(self.attention_norm(hidden), **call))
+        return first_tensor(self.block.get_submodule(self.names.attention)(self.attention_norm(hidden), **call))
 
     def feed(self, hidden: Tensor) -> Tensor:
         """What the FFN adds to the stream."""
-        x, (parent, _, _) = self.ffn_norm(hidden), self.family.ffn_out.rpartition(".")
+        x, (parent, _, _) = self.ffn_norm(hidden), self.names.ffn_out.rpartition(".")
         if parent:
             return self.block.get_submodule(parent)(x)
-        inner = projection(self.block, self.family.ffn_in[0])(x)
-        return projection(self.block, self.family.ffn_out)(self.block.activation_fn(inner))
+        inner = projection(self.block, self.names.ffn_in[0])(x)
+        return projection(self.block, self.names.ffn_out)(self.block.activation_fn(inner))
 
     def forward(self, hidden: Tensor, **call: Any) -> Tensor:
         around_attention, around_ffn = self.shortcuts
@@ -170,22 +169,23 @@ def absorb_norms(model: PreTrainedModel) -> list[SlicedBlock]:
     Args:
         model: a copy of the dense one.
     """
-    family, stream = find_family(model.config), stream_of(model)
-    blocks = find_blocks(model, family)
+    stream = stream_of(model)
+    blocks = find_blocks(model)
     final = read_norm(model.get_submodule(stream.final_norm))
     d = model.config.hidden_size
     sliced = []
     for index, block in enumerate(blocks):
+        names = names_of(block)
         norms = [read_norm(block.get_submodule(path)) for path in (stream.attention_norm, stream.ffn_norm)]
-        for paths, norm in zip((family.qkv, family.ffn_in), norms, strict=True):
+        for paths, norm in zip((names.qkv, names.ffn_in), norms, strict=True):
             for path in paths:
                 read_from(projection(block, path), norm)
-        for path in (family.attention_out, family.ffn_out):
+        for path in (names.attention_out, names.ffn_out):
             if final.centred:
                 write_centred(projection(block, path))
         for path in (stream.attention_norm, stream.ffn_norm):
             block.set_submodule(path, nn.Identity())
-        sliced.append(SlicedBlock(block, family, (UnitNorm(d, norms[0].eps), UnitNorm(d, norms[1].eps))))
+        sliced.append(SlicedBlock(block, names, (UnitNorm(d, norms[0].eps), UnitNorm(d, norms[1].eps))))
         blocks[index] = sliced[-1]
     old = model.get_output_embeddings()
     head = nn.Linear(d, old.weight.shape[0], bias=False, device=old.weight.device, dtype=old.weight.dtype)
@@ -244,7 +244,7 @@ def slice_model(dense: PreTrainedModel, tokens: Tensor, width: int) -> PreTraine
         _set(embedding, embedding.weight.detach().double() @ Q)
     followers = [*(block.attention_norm for block in sliced[1:]), final_norm]
     for index, (block, after) in enumerate(zip(sliced, followers, strict=True)):
-        family = block.family
+        names = block.names
         for b, x in enumerate(hidden):
             hidden[b] = x + block.attend(x, **captured[b][1][index].kwargs)
         Q_ffn = rotate(block.ffn_norm)
@@ -252,8 +252,8 @@ def slice_model(dense: PreTrainedModel, tokens: Tensor, width: int) -> PreTraine
             hidden[b] = x + block.feed(x)
         Q_after = rotate(after)
         for paths, out, enter, leave in (
-            (family.qkv, family.attention_out, Q, Q_ffn),
-            (family.ffn_in, family.ffn_out, Q_ffn, Q_after),
+            (names.qkv, names.attention_out, Q, Q_ffn),
+            (names.ffn_in, names.ffn_out, Q_ffn, Q_after),
         ):
             for path in paths:
                 reader = projection(block.block, path)
@@ -274,16 +274,17 @@ def sliced_parameters(dense: PreTrainedModel, width: int) -> int:
     Where embedding and LM head were one tensor, slicing needs one each. The same function can be stored with that
     tensor kept whole between Q of the first and of the last stream; the smaller of the two counts.
     """
-    family, stream = find_family(dense.config), stream_of(dense)
-    blocks = find_blocks(dense, family)
+    stream = stream_of(dense)
+    blocks = find_blocks(dense)
     total = 0
     for block in blocks:
-        for paths, norm in ((family.qkv, stream.attention_norm), (family.ffn_in, stream.ffn_norm)):
+        names = names_of(block)
+        for paths, norm in ((names.qkv, stream.attention_norm), (names.ffn_in, stream.ffn_norm)):
             shifts = read_norm(block.get_submodule(norm)).bias is not None
             for path in paths:
                 reader = projection(block, path)
                 total += reader.weight.shape[0] * (width + int(shifts or reader.bias is not None))
-        for path in (family.attention_out, family.ffn_out):
+        for path in (names.attention_out, names.ffn_out):
             written = projection(block, path)
             total += width * (written.weight.shape[1] + int(written.bias is not None))
         total += 2 * width**2

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
 from snp_llm.data.windows import BUNDLED
 from snp_llm.models import modeling_snp
-from snp_llm.models.anatomy import embedding_rows
+from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.offload import complete_index, in_two_files, other_shapes
@@ -148,7 +148,9 @@ def check_config(name: str, config: PretrainedConfig) -> None:
             f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
             f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
         )
-    find_family(config)
+    if not find_family(config).checked:  # whether its blocks are known shows in modules alone
+        with torch.device("meta"):
+            find_anatomy(AutoModelForCausalLM.from_config(config))
 
 
 def check_own_code(name: str, config: PretrainedConfig, *, trusted: bool) -> None:

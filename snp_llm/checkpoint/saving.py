@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.loading import explained, find_model
 from snp_llm.checkpoint.tokenizer import carry_over, find_tokenizer_files, without_code
+from snp_llm.models.anatomy import blocks_path, find_blocks
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
-from snp_llm.models.families.decoders import find_family
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
 from snp_llm.runtime.errors import SnpError
@@ -81,8 +81,7 @@ def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens
     Raises:
         SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
     """
-    blocks = pruned.get_submodule(find_family(pruned.config).blocks)
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = find_blocks(pruned)
     check_kept(dense, folder)
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
@@ -117,7 +116,7 @@ def check_kept(dense: PreTrainedModel, folder: Path) -> None:
         )
         saved, info = found
         complete_index(saved)
-        prefix = find_family(dense.config).blocks + "."
+        prefix = blocks_path(dense) + "."
         loaded, kept = (
             {name: (tensor, index.get(name)) for name, tensor in model.state_dict().items() if prefix not in name}
             for model, index in ((dense, disk_index(dense)), (saved, disk_index(saved)))

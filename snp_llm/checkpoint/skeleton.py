@@ -94,7 +94,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
                 shape = " x ".join(map(str, parameter.shape))
                 raise SnpError(f"model {name}: by its config {path} is {shape}; expected widths of at least 1.")
         family = find_family(config)
-        find_sites(find_blocks(model, family), family)
+        find_sites(find_blocks(model), family)
         run_dry(model)
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)  # refuses values that loading takes

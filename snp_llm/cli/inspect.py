@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.layout import describe_layout
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
@@ -69,7 +68,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "units": [block_units(a, f) for a, f in zip(sites[::2], sites[1::2], strict=True)],
         "sites": {site.kind: _site_facts(site) for site in sites[:2]},
-        "parameters": {"all": size.parameters, **parameters_by_kind(model, family)},
+        "parameters": {"all": size.parameters, **parameters_by_kind(anatomy)},
         "bytes": size.bytes,
         "flops_a_token": size.flops,
         "sparsity": sparsity_facts(anatomy, size, recipe),
@@ -91,29 +90,31 @@ def block_units(attention: Site, ffn: Site) -> dict[str, int]:
     }
 
 
-def parameters_by_kind(model: PreTrainedModel, family: Family) -> dict[str, int]:
+def parameters_by_kind(anatomy: Anatomy) -> dict[str, int]:
     """Parameters of each of `KINDS`, tied ones once; a head that is tied to the embeddings has none of its own."""
     counts: Counter[str] = Counter()
+    model, prefix = anatomy.model, blocks_path(anatomy.model) + "."
+    attentions = {site.module for site in anatomy.sites if site.heads is not None}
     head = model.get_output_embeddings()
     seen: set[int] = set()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[_kind(name, module, head, family)] += parameter.numel()
+                counts[_kind(name, module, head, prefix, attentions)] += parameter.numel()
     return {kind: counts[kind] for kind in KINDS}
 
 
-def _kind(name: str, module: nn.Module, head: nn.Module | None, family: Family) -> str:
+def _kind(name: str, module: nn.Module, head: nn.Module | None, prefix: str, attentions: set[str | None]) -> str:
     if module is head:
         return "head"
     if "norm" in type(module).__name__.lower():
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if name.startswith(family.blocks + "."):
-        path = name.removeprefix(family.blocks + ".").partition(".")[2]
-        if path.startswith(family.attention):
+    if name.startswith(prefix):
+        path = name.removeprefix(prefix).partition(".")[2]
+        if any(path.startswith(f"{attention}.") or path == attention for attention in attentions):
             return "attention"
         return "FFN" if isinstance(module, Projection) else "other"
     return "other"

@@ -238,7 +238,7 @@ def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) ->
     assert recipe.round_to is not None
     family, device = find_family(dense.config), compute_device(recipe.device)
     say = log.info if talk.json else partial(print, flush=True)
-    sites = find_sites(find_blocks(dense, family), family, recipe.head_unit)
+    sites = find_sites(find_blocks(dense), family, recipe.head_unit)
     say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
     needed = estimate(dense, recipe)
     takes = inspect_command.estimate_facts(needed, device)

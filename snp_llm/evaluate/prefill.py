@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, move, on_device, rest_on_device, run_block, run_without_blocks
-from snp_llm.models.families.decoders import find_family
 from snp_llm.runtime.device import synchronize
 
 
@@ -33,7 +32,7 @@ def prefill_speed(
     """
     device = torch.device(device)
     tokens = tokens.to(device)
-    blocks = [find_blocks(model.eval(), find_family(model.config)) for model in models]
+    blocks = [find_blocks(model.eval()) for model in models]
     captured = [capture_calls(m, b, tokens) for m, b in zip(models, blocks, strict=True)]
     seconds = [0.0 for _ in models]
 

@@ -64,5 +64,5 @@ def _sentence(reasons: Sequence[str]) -> str:
 def odd_widths(model: PreTrainedModel) -> int:
     """Blocks whose FFN width is no multiple of what kernels like."""
     family = find_family(model.config)
-    sites = find_sites(find_blocks(model, family), family)
+    sites = find_sites(find_blocks(model), family)
     return sum(site.kind == "ffn" and site.units % KERNEL_MULTIPLE > 0 for site in sites)

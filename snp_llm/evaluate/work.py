@@ -27,7 +27,7 @@ def head_weights(model: PreTrainedModel) -> int:
 def attention_channels(model: PreTrainedModel) -> int:
     """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
     family = find_family(model.config)
-    sites = find_sites(find_blocks(model, family), family)
+    sites = find_sites(find_blocks(model), family)
     return sum(site.channels for site in sites if site.heads is not None)
 
 

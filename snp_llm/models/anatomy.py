@@ -1,5 +1,6 @@
 """Where the blocks, sites and units of a model are, read off its modules. Knows no numbers in them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.projections import Projection, projection, weight_of
-from snp_llm.models.site import Heads, Producer, Rows, Site
+from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
+from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn
 from snp_llm.recipe.recipe import HeadUnit
 from snp_llm.runtime.errors import SnpError
 
@@ -48,38 +50,33 @@ def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group") -> An
     """What of a model can be cut, read off its modules.
 
     Args:
-        model: of a supported family, its weights anywhere.
+        model: a decoder, its weights anywhere.
         head_unit: as of `find_sites`.
 
     Raises:
-        SnpError: the model is of no supported family, or its modules are not those of its family.
+        SnpError: its blocks have no attention and no FFN that is known, or shapes that do not fit together.
     """
-    family = find_family(model.config)
-    blocks = find_blocks(model, family)
+    family, blocks = find_family(model.config), find_blocks(model)
     return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit)))
 
 
-def find_blocks(model: PreTrainedModel, family: Family) -> nn.ModuleList:
-    """The decoder blocks, checked to have the family's layout.
+def blocks_path(model: PreTrainedModel) -> str:
+    """Where the decoder blocks are: the list of modules that has most of the parameters.
 
     Raises:
-        SnpError: a module that the family's entry names is missing, or two projections are one tensor.
+        SnpError: the model has no such list.
     """
-    owners: dict[int, str] = {}
-    try:
-        blocks = model.get_submodule(family.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        for index, block in enumerate(blocks):
-            for path in (*family.qkv, family.attention_out, *family.ffn_in, family.ffn_out):
-                weight = projection(block, path).weight
-                name = f"block {index} {path}"
-                if (owner := owners.setdefault(id(weight), name)) != name:
-                    raise SnpError(
-                        f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
-                        "the other. Untie them (copy the weights) and save the model first."
-                    )
-    except AttributeError as error:
-        raise SnpError(f"{type(model).__name__} does not have the layout of {family.name}: {error}.") from error
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{p}.") for p in lists)}
+    if not outer:
+        raise SnpError(f"{type(model).__name__} does not have a list of blocks; expected a decoder-only model.")
+    return max(outer, key=lambda path: sum(p.numel() for p in outer[path].parameters()))
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks."""
+    blocks = model.get_submodule(blocks_path(model))
+    assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
@@ -89,7 +86,7 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_group") -> list[Site]:
-    """Attention and FFN site of every block, in the order in which they are pruned.
+    """The sites of every block, in the order in which they are pruned.
 
     Everything is read off the modules, so a model that was pruned before is an input like any other.
 
@@ -100,82 +97,94 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
             A block with one key-value head can only lose query heads; without groups (MHA) both are the same.
 
     Raises:
-        SnpError: head counts that do not fit the projections.
+        SnpError: no block has a site; shapes that do not fit together; two projections that are one tensor.
     """
-    sites = []
+    sites: list[Site] = []
     for index, block in enumerate(blocks):
-        sites += [_attention_site(index, block, family, head_unit), _ffn_site(index, block, family)]
+        try:
+            attention, ffn = find_attention(block), find_ffn(block)
+            for part, what in ((attention, "attention"), (ffn, "FFN")):
+                if part is None and family.checked and not family.hybrid:
+                    linear = [name for name, module in block.named_modules() if isinstance(module, Projection)]
+                    raise SnpError(f"has no {what} as {family.name} has it; its projections are {', '.join(linear)}.")
+            if attention is not None:
+                sites.append(_attention_site(index, block, attention, family, head_unit))
+            if ffn is not None:
+                sites.append(_ffn_site(index, block, ffn))
+        except SnpError as error:
+            raise SnpError(f"block {index} {error}") from error
+    if not sites:
+        linear = [name for name, module in blocks[0].named_modules() if isinstance(module, Projection)]
+        raise SnpError(
+            f"model_type {family.model_type!r} is not supported: expected blocks with an attention or an FFN whose "
+            f"projections have names that docs/adding_a_family.md lists; the first block has "
+            f"{', '.join(linear) or 'no projections'}."
+        )
+    _check_apart(blocks, sites)
     return sites
 
 
-def read_heads(block: nn.Module, family: Family) -> Heads:
-    """Head counts of a block, from the shapes of its projections.
-
-    Raises:
-        SnpError: the shapes are no whole number of heads, or query heads do not split evenly into KV groups.
-    """
-    size = int(getattr(block.get_submodule(family.attention), family.head_dim))
-    columns = weight_of(projection(block, family.attention_out)).shape[1]
-    rows = sum(weight_of(projection(block, path)).shape[0] for path in family.qkv)
-    query, key_value = columns // size, (rows - columns) // (2 * size)
-    if query * size != columns or key_value * 2 * size != rows - columns or key_value < 1 or query % key_value:
-        raise SnpError(
-            f"{family.attention}: expected query heads that split evenly into KV groups, got {columns:,} query and "
-            f"{(rows - columns) / 2:,.0f} key channels in heads of {size}. The config does not fit the weights."
-        )
-    return Heads(query, key_value, size)
+def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
+    """Raises SnpError if two projections are one tensor: cutting one would cut the other."""
+    owners: dict[int, str] = {}
+    for site in sites:
+        for path in (*(producer.path for producer in site.producers), *site.consumers):
+            if not isinstance(module := tensor_or_module(blocks[site.block], path), Projection):
+                continue
+            name = f"block {site.block} {path}"
+            if (owner := owners.setdefault(id(module.weight), name)) != name:
+                raise SnpError(
+                    f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
+                    "the other. Untie them (copy the weights) and save the model first."
+                )
 
 
-def _attention_rows(family: Family, heads: Heads, *, by_query: bool) -> list[tuple[Rows, ...]]:
-    """For every in-projection of an attention, whose its rows are; keys and values stay where query heads are units."""
-    shared = 1 if by_query else heads.query // heads.key_value
-    query = Rows(heads.query * heads.size, shared * heads.size)
-    key = Rows(heads.key_value * heads.size, 0 if by_query else heads.size)
-    if family.qkv_layout == "separate":
-        return [(query,), (key,), (key,)]
-    if family.qkv_layout == "fused":
-        return [(query, key, key)]
-    return [(Rows(3 * query.count, 3 * query.per_unit),)]
-
-
-def _attention_site(index: int, block: nn.Module, family: Family, head_unit: HeadUnit) -> Site:
-    try:
-        heads = read_heads(block, family)
-    except SnpError as error:
-        raise SnpError(f"block {index} {error}") from error
+def _attention_site(index: int, block: nn.Module, found: Attention, family: Family, head_unit: HeadUnit) -> Site:
+    heads = found.heads
     by_query = heads.query > heads.key_value and (head_unit == "query" or heads.key_value == 1)
-    attention = block.get_submodule(family.attention)
-    joint = any(getattr(attention, path.rpartition(".")[2], None) is not None for path in family.joint_norms)
-    rows = _attention_rows(family, heads, by_query=by_query)
     return make_site(
         block,
         index,
         kind="attention",
         stage=0,
-        producers=tuple(map(Producer, family.qkv, rows)),
-        consumers=(family.attention_out,),
-        module=family.attention,
+        producers=tuple(Producer(rows.path, _unit_rows(rows, heads, by_query=by_query)) for rows in found.rows),
+        consumers=(found.out,),
+        module=found.module,
         units=heads.query if by_query else heads.key_value,
         groups=heads.key_value if by_query else 0,
         heads=heads,
-        prunable=not joint,
+        stay=found.stay or family.heads_stay,
     )
 
 
-def _ffn_site(index: int, block: nn.Module, family: Family) -> Site:
-    width = weight_of(projection(block, family.ffn_out)).shape[1]
-    counts = (weight_of(projection(block, path)).shape[0] for path in family.ffn_in)
-    # A fused in-projection has every unit's row twice, in gate and in up.
-    rows = [(Rows(width, 1),) * (count // width) for count in counts]
+def _unit_rows(rows: HeadRows, heads: Heads, *, by_query: bool) -> tuple[Rows, ...]:
+    """Whose the rows of an in-projection are: keys and values stay where query heads are units."""
+    group = heads.query // heads.key_value
+    query, key_value = rows.query, rows.key_value
+    if rows.order == "groups" and not by_query:
+        each = group * query + key_value
+        return (Rows(heads.key_value * each, each),)
+    if rows.order == "groups":
+        parts = [(Rows(group * query, query, i * group), Rows(key_value, 0)) for i in range(heads.key_value)]
+        return tuple(part for pair in parts for part in pair)
+    parts_of = [Rows(heads.query * query, query if by_query else group * query)] if query else []
+    if key_value:
+        # Keys before values, where both are in one projection with the queries.
+        halves = (key_value // 2,) * 2 if query else (key_value,)
+        parts_of += [Rows(heads.key_value * half, 0 if by_query else half) for half in halves]
+    return tuple(parts_of)
+
+
+def _ffn_site(index: int, block: nn.Module, found: Ffn) -> Site:
     return make_site(
         block,
         index,
         kind="ffn",
         stage=1,
-        producers=tuple(map(Producer, family.ffn_in, rows)),
-        consumers=(family.ffn_out,),
-        module=family.ffn_out,
-        units=width,
+        producers=tuple(Producer(path, (Rows(found.channels, 1),) * times) for path, times in found.rows),
+        consumers=(found.out,),
+        module=found.out,
+        units=found.channels,
     )
 
 
@@ -202,7 +211,7 @@ def make_site(
     size = readers[0].shape[1] // units
     cost, parameters = size * sum(len(weight) for weight in readers), sum(weight.numel() for weight in readers)
     for producer in producers:
-        module = block.get_submodule(producer.path)
+        module = tensor_or_module(block, producer.path)
         if isinstance(module, Projection):
             weight = weight_of(module)
             cost, parameters = cost + producer.per_unit * weight.shape[1], parameters + weight.numel()

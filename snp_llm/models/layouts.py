@@ -1,42 +1,32 @@
 """How widths are written down: which config can hold them, and the model built from that config. Knows no files."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from snp_llm.models import modeling_snp
-from snp_llm.models.anatomy import find_blocks, find_sites, read_heads
-from snp_llm.models.families.decoders import FAMILIES, find_family
-from snp_llm.models.families.family import Family
+from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
+from snp_llm.models.families.decoders import FFN_KEYS, find_family
+from snp_llm.models.families.family import PRUNED, Family
 from snp_llm.models.offload import disk_index, read_tensor, wait_on_disk
-from snp_llm.models.projections import projection
-from snp_llm.models.site import Heads, Site
+from snp_llm.models.registry import is_own, pruned_config_class
+from snp_llm.models.site import Heads, Site, consumers_of, projecting
+from snp_llm.models.structure import find_attention, find_ffn
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
 
-
-def _pruned_classes(family: Family) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
-    model_class = getattr(modeling_snp, f"Snp{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]}")
-    return model_class.config_class, model_class
-
-
-PRUNED_CLASSES = {family.pruned_type: _pruned_classes(family) for family in FAMILIES}
-
-for _config_class, _model_class in PRUNED_CLASSES.values():  # so that, with snp_llm imported, no remote code is needed
-    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
 
 KERNEL_MULTIPLE = 64  # FFN widths that the kernels of other engines like
 
 FEWEST_STEPS = 16  # of that size in a whole FFN, or rounding is finer
 
 # Of a pruned or loaded model alone; they say nothing about the shapes.
-PRIVATE_KEYS = ("pruned_layers", "auto_map", "model_type", "architectures", "transformers_version")
+PRIVATE_KEYS = ("pruned_layers", "pruned_structure", "auto_map", "model_type", "architectures", "transformers_version")
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -45,7 +35,7 @@ KNOWN_WHEREVER = ("layer_types",)  # what transformers reads of any config, whet
 
 def needs_code(config: PretrainedConfig) -> bool:
     """Whether a model of this config carries its own modelling file."""
-    return config.model_type in PRUNED_CLASSES
+    return str(config.model_type).startswith(PRUNED)
 
 
 def check_code(model: PreTrainedModel) -> None:
@@ -53,9 +43,8 @@ def check_code(model: PreTrainedModel) -> None:
 
     That is built from the classes of transformers and of this package, whatever the loaded one has been built from.
     """
-    ours = [kind for pair in PRUNED_CLASSES.values() for kind in pair]
     for kind in (type(model), type(model.config)):
-        if not kind.__module__.startswith("transformers.models.") and kind not in ours:
+        if not is_own(kind):
             raise SnpError(
                 f"{kind.__name__}: is code of the model's own ({kind.__module__}), which a pruned model would lose; "
                 "expected a class of transformers. Without --trust-remote-code the class that is known here for "
@@ -69,11 +58,10 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     Building every module anew from the config, and loading strictly, proves that the config describes the weights.
     Tensors are shared with the arguments, not copied; those on disk stay there.
     """
+    config = config_for(dense, family, pruned_blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config_for(dense, family, pruned_blocks), attn_implementation=dense.config._attn_implementation
-        )
-    prefix = family.blocks + "."
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=dense.config._attn_implementation)
+    prefix = blocks_path(dense) + "."
     state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if not k.startswith(prefix)}
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
     model.load_state_dict(state, assign=True, strict=True)
@@ -98,37 +86,108 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
 
 def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PretrainedConfig:
     """The config that describes the pruned blocks; a plain one wherever that can hold their widths."""
-    heads = [read_heads(block, family) for block in pruned_blocks]
-    ffn = [site.units for site in find_sites(pruned_blocks, family) if site.kind == "ffn"]
-    if len(set(heads)) == len(set(ffn)) == 1 and (plain := plain_config(dense, family, heads[0], ffn[0])) is not None:
-        return plain
-    values = _plain_values(dense)
-    if family.head_dim_key:
-        values[family.head_dim_key] = heads[0].size
-    if values.get(family.ffn_key) is None:  # GPT-2 leaves its usual FFN width out
-        values[family.ffn_key] = find_sites(find_blocks(dense, family), family)[1].units
-    overrides = {
-        str(i): changed
-        for i, (h, f) in enumerate(zip(heads, ffn, strict=True))
-        if (changed := {k: v for k, v in _keys(family, h, f).items() if v != values[k]})
-    }
-    return PRUNED_CLASSES[family.pruned_type][0](**{**values, "pruned_layers": overrides})
+    widths = [block_widths(block) for block in pruned_blocks]
+    heads, ffn = ({w for w in some if w is not None} for some in zip(*widths, strict=True))
+    if len(heads) <= 1 and len(ffn) <= 1:
+        plain = plain_config(dense, family, next(iter(heads), None), next(iter(ffn), None))
+        if plain is not None and (family.checked or builds(plain, widths)):
+            return plain
+    values, structure = _plain_values(dense), structure_of(dense)
+    if family.head_dim_key and heads:
+        values[family.head_dim_key] = next(iter(heads)).size
+    overrides = {}
+    for part in structure["parts"]:
+        for index in part["of"]:
+            dense_widths = _keys(family, *part_widths(part))
+            new = _keys(family, *widths[index])
+            if changed := {key: count for key, count in new.items() if count != dense_widths[key]}:
+                overrides[str(index)] = changed
+    overrides = {index: overrides[index] for index in sorted(overrides, key=int)}
+    described = {"pruned_layers": overrides, "pruned_structure": structure}
+    return pruned_config_class(family.model_type)(**{**values, **described})
 
 
-def plain_config(dense: PreTrainedModel, family: Family, heads: Heads, ffn: int) -> PretrainedConfig | None:
-    """The stock config for the same widths in every block, or None where there is none."""
-    model_type = plain_type(dense, family, heads)
-    if model_type is None:
+def structure_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a model that no block of has been pruned has heads and channels, for readers without this package.
+
+    Returns:
+        `blocks`, the path of the list of blocks, and `parts`: for blocks that are alike their numbers (`of`), and of
+        attention and FFN, where there are any: the config keys of their widths, these widths, the rows that each of
+        these has in every tensor, and the path of the out-projection. That of a model that was pruned is the one which
+        it came with.
+    """
+    known: dict[str, Any] | None = getattr(model.config, "pruned_structure", None)
+    if known is not None:
+        return known
+    family = find_family(model.config)
+    parts: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    for index, block in enumerate(find_blocks(model)):
+        part: dict[str, Any] = {}
+        if (attention := find_attention(block)) is not None:
+            part["attention"] = {
+                "keys": [family.heads_key, family.kv_heads_key],
+                "heads": [attention.heads.query, attention.heads.key_value],
+                "size": attention.heads.size,
+                "module": attention.module,
+                "rows": {rows.path: [rows.query, rows.key_value] for rows in attention.rows},
+                "out": attention.out,
+            }
+        if (ffn := find_ffn(block)) is not None:
+            key = family.ffn_key or FFN_KEYS[0]
+            part["ffn"] = {"key": key, "width": ffn.channels, "rows": dict(ffn.rows), "out": ffn.out}
+        parts.setdefault(repr(part), (part, []))[1].append(index)
+    return {"blocks": blocks_path(model), "parts": [{"of": of, **part} for part, of in parts.values()]}
+
+
+modeling_snp.DESCRIBE["model"] = structure_of
+
+
+def block_widths(block: nn.Module) -> tuple[Heads | None, int | None]:
+    """Heads and FFN channels of a block, where it has them."""
+    attention, ffn = find_attention(block), find_ffn(block)
+    return None if attention is None else attention.heads, None if ffn is None else ffn.channels
+
+
+def part_widths(part: dict[str, Any]) -> tuple[Heads | None, int | None]:
+    """Those of the blocks that a part of `structure_of` describes."""
+    attention, ffn = part.get("attention"), part.get("ffn")
+    heads = None
+    if attention is not None:
+        query, key_value = attention["heads"]
+        heads = Heads(query, key_value, attention["size"])
+    return heads, None if ffn is None else ffn["width"]
+
+
+def builds(config: PretrainedConfig, widths: Sequence[tuple[Heads | None, int | None]]) -> bool:
+    """Whether transformers makes blocks of these widths of a config."""
+    try:
+        with torch.device("meta"):
+            blocks = find_blocks(AutoModelForCausalLM.from_config(config))
+        return [block_widths(block) for block in blocks] == list(widths)
+    except Exception:  # whatever the class says of values that do not fit together
+        return False
+
+
+def plain_config(
+    dense: PreTrainedModel, family: Family, heads: Heads | None, ffn: int | None
+) -> PretrainedConfig | None:
+    """The stock config for the same widths in every block that has such, or None where there is none."""
+    model_type = family.model_type if heads is None else plain_type(dense, family, heads)
+    if model_type is None or (family.ffn_key is None and ffn not in (None, *_dense_channels(dense))):
         return None
     values = _plain_values(dense)
-    if family.head_dim_key and _loses_heads(dense, family, heads):
+    if heads is not None and family.head_dim_key and _loses_heads(dense, family, heads):
         values[family.head_dim_key] = heads.size
-    values.update(_keys(family, heads, ffn))
+    values.update({key: count for key, count in _keys(family, heads, ffn).items() if key in values})
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         values = {key: value for key, value in values.items() if key in known}
         values["sliding_window"] = None
     return AutoConfig.for_model(model_type, **values)
+
+
+def _dense_channels(dense: PreTrainedModel) -> set[int | None]:
+    return {part_widths(part)[1] for part in structure_of(dense)["parts"]}
 
 
 def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | None:
@@ -138,11 +197,11 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
     unless there are biases, for which that has no place.
     """
-    if _loses_heads(dense, family, heads) and family.head_dim_key is None:
+    if _loses_heads(dense, family, heads) and (family.head_dim_key is None or not family.checked):
         return None
     if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
         return family.model_type
-    return None if _has_biases(find_blocks(dense, family), family) else family.substitute
+    return None if _has_biases(dense, family) else family.substitute
 
 
 def possible_types(dense: PreTrainedModel, layout: str) -> tuple[str, ...]:
@@ -203,16 +262,20 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return torch.equal(*values)
 
 
-def _keys(family: Family, heads: Heads, ffn: int) -> dict[str, int]:
-    keys = {family.heads_key: heads.query, family.ffn_key: ffn}
-    return {**keys, family.kv_heads_key: heads.key_value} if family.kv_heads_key else keys
+def _keys(family: Family, heads: Heads | None, ffn: int | None) -> dict[str, int]:
+    keys = {} if heads is None else {family.heads_key: heads.query}
+    if heads is not None and family.kv_heads_key:
+        keys[family.kv_heads_key] = heads.key_value
+    return keys if ffn is None else {**keys, family.ffn_key or FFN_KEYS[0]: ffn}
 
 
 def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
-    counts = _keys(family, heads, 0)
-    return any(getattr(dense.config, key) != count for key, count in counts.items() if key != family.ffn_key)
+    return any(getattr(dense.config, key, None) != count for key, count in _keys(family, heads, None).items())
 
 
-def _has_biases(blocks: nn.ModuleList, family: Family) -> bool:
-    paths = (*family.qkv, family.attention_out, *family.ffn_in, family.ffn_out)
-    return any(projection(blocks[0], path).bias is not None for path in paths)
+def _has_biases(dense: PreTrainedModel, family: Family) -> bool:
+    block = find_blocks(dense)[0]
+    sites = find_sites(nn.ModuleList([block]), family)
+    made = [module for site in sites for _, module in projecting(block, site)]
+    read = [module for site in sites for module in consumers_of(block, site)]
+    return any(module.bias is not None for module in (*made, *read))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, logits_of, on_device, rest_on_device, run_block
-from snp_llm.models.families.decoders import find_family
 
 HIDDEN_BYTES = 2**29  # of hidden states that are held while perplexity is measured
 
@@ -38,8 +38,7 @@ def logits_by_window(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
     model.eval()
-    blocks = model.get_submodule(find_family(model.config).blocks)  # whatever they are made of
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = find_blocks(model)
     bytes_a_token = model.config.hidden_size * model.dtype.itemsize
     at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
     for chunk in windows.split(at_once):

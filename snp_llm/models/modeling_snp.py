@@ -4,7 +4,8 @@
 
 needs nothing but transformers. `config.json` carries the widths under `pruned_layers`, in the schema of transformers'
 `per_layer_config`: a map from block index to the config keys that differ there. All other keys keep their dense values;
-where there is a `head_dim` it is explicit, since it must stay what it was when the number of heads changes.
+where there is a `head_dim` it is explicit, since it must stay what it was when the number of heads changes. What a head
+or a channel is in the tensors of a block stands under `pruned_structure`.
 
 The classes have the names of those in transformers with "Snp" in front, and come about when they are asked for:
 `SnpLlamaForCausalLM` is `LlamaForCausalLM` with other blocks, and its config, `SnpLlamaConfig`, is a `LlamaConfig`.
@@ -20,30 +21,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# Families whose config ties the head dimension to the number of heads, so that a block's attention cannot be built from
-# it. By config key: the projections whose outputs it counts, and the one whose inputs it counts.
-TIED = {
-    "opt": {
-        "num_attention_heads": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
-        "ffn_dim": (("fc1",), "fc2"),
-    },
-    "gpt2": {"n_head": (("attn.c_attn",), "attn.c_proj"), "n_inner": (("mlp.c_fc",), "mlp.c_proj")},
-    "gpt_neox": {
-        "num_attention_heads": (("attention.query_key_value",), "attention.dense"),
-        "intermediate_size": (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
-    },
-    "stablelm": {
-        "num_attention_heads": (("self_attn.q_proj",), "self_attn.o_proj"),
-        "num_key_value_heads": (("self_attn.k_proj", "self_attn.v_proj"), None),
-        "intermediate_size": (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    },
-}
-# By config key: the attributes of attention modules that grow with it.
-COUNTS = {
-    "num_attention_heads": ("num_heads",),
-    "n_head": ("num_heads", "split_size"),
-    "num_key_value_heads": ("num_key_value_heads",),
-}
+DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the package is
+
+# Attributes of attention modules that hold head counts, and channels of all heads together.
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+GROUP_SIZES = ("num_key_value_groups", "n_rep")
+CHANNELS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "inner_dim")
 
 
 class BlockConfig:
@@ -66,44 +50,90 @@ class Pruned:
 
     def __init__(self, config):
         super().__init__(config)
-        tied = TIED.get(config.model_type.removeprefix("snp_"))
-        overrides = getattr(config, "pruned_layers", None) or {}
-        blocks = next(module for module in self.modules() if isinstance(module, nn.ModuleList))
-        for index, block in enumerate(blocks):
-            changed = overrides.get(str(index), overrides.get(index, {}))
-            if tied:
-                resize_block(block, tied, config, changed)
-            elif changed:
-                view = BlockConfig(config, changed)
-                block.self_attn = type(block.self_attn)(view, index)
-                block.mlp = type(block.mlp)(view)
+        structure = getattr(config, "pruned_structure", None)
+        if structure is None:  # a folder of an earlier version, read by a later one
+            structure = config.pruned_structure = DESCRIBE["model"](self)
+        blocks, overrides = self.get_submodule(structure["blocks"]), getattr(config, "pruned_layers", None) or {}
+        for part in structure["parts"]:
+            for index in part["of"]:
+                changed = overrides.get(str(index), overrides.get(index))
+                if changed:
+                    resize_block(blocks[index], part, config, changed)
         self.post_init()
 
 
-def resize_block(block: nn.Module, tied: dict[str, tuple], config: PretrainedConfig, changed: dict[str, int]) -> None:
-    """Replaces the projections of a block by ones of other widths, and the head counts of its attention, in place."""
-    for key, width in changed.items():
-        dense, (inwards, outwards) = getattr(config, key), tied[key]
-        module = block.get_submodule(inwards[0].rpartition(".")[0])
-        for path in inwards:
-            resize(block, path, outputs=(width, dense))
-        if outwards:
-            resize(block, outwards, inputs=(width, dense))
-        for name in COUNTS.get(key, ()):
-            if hasattr(module, name):
-                setattr(module, name, getattr(module, name) * width // dense)
-        if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = module.num_heads // module.num_key_value_heads
+def resize_block(block: nn.Module, part: dict[str, Any], config: PretrainedConfig, changed: dict[str, int]) -> None:
+    """Gives a block the widths that differ from the config's, in place.
+
+    Args:
+        block: as the config says.
+        part: of `pruned_structure`: where attention and FFN of such a block are, and how many rows a head or a channel
+            has in every projection.
+        config: the model's.
+        changed: widths by config key.
+    """
+    ffn, attention = part.get("ffn"), part.get("attention")
+    if ffn and ffn["key"] in changed:
+        width = changed[ffn["key"]]
+        for path, rows in ffn["rows"].items():
+            resize(block, path, rows=rows * width)
+        resize(block, ffn["out"], columns=width)
+    if attention and any(key in changed for key in attention["keys"]):
+        size, module = attention["size"], block.get_submodule(attention["module"])
+        (query_key, key_value_key), (query, key_value) = attention["keys"], attention["heads"]
+        queries = changed.get(query_key, query)
+        shared = queries if query == key_value else key_value  # where the config has no key for it
+        keys = changed.get(key_value_key, key_value) if key_value_key else shared
+        for path, (per_query, per_key) in attention["rows"].items():
+            resize(block, path, rows=per_query * queries + per_key * keys)
+        resize(block, attention["out"], columns=size * queries)
+        set_head_counts(module, (query, key_value), (queries, keys), size)
+        if hasattr(module, "config"):  # some read it on every call
+            module.config = BlockConfig(module.config, changed)
 
 
-def resize(block: nn.Module, path: str, outputs: tuple[int, int] = (1, 1), inputs: tuple[int, int] = (1, 1)) -> None:
-    """Replaces a projection of a block, in place, by one with fractions (new, old) of its outputs and inputs."""
-    old = block.get_submodule(path)
-    rows, columns = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
-    rows, columns = rows * outputs[0] // outputs[1], columns * inputs[0] // inputs[1]
-    new = Conv1D(rows, columns) if isinstance(old, Conv1D) else nn.Linear(columns, rows, bias=old.bias is not None)
+def set_head_counts(attention: nn.Module, old: tuple[int, int], new: tuple[int, int], size: int) -> None:
+    """Whatever an attention module keeps of its head counts; its scaling stays, since the head dimension does.
+
+    Args:
+        attention: the module.
+        old: query and key-value heads that it had.
+        new: that it has now.
+        size: channels of a head.
+    """
+    for names, count in (
+        (QUERY_COUNTS, new[0]),
+        (KEY_VALUE_COUNTS, new[1]),
+        (GROUP_SIZES, new[0] // new[1]),
+    ):
+        for name in names:
+            if isinstance(getattr(attention, name, None), int):
+                setattr(attention, name, count)
+    for name in CHANNELS:
+        if getattr(attention, name, None) == old[0] * size:
+            setattr(attention, name, new[0] * size)
+
+
+def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | None = None) -> None:
+    """Gives a projection of a block, or another tensor, so many rows or columns, in place; values do not matter."""
     parent, _, name = path.rpartition(".")
-    setattr(block.get_submodule(parent), name, new)
+    owner = block.get_submodule(parent)
+    old = getattr(owner, name)
+    if isinstance(old, nn.Parameter):
+        setattr(owner, name, nn.Parameter(old.new_empty(rows, *old.shape[1:]), requires_grad=False))
+    elif isinstance(old, nn.Linear | Conv1D):
+        turned = isinstance(old, Conv1D)
+        shape = old.weight.shape[::-1] if turned else old.weight.shape
+        height, width = rows or shape[0], columns or shape[1]
+        new = old.weight.new_empty((width, height) if turned else (height, width))
+        old.weight = nn.Parameter(new, requires_grad=old.weight.requires_grad)
+        old.nx, old.nf = width, height  # of a Conv1D; a Linear has the other two
+        old.in_features, old.out_features = width, height
+        if old.bias is not None:
+            old.bias = nn.Parameter(old.bias.new_empty(height), requires_grad=old.bias.requires_grad)
+    else:  # a norm with values for every head
+        for key, tensor in list(old.named_parameters(recurse=False)):
+            setattr(old, key, nn.Parameter(tensor.new_empty(rows, *tensor.shape[1:]), requires_grad=False))
 
 
 @cache

@@ -93,7 +93,7 @@ def with_rows(old: nn.Module, rows: Tensor) -> nn.Module:
         return with_weight(old, weight[rows], None if bias is None else bias[rows])
     new = copy.deepcopy(old)
     for name, tensor in (*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)):
-        if tensor.dim() == 1:
+        if tensor.dim():
             values = tensor.detach()[rows.to(tensor.device)].clone()
             kept = nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
             setattr(new, name, kept)

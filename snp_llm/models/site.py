@@ -24,10 +24,12 @@ class Rows:
     Attributes:
         count: of all of them.
         per_unit: 0 where they stay.
+        first: unit that the first of them belong to.
     """
 
     count: int
     per_unit: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,12 @@ class Producer:
     @property
     def per_unit(self) -> int:
         """Rows that a unit has, all parts together."""
-        return sum(part.per_unit for part in self.rows)
+        return int((self.units() == 0).sum())
 
     def units(self) -> Tensor:
         """The unit that each row belongs to, (rows,), int64; -1 marks a row that stays."""
         parts = [
-            torch.arange(part.count // part.per_unit).repeat_interleave(part.per_unit)
+            part.first + torch.arange(part.count // part.per_unit).repeat_interleave(part.per_unit)
             if part.per_unit
             else torch.full((part.count,), -1)
             for part in self.rows
@@ -84,7 +86,7 @@ class Site:
         parameters: linear-weight parameters of all these projections, which sparsity is a fraction of.
         groups: KV groups from which equally many query heads go; 0 where units are not query heads.
         heads: of an attention site.
-        prunable: whether units may go at all.
+        stay: why units cannot go; empty where they can.
         droppable: whether all of them may, and then the module with them.
         routed: whether only some tokens come by, as to an expert.
     """
@@ -101,7 +103,7 @@ class Site:
     parameters: int
     groups: int = 0
     heads: Heads | None = None
-    prunable: bool = True
+    stay: str = ""
     droppable: bool = False
     routed: bool = False
 
@@ -125,6 +127,11 @@ class Site:
         return len(self.consumers) == 1 and self.module is not None and not self.routed
 
     @property
+    def prunable(self) -> bool:
+        """Whether units may go at all."""
+        return not self.stay
+
+    @property
     def step(self) -> int:
         """Units that can only go together: one of every group."""
         return self.groups or 1
@@ -146,6 +153,19 @@ class Site:
         if self.groups:
             return Heads(width, self.heads.key_value, self.heads.size)
         return Heads(width * (self.heads.query // self.heads.key_value), width, self.heads.size)
+
+
+def tensor_or_module(block: nn.Module, path: str) -> Tensor | nn.Module:
+    """What is at a path of a block: a module, or a tensor that a module holds itself."""
+    parent, _, name = path.rpartition(".")
+    found: Tensor | nn.Module = getattr(block.get_submodule(parent), name)
+    return found
+
+
+def projecting(block: nn.Module, site: Site) -> list[tuple[Producer, Projection]]:
+    """The producers of a site that are projections, not norms or other tensors that go along."""
+    pairs = [(producer, tensor_or_module(block, producer.path)) for producer in site.producers]
+    return [(producer, module) for producer, module in pairs if isinstance(module, Projection)]
 
 
 def consumers_of(block: nn.Module, site: Site) -> list[Projection]:

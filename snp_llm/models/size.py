@@ -31,7 +31,7 @@ class ModelSize:
 def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
     """Sizes of a model of a supported family; works on the meta device too."""
     family = find_family(model.config)
-    blocks = find_blocks(model, family)
+    blocks = find_blocks(model)
     unique = {id(p): p for p in model.parameters()}.values()
     linear = sum(linear_weights(block) for block in blocks)
     attended = sum(s.channels for s in find_sites(blocks, family) if s.heads is not None)

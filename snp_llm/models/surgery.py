@@ -1,15 +1,17 @@
 """Take units away from a site, or put zeros in their place. Knows modules, not why these units."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.families.decoders import find_family
-from snp_llm.models.modeling_snp import BlockConfig
-from snp_llm.models.projections import projection, weight_of, with_rows, with_weight
-from snp_llm.models.site import Site
+from snp_llm.models.modeling_snp import BlockConfig, set_head_counts
+from snp_llm.models.projections import Projection, projection, weight_of, with_rows, with_weight
+from snp_llm.models.site import Site, tensor_or_module
 
 
 def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -26,8 +28,7 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
         bias: repaired biases, (d_out,), or None where the consumers are to keep theirs.
     """
     for producer in site.producers:
-        rows = producer.kept_rows(kept)
-        block.set_submodule(producer.path, with_rows(block.get_submodule(producer.path), rows))
+        _keep_rows(block, producer.path, producer.kept_rows(kept))
     start = 0
     for path in site.consumers:
         old = projection(block, path)
@@ -54,7 +55,10 @@ def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> No
     """
     for producer in site.producers:
         rows = producer.kept_rows(kept)
-        small, large = projection(block, producer.path), projection(dense, producer.path)
+        small, large = (tensor_or_module(b, producer.path) for b in (block, dense))
+        if not isinstance(small, Projection) or not isinstance(large, Projection):  # its values have not changed
+            _set(block, producer.path, copy.deepcopy(large))
+            continue
         weight, bias = torch.zeros_like(weight_of(large)), None
         weight[rows] = weight_of(small)
         if small.bias is not None:
@@ -88,18 +92,24 @@ class NoBlock(nn.Module):
         return hidden_states
 
 
+def _keep_rows(block: nn.Module, path: str, rows: Tensor) -> None:
+    old = tensor_or_module(block, path)
+    if isinstance(old, Tensor):
+        _set(block, path, nn.Parameter(old.detach()[rows.to(old.device)].clone(), requires_grad=False))
+    else:
+        _set(block, path, with_rows(old, rows))
+
+
+def _set(block: nn.Module, path: str, value: Tensor | nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, value)
+
+
 def _set_head_counts(attention: nn.Module, site: Site, width: int) -> None:
-    """Whatever the attention module keeps of its head counts; its scaling stays, since the head dimension does."""
-    heads, family = site.heads_after(width), find_family(attention.config)  # type: ignore[arg-type]
-    counts = {
-        "num_heads": heads.query,
-        "num_key_value_heads": heads.key_value,
-        "num_key_value_groups": heads.query // heads.key_value,
-        "split_size": heads.query * heads.size,
-    }
-    for name, count in counts.items():
-        if hasattr(attention, name):
-            setattr(attention, name, count)
-    # Some (Phi-3) read their config on every call.
-    keys = {family.heads_key: heads.query, **({family.kv_heads_key: heads.key_value} if family.kv_heads_key else {})}
-    attention.config = BlockConfig(attention.config, keys)  # type: ignore[assignment]
+    old, new = site.heads, site.heads_after(width)
+    assert old is not None
+    set_head_counts(attention, (old.query, old.key_value), (new.query, new.key_value), new.size)
+    if isinstance(config := getattr(attention, "config", None), PretrainedConfig | BlockConfig):
+        family = find_family(config)  # type: ignore[arg-type]
+        keys = {family.heads_key: new.query, **({family.kv_heads_key: new.key_value} if family.kv_heads_key else {})}
+        attention.config = BlockConfig(config, keys)  # type: ignore[assignment]

@@ -21,8 +21,8 @@ from snp_llm.linalg.ldl import (
 )
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.projections import Projection, weight_of
-from snp_llm.models.site import Site, site_bias, site_weight
+from snp_llm.models.projections import weight_of
+from snp_llm.models.site import Site, projecting, site_bias, site_weight
 from snp_llm.pruning.statistics import SINGLE_PRECISION_FROM, Statistics
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock
@@ -112,9 +112,7 @@ def factor_site(
         gram = definite.gram
         W = site_weight(block, site).to(gram)
         in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
-        for producer in site.producers:
-            if not isinstance(module := block.get_submodule(producer.path), Projection):
-                continue  # a norm that goes along
+        for producer, module in projecting(block, site):
             sums = weight_of(module).to(gram.device).abs().sum(1, dtype=torch.float64)
             units = producer.units().to(gram.device)
             in_weight.index_add_(0, units[units >= 0], sums[units >= 0])

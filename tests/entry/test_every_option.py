@@ -22,7 +22,7 @@ from snp_llm.pruning.widths import latency
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
-MINE = "ordering: variance\ntarget: self\ndampening: 0.1\nallocation: uniform\n"  # no visit, no choice on held-out text
+MINE = "ordering: variance\nreference: self\ndampening: 0.1\nallocation: uniform\n"  # no visit, nothing held out
 FEW = "--num-samples 4 --seq-len 64 --no-eval --calibration bundled --output {output}"
 CHEAP = "--ordering variance --reference self --dampening 0.1 --allocation uniform"
 RUNS = (

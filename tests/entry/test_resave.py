@@ -11,12 +11,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import checkpoint, prune
 from snp_llm.models import modeling_snp
-from snp_llm.models.layouts import PRUNED_CLASSES
-from tests.conftest import small_model, small_opt, small_recipe
+from snp_llm.models.registry import pruned_config_class
+from tests.conftest import FAMILY_CONFIGS, small_model, small_opt, small_recipe
 
 FAMILIES = ["opt", "llama", "gpt2", "gpt_neox", "gemma3_text"]
 WAYS = ["save_pretrained", "trainer", "trained", *(["peft"] if find_spec("peft") else [])]
@@ -122,11 +122,12 @@ def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, tokeniz
     run(LOAD, tmp_path, tmp_path / "copied")
 
 
-@pytest.mark.parametrize("pruned_type", PRUNED_CLASSES)
-def test_every_pruned_model_takes_its_files_along_without_ever_being_saved_by_this_package(pruned_type, tmp_path):
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_every_pruned_model_takes_its_files_along_without_ever_being_saved_by_this_package(model_type, tmp_path):
     """The model as `prune` gives it, and its config alone."""
-    config_class, model_class = PRUNED_CLASSES[pruned_type]
-    dense = small_model(pruned_type.removeprefix("snp_"), torch.float32)
+    config_class = pruned_config_class(model_type)
+    model_class = AutoModelForCausalLM._model_mapping[config_class]
+    dense = small_model(model_type, torch.float32)
     values = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
     model = model_class(config_class(**values, pruned_layers={}))
     model.save_pretrained(tmp_path / "model")

@@ -17,7 +17,7 @@ from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli import parse
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
-from snp_llm.models.layouts import PRUNED_CLASSES
+from snp_llm.models.registry import pruned_config_class
 from snp_llm.models.size import model_size
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
@@ -49,7 +49,7 @@ def smallest(model_type: str):
     """A model of which every unit is gone that may go, built from its own config, without any plan of widths."""
     dense = small_model(model_type, torch.float32)
     family = find_family(dense.config)
-    site = find_sites(find_blocks(dense, family), family)[0]
+    site = find_sites(find_blocks(dense), family)[0]
     heads = site.heads_after(1 if site.prunable else site.units)
     widths = {family.heads_key: heads.query, family.ffn_key: LEAST_FFN}
     widths |= {family.kv_heads_key: heads.key_value} if family.kv_heads_key else {}
@@ -63,7 +63,7 @@ def smallest(model_type: str):
     if family.head_dim_key:
         values[family.head_dim_key] = heads.size
     with torch.device("meta"):
-        return dense, AutoModelForCausalLM.from_config(PRUNED_CLASSES[family.pruned_type][0](**values))
+        return dense, AutoModelForCausalLM.from_config(pruned_config_class(family.model_type)(**values))
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)

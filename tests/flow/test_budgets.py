@@ -75,7 +75,7 @@ def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatc
 def test_latency_buys_what_saves_time(tokenizer, tmp_path):
     """A table in which the FFN costs nothing: the whole saving has to come out of the heads."""
     dense, file = small_model("llama", num_key_value_heads=6), tmp_path / "latency.json"
-    sites = find_sites(find_blocks(dense, find_family(dense.config)), find_family(dense.config))
+    sites = find_sites(find_blocks(dense), find_family(dense.config))
     from snp_llm.pruning.widths.latency import key
 
     attention, ffn = key(sites[0]), key(sites[1])

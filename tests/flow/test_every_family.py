@@ -21,7 +21,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 def cut(model, tokenizer, **overrides):
     """A pruned model; heads stay where they cannot go."""
     family = find_family(model.config)
-    first = find_sites(find_blocks(model, family), family, overrides.get("head_unit", "kv_group"))[0]
+    first = find_sites(find_blocks(model), family, overrides.get("head_unit", "kv_group"))[0]
     stuck = not first.prunable or (overrides.get("layout") == "uniform" and not uniform_widths(model, family, first))
     settings = {**CUTS, **({"head_sparsity": 0.0} if stuck else {}), **overrides}
     return prune(model, tokenizer, small_recipe(**settings))
@@ -46,15 +46,15 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
 ):
     dense = small_model(model_type)
     pruned = cut(dense, tokenizer, head_unit=head_unit, layout=layout)
-    family = find_family(dense.config)
+    find_family(dense.config)
     masked = copy.deepcopy(dense)
     removed = {"attention": 0, "ffn": 0}
     for result in pruned.sites:
         site = result.site
         removed[site.kind] += site.units - len(result.kept)
         channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = projection(find_blocks(pruned.model, family)[site.block], site.path)
-        large = projection(find_blocks(masked, family)[site.block], site.path)
+        small = projection(find_blocks(pruned.model)[site.block], site.path)
+        large = projection(find_blocks(masked)[site.block], site.path)
         weight_of(large).zero_()[:, channels] = weight_of(small)
         if small.bias is not None:
             large.bias.copy_(small.bias)

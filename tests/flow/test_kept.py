@@ -15,7 +15,7 @@ from snp_llm import checkpoint, prune
 from snp_llm.checkpoint.saving import check_kept
 from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_files
 from snp_llm.cli.parse import prune_main
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.anatomy import blocks_path
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
 
@@ -86,7 +86,7 @@ def test_a_changed_tensor_outside_the_blocks_is_noticed(model_type, tokenizer, t
     dense = small_model(model_type, torch.float32, tie_word_embeddings=False)
     checkpoint.save(prune(dense, tokenizer, small_recipe(num_samples=2)).model, tokenizer, tmp_path)
     file = tmp_path / "model.safetensors"
-    weights, prefix = load_file(file), find_family(dense.config).blocks
+    weights, prefix = load_file(file), blocks_path(dense)
     outside = [name for name in weights if not name.startswith(prefix)]
     assert len(outside) >= 3
     for name in outside:

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
+from benchmarks.peers.common import names_of
 from snp_llm import prune
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, input_of, output_of, run_block
-from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import projection, weight_of
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 
@@ -35,18 +35,18 @@ def test_every_site_is_the_least_squares_solution(model_type, reference, referre
     monkeypatch.setattr("snp_llm.pruning.reference.enough_windows", lambda _widest, _seq_len: referred)
     dense = small_model(model_type)
     pruned = prune(dense, tokenizer, small_recipe(**CUTS, reference=reference, reference_weight=1.0))
-    family = find_family(dense.config)
-    dense_blocks, blocks = find_blocks(dense, family), find_blocks(pruned.model, family)
+    names = names_of(find_blocks(dense)[0])
+    dense_blocks, blocks = find_blocks(dense), find_blocks(pruned.model)
     hidden, calls = capture_calls(dense, dense_blocks, pruned.calibration.tokens)
     stream = hidden
     for index, (before, after) in enumerate(zip(dense_blocks, blocks, strict=True)):
         scale = getattr(before, "residual_multiplier", 1.0)
         wanted = {}
-        for path in (family.attention_out, family.ffn_out):
+        for path in (names.attention_out, names.ffn_out):
             wanted[path] = output_of(projection(before, path), before, stream, calls[index]).reshape(hidden.shape)
         half = copy.deepcopy(before)  # attention pruned, FFN still dense
-        half.set_submodule(family.attention, copy.deepcopy(after.get_submodule(family.attention)))
-        for path, full in ((family.attention_out, before), (family.ffn_out, half)):
+        half.set_submodule(names.attention, copy.deepcopy(after.get_submodule(names.attention)))
+        for path, full in ((names.attention_out, before), (names.ffn_out, half)):
             channels = result_channels(pruned, index, path)
             inputs = input_of(projection(full, path), full, hidden, calls[index])
             X = flat(inputs)[:, channels]
@@ -55,9 +55,9 @@ def test_every_site_is_the_least_squares_solution(model_type, reference, referre
             goal = wanted[path]
             if reference == "residual":
                 goal = goal + (stream - hidden) / scale
-                if path == family.ffn_out:
-                    attended = output_of(projection(half, family.attention_out), half, hidden, calls[index])
-                    goal = goal + wanted[family.attention_out] - attended.reshape(hidden.shape)
+                if path == names.ffn_out:
+                    attended = output_of(projection(half, names.attention_out), half, hidden, calls[index])
+                    goal = goal + wanted[names.attention_out] - attended.reshape(hidden.shape)
             new = projection(after, path)
             A = with_ones(X, new)
             some = slice(referred * hidden.shape[1])
@@ -128,9 +128,9 @@ def test_attention_that_stays_whole_before_the_first_cut_stays_to_the_bit(refere
     """Its inputs are the dense model's own, so that there is nothing for it to make good."""
     dense = small_model("opt")
     pruned = prune(dense, tokenizer, small_recipe(ffn_sparsity=0.4, head_sparsity=0.0, reference=reference, round_to=4))
-    family = find_family(dense.config)
-    before, after = (find_blocks(model, family) for model in (dense, pruned.model))
-    attention = [projection(block, family.attention_out) for block in (before[0], after[0])]
+    names = names_of(find_blocks(dense)[0])
+    before, after = (find_blocks(model) for model in (dense, pruned.model))
+    attention = [projection(block, names.attention_out) for block in (before[0], after[0])]
     assert torch.equal(attention[0].weight, attention[1].weight) and torch.equal(attention[0].bias, attention[1].bias)
     assert pruned.sites[0].reference_weight == 0 and pruned.sites[1].kept.numel() < pruned.sites[1].site.units
     if reference == "residual":  # later ones have something to make good

@@ -21,7 +21,7 @@ from tests.conftest import small_opt, small_recipe
 
 def test_a_gram_matrix_that_stays_indefinite_names_the_block():
     model, family = small_opt(), FAMILIES[0]
-    blocks = find_blocks(model, family)
+    blocks = find_blocks(model)
     site = find_sites(blocks, family)[3]
     second = torch.eye(64)
     second[1, 0] = -1e6
@@ -33,7 +33,7 @@ def test_a_gram_matrix_that_stays_indefinite_names_the_block():
 def test_the_mean_moves_only_where_there_is_a_bias():
     for variant, centred in (({}, True), ({"enable_bias": False}, False)):
         model, family = small_opt(**variant), FAMILIES[0]
-        blocks = find_blocks(model, family)
+        blocks = find_blocks(model)
         site = find_sites(blocks, family)[1]
         moments = Moments(4 * torch.eye(64), torch.full((64,), 2.0), 4)
         factored, gram = factor_site(blocks[0], site, Statistics(moments), small_recipe(), Clock(torch.device("cpu")))
@@ -62,7 +62,7 @@ def test_a_curve_of_a_site_without_energy_is_zero():
 def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     """The threshold lowered, the same site both ways: same units, nearly the same weights, curves and errors."""
     model, family = small_opt(), FAMILIES[0]
-    site = find_sites(find_blocks(model, family), family)[1]
+    site = find_sites(find_blocks(model), family)[1]
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(64, 64, generator=generator)
 
@@ -71,7 +71,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         return Moments((x.T @ x).tril(), x.sum(0), tokens), x
 
     (total, x), (held, y) = moments(800), moments(100)
-    d_out = find_blocks(model, family)[0].fc2.weight.shape[0]
+    d_out = find_blocks(model)[0].fc2.weight.shape[0]
     pull = 0.05 * torch.randn(d_out, 64, generator=generator)
     drift, held_drift = (Drift(pull @ s.T @ s, (s @ pull.T).sum(0)) for s in (x, y))
     total = Moments(total.second + held.second, total.first + held.first, 900)
@@ -79,7 +79,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     results = []
     for threshold in (10**9, 1):
         monkeypatch.setattr("snp_llm.pruning.factor.SINGLE_PRECISION_FROM", threshold)
-        block = copy.deepcopy(find_blocks(model, family)[0])
+        block = copy.deepcopy(find_blocks(model)[0])
         statistics = Statistics(total, drift, held, held_drift, torch.eye(d_out))
         factored, _ = factor_site(block, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)

@@ -30,8 +30,8 @@ def test_gradient_moments_are_those_of_a_backward_pass_through_the_whole_model(m
     model.requires_grad_(True)
     sites, found = visit(model, batch_size=2)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    family, outputs = find_family(model.config), {}
-    blocks = find_blocks(model, family)
+    _family, outputs = find_family(model.config), {}
+    blocks = find_blocks(model)
     for site in sites:
 
         def keep(_module, _inputs, output, name=site.name):

@@ -3,7 +3,6 @@ import torch
 
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, fixed_output, input_of, move, output_of, run_block, with_first_tensor
-from snp_llm.models.families.decoders import FAMILIES, find_family
 from tests.conftest import OPT_VARIANTS, small_opt
 
 
@@ -12,7 +11,7 @@ from tests.conftest import OPT_VARIANTS, small_opt
 def test_running_captured_blocks_one_by_one_is_the_model(variant, attention):
     model = small_opt(**OPT_VARIANTS[variant])
     model.set_attn_implementation(attention)
-    blocks = find_blocks(model, find_family(model.config))
+    blocks = find_blocks(model)
     tokens = torch.randint(2048, (3, 20))
     hidden, calls = capture_calls(model, blocks, tokens)
     assert len(calls) == 3 and "position_ids" in calls[0].kwargs
@@ -28,14 +27,14 @@ def test_capture_leaves_the_model_as_it_was():
     model = small_opt()
     tokens = torch.randint(2048, (1, 8))
     before = model(tokens).logits
-    capture_calls(model, find_blocks(model, FAMILIES[0]), tokens)
+    capture_calls(model, find_blocks(model), tokens)
     assert torch.equal(model(tokens).logits, before)
 
 
 def test_inputs_and_outputs_inside_a_block():
     model = small_opt()
-    block = find_blocks(model, FAMILIES[0])[0]
-    hidden, calls = capture_calls(model, find_blocks(model, FAMILIES[0]), torch.randint(2048, (2, 8)))
+    block = find_blocks(model)[0]
+    hidden, calls = capture_calls(model, find_blocks(model), torch.randint(2048, (2, 8)))
     whole = run_block(block, hidden, calls[0])
     inner = input_of(block.fc2, block, hidden, calls[0]).reshape(2, 8, 64)
     attended = output_of(block.self_attn, block, hidden, calls[0])

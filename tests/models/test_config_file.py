@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from snp_llm import checkpoint
 from snp_llm.data.windows import BUNDLED
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
-from snp_llm.models.layouts import PRUNED_CLASSES
+from snp_llm.models.registry import pruned_config_class
 from tests.conftest import FAMILY_CONFIGS, small_model
 
 THETA = 500_000.0
@@ -96,8 +96,9 @@ def test_the_rotary_base_stands_where_transformers_4_looks(model_type):
 
 
 def test_widths_of_their_own_change_nothing_about_it(tmp_path):
-    for pruned_type, (config_class, _) in PRUNED_CLASSES.items():
-        plain = with_rope(pruned_type.removeprefix("snp_"), "default")
+    for model_type in FAMILY_CONFIGS:
+        pruned_type, config_class = f"snp_{model_type}", pruned_config_class(model_type)
+        plain = with_rope(model_type, "default")
         values = {**json.loads(plain.to_json_string()), "model_type": pruned_type}
         expected = config_for_both({**values, "model_type": plain.model_type})
         assert config_for_both(values) == {**expected, "model_type": pruned_type}

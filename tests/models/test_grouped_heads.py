@@ -17,7 +17,7 @@ TOKENS = torch.randint(3, 2048, (2, 12), generator=torch.Generator().manual_seed
 
 def sites_of(model, head_unit):
     family = find_family(model.config)
-    return find_sites(find_blocks(model, family), family, head_unit)
+    return find_sites(find_blocks(model), family, head_unit)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_fused_gate_and_up_has_every_channel_twice():
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
 def test_a_block_still_runs_after_surgery_and_equals_zeroed_columns(model_type, head_unit):
     dense, pruned = small_model(model_type), small_model(model_type)
-    family = find_family(dense.config)
+    find_family(dense.config)
     for site in sites_of(pruned, head_unit):
         if not site.prunable:
             continue
@@ -80,10 +80,10 @@ def test_a_block_still_runs_after_surgery_and_equals_zeroed_columns(model_type, 
             per_group = site.units // site.groups
             kept = kept[kept % per_group != per_group - 1]
         channels = (kept[:, None] * site.unit_size + torch.arange(site.unit_size)).reshape(-1)
-        block = find_blocks(pruned, family)[site.block]
+        block = find_blocks(pruned)[site.block]
         old = block.get_submodule(site.path)
         prune_site(block, site, kept, weight_of(old)[:, channels], old.bias)
-        large = weight_of(find_blocks(dense, family)[site.block].get_submodule(site.path))
+        large = weight_of(find_blocks(dense)[site.block].get_submodule(site.path))
         zeroed = torch.zeros_like(large)
         zeroed[:, channels] = large[:, channels]
         large.copy_(zeroed)

@@ -8,19 +8,21 @@ from transformers import MistralForCausalLM, OPTForCausalLM
 from snp_llm import SnpError, prune
 from snp_llm.cli.layout import describe_layout
 from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.blocks import capture_calls, run_block
 from snp_llm.models.families.decoders import FAMILIES, find_family
-from snp_llm.models.layouts import assemble, needs_code, uniform_widths
-from snp_llm.models.modeling_snp import TIED, SnpOPTForCausalLM
+from snp_llm.models.layouts import assemble, block_widths, needs_code, structure_of, uniform_widths
+from snp_llm.models.modeling_snp import SnpOPTForCausalLM, resize_block
+from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.run import resolve
-from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
+from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, small_model, small_opt, small_recipe
 
 FAMILY = FAMILIES[0]
 
 
 def cut_blocks(model, widths):
     """Copies of a model's blocks whose sites keep their first units, without repair."""
-    blocks = nn.ModuleList(copy.deepcopy(list(find_blocks(model, FAMILY))))
+    blocks = nn.ModuleList(copy.deepcopy(list(find_blocks(model))))
     for site, width in zip(find_sites(blocks, FAMILY), widths, strict=True):
         if width < site.units:
             out = blocks[site.block].get_submodule(site.path)
@@ -75,7 +77,7 @@ def test_tensors_outside_the_blocks_are_shared():
 
 def sites_of(model, head_unit="kv_group"):
     family = find_family(model.config)
-    return find_sites(find_blocks(model, family), family, head_unit)
+    return find_sites(find_blocks(model), family, head_unit)
 
 
 def test_head_counts_that_llama_refuses_are_saved_as_mistral(tokenizer):
@@ -173,19 +175,25 @@ def test_targets_that_round_badly_are_announced(tokenizer, caplog):
     assert not any(message.startswith("ffn:") for message in caplog.messages)
 
 
-def test_what_travels_with_a_model_agrees_with_the_table():
-    """On which families tie the head dimension to the number of heads, and where their projections are."""
-    assert set(TIED) == {family.model_type for family in FAMILIES if family.head_dim_key is None}
-    for family in FAMILIES:
-        if family.head_dim_key is not None:  # built anew from the config, under the names that most have
-            assert family.attention == "self_attn" and family.ffn_out.startswith("mlp.")
-            continue
-        expected = {
-            family.heads_key: (family.qkv, family.attention_out),
-            family.ffn_key: (family.ffn_in, family.ffn_out),
-        }
-        if family.kv_heads_key:
-            query, *others = family.qkv
-            expected[family.heads_key] = ((query,), family.attention_out)
-            expected[family.kv_heads_key] = (tuple(others), None)
-        assert TIED[family.model_type] == expected
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_a_block_of_other_widths_is_described_to_the_row(model_type):
+    """A block that surgery has cut has the shapes that the file which travels with it gives to such a block."""
+    model, other = small_model(model_type), small_model(model_type)
+    structure, block = structure_of(model), find_blocks(model)[1]
+    for site in find_sites(find_blocks(model), find_family(model.config)):
+        if site.block == 1 and site.prunable:
+            kept = torch.arange(site.step, site.units)
+            prune_site(
+                block, site, kept, site_weight(block, site)[:, site.step * site.unit_size :], site_bias(block, site)
+            )
+    (part,) = structure["parts"]
+    family, widths = find_family(model.config), block_widths(block)
+    keys = {family.heads_key: widths[0].query, family.ffn_key: widths[1]}
+    keys |= {family.kv_heads_key: widths[0].key_value} if family.kv_heads_key else {}
+    resized = find_blocks(other)[1]
+    resize_block(resized, part, other.config, keys)
+    shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in resized.state_dict().items()} == shapes
+    resized.load_state_dict(block.state_dict())
+    hidden, calls = capture_calls(other, find_blocks(other), torch.randint(3, 2048, (2, 16)))
+    assert torch.equal(run_block(resized, hidden, calls[1]), run_block(block, hidden, calls[1]))

@@ -11,7 +11,6 @@ from snp_llm import checkpoint, prune
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import on_device
-from snp_llm.models.families.decoders import find_family
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked, disk_index, fingerprint, is_on_disk
 from snp_llm.models.size import model_size
@@ -74,7 +73,7 @@ def test_block_by_block_gives_the_models_own_logits(model_type, tokenizer, tmp_p
 def test_one_block_is_in_memory_at_a_time_and_tied_embeddings_stay_tied(tokenizer, tmp_path):
     save_model(small_opt(), tokenizer, tmp_path)
     model, _ = checkpoint.load(str(tmp_path), "float64", on_disk=tmp_path / "scratch")
-    blocks = find_blocks(model, find_family(model.config))
+    blocks = find_blocks(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     with on_device(blocks[1], CPU), on_device(blocks[1], CPU):
         assert [is_on_disk(block) for block in blocks] == [True, False, True]

@@ -79,7 +79,7 @@ class Shapes:
 def read_shapes(model: PreTrainedModel, recipe: Recipe) -> Shapes:
     assert recipe.seq_len is not None
     family = find_family(model.config)
-    blocks = find_blocks(model, family)
+    blocks = find_blocks(model)
     sites = find_sites(blocks, family, recipe.head_unit)
     attention = max(sites[::2], key=lambda s: s.parameters)
     ffn = max(sites[1::2], key=lambda s: s.parameters)

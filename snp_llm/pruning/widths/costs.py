@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.site import Site, site_weight
+from snp_llm.models.site import Site, projecting, site_weight
 from snp_llm.models.size import model_size
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe
@@ -69,8 +69,8 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
         return latency_costs(sites, read_or_measure(anatomy, recipe))
     per_unit = []
     for site in sites:
-        modules = [(producer, blocks[site.block].get_submodule(producer.path)) for producer in site.producers]
-        parameters = site.cost + sum(p.per_unit for p, module in modules if getattr(module, "bias", None) is not None)
+        made = projecting(blocks[site.block], site)
+        parameters = site.cost + sum(producer.per_unit for producer, module in made if module.bias is not None)
         attended = site.unit_size if site.heads is not None else 0
         per_unit.append(
             {
