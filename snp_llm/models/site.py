@@ -52,9 +52,9 @@ class Producer:
     def units(self) -> Tensor:
         """The unit that each row belongs to, (rows,), int64; -1 marks a row that stays."""
         parts = [
-            part.first + torch.arange(part.count // part.per_unit).repeat_interleave(part.per_unit)
+            part.first + torch.arange(part.count // part.per_unit, device="cpu").repeat_interleave(part.per_unit)
             if part.per_unit
-            else torch.full((part.count,), -1)
+            else torch.full((part.count,), -1, device="cpu")
             for part in self.rows
         ]
         return torch.cat(parts)

@@ -20,6 +20,7 @@ from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read
 from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.stream import capture
+from snp_llm.pruning.trial_cut import try_cuts
 from snp_llm.pruning.widths.plan import find_removals, plan_widths
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe
@@ -150,6 +151,9 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
     anatomy = find_anatomy(model, run.recipe.head_unit)
     check_weights(anatomy)
+    if windows is not None and not anatomy.family.checked:
+        kinds = dict.fromkeys(site.kind for site in anatomy.sites)
+        try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
     announce_heads(anatomy.sites, run.recipe)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
     if windows is not None and visit_passes(run.recipe):

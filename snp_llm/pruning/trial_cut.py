@@ -1,0 +1,86 @@
+"""A cut in each kind of block before the work: whether the units that stay compute what they did. Keeps nothing."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.linalg.units import deal_from_groups, unit_channels
+from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.blocks import BlockCall, capture_calls, on_device
+from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.site import Site, site_bias, site_weight
+from snp_llm.models.surgery import prune_site
+from snp_llm.pruning.taps import inputs_at
+from snp_llm.runtime.errors import SnpError, reason
+
+log = logging.getLogger(__name__)
+
+TOKENS = 64  # that are tried
+
+# Largest difference of what arrives at a consumer, relative to the largest value. Fewer rows may take another kernel.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.no_grad()
+def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
+    """Cuts the first unit of every kind of site off a copy, in every kind of block, and compares what others give.
+
+    That shows whether rows were told apart rightly: a layout that only looks like one that is known gives something
+    else, or does not run.
+
+    Args:
+        anatomy: of the dense model; left as it was.
+        tokens: a text, (windows, T), int64.
+        kinds: of site that may be cut.
+
+    Raises:
+        SnpError: the units of a site are not what they were taken for.
+    """
+    model, blocks, seen = anatomy.model, anatomy.blocks, set[str]()
+    hidden, calls = capture_calls(model, blocks, tokens[:1, :TOKENS])
+    for index, block in enumerate(blocks):
+        here = [site for site in anatomy.sites_of(index) if site.prunable and site.kind in kinds]
+        sites = [site for site in here if site.units > site.step]
+        shape = repr([(site.path, site.units, site.heads, site.producers) for site in sites])
+        if not sites or shape in seen:
+            continue
+        seen.add(shape)
+        with on_device(block, torch.device("cpu")):
+            for site in sites:
+                difference = _try(block, site, hidden.cpu(), calls[index])
+                if not difference <= TOLERANCE[model.dtype]:
+                    raise SnpError(
+                        f"{site.name}: with the first of its {site.units} {site.unit} taken away, the others give "
+                        f"something else (by {difference:.1e} of the largest value); expected the same. What looks "
+                        f"like a layout that is known is another one: {anatomy.family.model_type} is not supported."
+                    )
+    log.warning(
+        "model_type %s has no entry in the table of families: its %s were told by the names and shapes of their "
+        "projections, and a cut of each was tried",
+        anatomy.family.model_type,
+        " and ".join(kinds),
+    )
+
+
+def _try(block: nn.Module, site: Site, hidden: Tensor, call: BlockCall) -> float:
+    """Largest difference, relative to the largest value, of what arrives at a site's consumer after a cut."""
+    order = torch.arange(site.units).flip(0)
+    order = deal_from_groups(order, site.groups) if site.groups else order
+    kept = order[: site.units - site.step].sort().values
+    channels = unit_channels(kept, site.unit_size)
+    narrow = copy_unhooked(block)
+    W = site_weight(narrow, site)
+    prune_site(narrow, site, kept, W[:, channels.to(W.device)], site_bias(narrow, site))
+    try:
+        (before,), (after,) = (inputs_at(b, [site], hidden, call) for b in (block, narrow))
+    except Exception as error:  # shapes that do not fit together any more
+        raise SnpError(
+            f"{site.name}: does not run with the first of its {site.units} {site.unit} taken away ({reason(error)}); "
+            "what looks like a layout that is known is another one."
+        ) from error
+    if before is None or after is None:  # no token comes by
+        return 0.0
+    wanted = before[..., channels]
+    return float((after.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30))
