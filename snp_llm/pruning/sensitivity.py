@@ -286,8 +286,8 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
         apart = for_algebra(
             site.name,
             Statistics(
-                of_site.moments,
-                held_moments=of_site.held_moments,
+                of_site.fitted.moments,
+                held=of_site.held,
                 gradient=gradients.get(index, site.path),
                 files=of_site.files,
             ),
