@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.data.windows import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
-from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
+from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.evaluate.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.models.size import model_size
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
@@ -115,16 +115,9 @@ def measure_perplexity(
         raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
     text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column, bos=bos)
     check_tokens(text, model)
-    value, counted = strided_perplexity(
-        model,
-        text.tokens[0],
-        seq_len=seq_len,
-        stride=recipe.stride,
-        bos=tokenizer.bos_token_id if bos == "always" else None,
-        max_windows=recipe.max_windows,
-        batch_size=recipe.batch_size,
-        device=device,
-    )
+    before = tokenizer.bos_token_id if bos == "always" else None
+    sliding = Sliding(seq_len, recipe.stride, before, recipe.max_windows)
+    value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     protocol = (
         f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "
         f"{counted:,} tokens counted once each, given {seq_len - recipe.stride:,} to {seq_len - 1:,} before them "

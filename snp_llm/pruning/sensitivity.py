@@ -4,7 +4,7 @@ Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,6 @@ from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import (
-    BlockCall,
     frozen,
     loss_gradient,
     on_device,
@@ -169,10 +168,11 @@ def _read_gradients(visit: _Visit) -> None:
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
                 states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
     for index in range(len(blocks) - done - 1, -1, -1):
-        block, entering, here = blocks[index], inputs.pop(), visit.anatomy.sites_of(index)
+        block, here = blocks[index], visit.anatomy.sites_of(index)
         weights = [site_weight(block, site) for site in here]
         sums = [empty_moments(len(W), W.dtype, device) for W in weights]
-        back = partial(_back, block, here, entering, stream.calls[index], gradients, device)
+        entering = replace(stream, hidden=inputs.pop(), index=index)
+        back = partial(_back, block, here, entering, gradients, device)
         with on_device(block, device), clock.phase("forward passes"):
             for at, (gradient, found) in in_batches(len(windows), stream.batch, back):
                 with clock.phase("Gram matrices"):
@@ -246,15 +246,9 @@ def sum_up(
 
 
 def _back(
-    block: nn.Module,
-    sites: Sequence[Site],
-    entering: Tensor,
-    call: BlockCall,
-    gradients: Tensor,
-    device: torch.device,
-    at: slice,
+    block: nn.Module, sites: Sequence[Site], entering: Stream, gradients: Tensor, device: torch.device, at: slice
 ) -> tuple[Tensor, list[Tensor | None]]:
-    return gradients_at(block, sites, entering[at], call, gradients[at].to(device))
+    return gradients_at(block, sites, entering.hidden[at], entering.call, gradients[at].to(device))
 
 
 def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:

@@ -82,7 +82,7 @@ class Recipe:
     """The largest sparsity, found by bisection, at which perplexity on held-out calibration text rises by no more."""
     ordering: Literal["zca", "zca-exact", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
     """Which units go first: the score that ranks them. zca is the paper's, by quadrature
-    above 2,048 channels; zca-exact decomposes at every size."""
+    above 512 channels; zca-exact decomposes at every size."""
     metric: Literal["error", "loss"] = "loss"
     """In which obs and greedy measure what a removal costs. error: the out-projection's squared error. loss: that error
     weighted by the loss gradient's second moments."""
