@@ -197,7 +197,7 @@ def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, A
 
 
 def print_inspection(facts: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints an inspection for people."""
     print(
         f"{facts['model']}: {facts['family']} ({facts['model_type']}), {facts['blocks']} blocks, hidden size "
         f"{facts['hidden_size']:,}, {facts['positions']:,} positions, {facts['dtype']}, "
@@ -230,7 +230,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
 
 
 def print_sparsity(facts: dict[str, Any]) -> None:
-    """What sparsity means."""
+    """Prints what sparsity means for a model."""
     print(
         f"Sparsity is a share of the block-linear parameters: {facts['block_linear']:,}, "
         f"{100 * facts['block_linear_share']:.1f} % of all. Sparsity {facts['asked']:g} makes the whole model "
@@ -252,7 +252,7 @@ def estimate_line(facts: dict[str, Any], device: str) -> str:
 
 
 def print_estimate(facts: dict[str, Any], device: str) -> None:
-    """An estimate's peaks and what makes them up."""
+    """Prints an estimate's peaks and what makes them up."""
     for place, name in (("device", f"memory of {device}"), ("host", "host memory"), ("disk", "disk")):
         if count := facts[f"{place}_bytes"]:
             most = list(itertools.islice(facts["breakdown"][place].items(), 3))
@@ -266,7 +266,7 @@ def print_estimate(facts: dict[str, Any], device: str) -> None:
 
 
 def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Neighbouring blocks of the same widths in one row."""
+    """Rows of blocks with their units, neighbours of the same widths in one."""
     at = 0
     for units, group in itertools.groupby(facts["units"]):
         count = len([*group])

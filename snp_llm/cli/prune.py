@@ -108,7 +108,7 @@ def check_model(recipe: Recipe) -> None:
 
 
 def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> dict[str, Any]:
-    """Everything between a parsed recipe and a folder that only has to get its name.
+    """Does everything between a parsed recipe and a folder that only has to get its name.
 
     Returns:
         The report; empty but on rank 0.
@@ -173,7 +173,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
 
 def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) -> None:
-    """What is left once the model is safe: the page, the closing words, the upload."""
+    """Does what is left once the model is safe: the page, the closing words, the upload."""
     write_page(folder)
     if talk.json:
         sites_without = [{k: v for k, v in site.items() if k not in ("kept", "curve")} for site in summary["sites"]]
@@ -264,7 +264,7 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reci
 
 
 def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> dict[str, Any]:
-    """The same ready for JSON."""
+    """Widths and sizes of a plan, ready for JSON."""
     size = model_sizes.model_size(dense, recipe.seq_len or 1)
     removed = sum((site.units - width) * site.cost for site, width in plan)
     sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]

@@ -43,7 +43,7 @@ class Evaluated:
 
 
 def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[Evaluated]:
-    """Every model of a recipe, one in memory at a time.
+    """Evaluates every model of a recipe, with one in memory at a time.
 
     Raises:
         SnpError: a model, dataset or task that cannot be used.
@@ -84,7 +84,7 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
 
 
 def dataset_of(recipe: EvaluationRecipe) -> str:
-    """That perplexity is measured on."""
+    """Dataset that perplexity is measured on."""
     return recipe.dataset or ("bundled" if recipe.models[0] == checkpoint.TINY_OPT else "wikitext2")
 
 

@@ -87,7 +87,7 @@ class KeptSums:
         return replace(sums, gram=lambda: self.gram().to(dtype), first=self.first.to(dtype))
 
     def seen_by(self, view: Tensor) -> "KeptSums":
-        """With outputs `V^T v`, V (d_out, m): their plain norm is that of v in the metric `V V^T`."""
+        """Sums with outputs `V^T v`, V (d_out, m): their plain norm is that of v in the metric `V V^T`."""
         return self._with_outputs(lambda tensor: view.mT @ tensor)
 
     def _with_outputs(self, change: Callable[[Tensor], Tensor]) -> "KeptSums":

@@ -110,16 +110,16 @@ class _Pending:
 
     @classmethod
     def of(cls, inverse: Tensor, room: int) -> "_Pending":
-        """Nothing, with room for so many channels."""
+        """No removals yet, with room for so many channels."""
         rows = inverse.new_empty(room, len(inverse))
         return cls(rows, torch.empty_like(rows))
 
     def taken_off(self, part: Tensor, at: Tensor | slice, columns: Tensor | slice) -> Tensor:
-        """A part of the inverse, as it is after the removals, in its place."""
+        """A part of the inverse as it is after the removals, in place of what it was."""
         return part.addmm_(self.rows[: self.filled, at].mT, self.shares[: self.filled, columns], alpha=-1)
 
     def add(self, rows: Tensor, shares: Tensor) -> None:
-        """Takes up a removal."""
+        """Takes up the rows and shares of units that went."""
         new = slice(self.filled, self.filled + len(rows))
         self.rows[new], self.shares[new] = rows, shares
         self.filled = new.stop

@@ -13,7 +13,7 @@ SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one 
 
 
 def zca_quadrature(definite: DefiniteGram, unit_size: int) -> Tensor:
-    """The score of `zca` to a few per cent (made-up sites: 12 %), for little more than an LDL costs.
+    """ZCA scores of units to a few per cent (made-up sites: 12 %), for little more than an LDL costs.
 
     In the basis of the eigenvectors of `[G^-1]_uu`, `[G^-1/2]_uu` is all but diagonal: a unit's score is the sum over
     its channels there. For one of those, e, `e^T f(G) e` is the integral of f over the spectrum of G in the measure

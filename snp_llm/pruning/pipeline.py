@@ -137,7 +137,7 @@ class Visited:
     curves: Sequence[SiteCurves | None]
 
     def gradient(self, number: int) -> Tensor | None:
-        """F of a site, by its number, read when it is asked for."""
+        """Second moment F of the gradient at a site, by the site's number, read when it is asked for."""
         curves = self.curves[number]
         return None if curves is None else curves.gradient
 

@@ -67,7 +67,7 @@ class SiteCurves:
 
     @property
     def gradient(self) -> Tensor | None:
-        """F, or None where no gradients were asked for; without files, only on the rank that cuts the block."""
+        """F, read now, or None where none was asked for; without files, only on the rank that cuts the block."""
         return self.read_gradient()
 
 
@@ -133,7 +133,7 @@ class _Visit:
 
     @property
     def windows(self) -> range:
-        """Those of this rank."""
+        """Windows of this rank."""
         return ranks.share(len(self.tokens))
 
     def start(self) -> Stream:
@@ -143,7 +143,7 @@ class _Visit:
 
 
 def _read_gradients(visit: _Visit) -> None:
-    """F of every site, in a pass forwards that keeps what enters each block, and one back."""
+    """Puts F of every site into the journal, in a pass forwards that keeps what enters each block, and one back."""
     blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     device = clock.device
     done, state = journal.last_state(windows, len(visit.tokens))
@@ -189,7 +189,7 @@ def _read_gradients(visit: _Visit) -> None:
 
 
 def _read_curves(visit: _Visit, gradients: Journal) -> None:
-    """Energy and loss curves of every site, in one pass.
+    """Puts energy and loss curves of every site into the journal, in one pass.
 
     Args:
         visit: of the model.
@@ -272,7 +272,7 @@ def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal)
 
 
 def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> dict[str, Tensor]:
-    """By kind of site and name: the curves that `SiteCurves` holds; sums are used up."""
+    """Curves of a block's sites as `SiteCurves` holds them, by kind of site and name; sums are used up."""
     found: dict[str, Tensor] = {}
     block, recipe = visit.anatomy.blocks[index], visit.run.recipe
     for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
@@ -295,7 +295,7 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
 
 
 def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
-    """F, on the CPU, from the sums over so many tokens."""
+    """Second moment F of a site's gradient, a token, on the CPU, from sums over so many tokens."""
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
     return (gram_matrix(moments, centred=False) / tokens).float().cpu()

@@ -90,7 +90,7 @@ class Sums:
 
     @torch.no_grad()
     def statistics(self, W: Tensor, bias: Tensor | None, gradient: Tensor | None) -> Statistics:
-        """With the held-out windows as part of the whole. Sums in place: these sums are used up.
+        """Statistics of the site, the held-out windows part of the whole; summed in place, so that these are used up.
 
         Args:
             W, bias: of the site's consumers, as they were while the sums were made.
@@ -271,7 +271,7 @@ def over_all_ranks(sums: Sums) -> Sums:
 
 
 def joined(sums: TokenSums, other: TokenSums) -> TokenSums:
-    """Sums over the tokens of both, in place of the first."""
+    """Sums over the tokens of two sets, in place of those of the first."""
     outputs, others = sums.outputs, other.outputs
     if outputs is not None and others is not None:
         outputs = OutputSums(outputs.cross.add_(others.cross), outputs.first.add_(others.first))
@@ -279,7 +279,7 @@ def joined(sums: TokenSums, other: TokenSums) -> TokenSums:
 
 
 def added_to(moments: Moments, other: Moments) -> Moments:
-    """Moments over the tokens of both, in place of the first; of both the upper triangle is there, or of neither."""
+    """Moments over the tokens of two sets, in place of the first; both have their upper triangle, or neither."""
     assert moments.whole == other.whole
     tokens = moments.tokens + other.tokens
     return Moments(moments.second.add_(other.second), moments.first.add_(other.first), tokens, moments.whole)

@@ -83,7 +83,7 @@ def _has_perplexity(report: dict[str, Any]) -> bool:
 
 
 def _measured_on(report: dict[str, Any]) -> str:
-    """Of the table above: text and device."""
+    """What the figures of the table were measured on, text and device, in sentences."""
     said = [f"Perplexity on {report['evaluation']}."] if _has_perplexity(report) else []
     if report["pruned"]["speed"] is not None and "device" in report:
         said.append(f"Speed on {report['device']}.")
@@ -91,6 +91,7 @@ def _measured_on(report: dict[str, Any]) -> str:
 
 
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
+    """Writes the model card of a pruned model into its folder."""
     config = pruned.model.config
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
     write_text(folder / CARD, card)

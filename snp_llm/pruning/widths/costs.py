@@ -44,7 +44,7 @@ class Costs:
 
 
 def sparsity_costs(sites: Sequence[Site]) -> Costs:
-    """Block-linear parameters, which sparsity is a fraction of."""
+    """Costs in block-linear parameters, which sparsity is a fraction of."""
     return Costs(
         "block-linear parameters",
         float(sum(site.parameters for site in sites)),
@@ -88,7 +88,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
 
 
 def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
-    """Seconds, from a table of measured widths, straight lines between them."""
+    """Costs in seconds, from a table of measured widths, with straight lines between them."""
     curves = []
     for site in sites:
         known = table.seconds(site)

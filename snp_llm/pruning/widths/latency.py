@@ -58,7 +58,7 @@ class LatencyTable:
     sites: dict[str, dict[int, float]]
 
     def seconds(self, site: Site) -> dict[int, float]:
-        """Seconds by width.
+        """Seconds of a block by the width of a site.
 
         Raises:
             SnpError: the table has no site of this shape.
@@ -72,7 +72,7 @@ class LatencyTable:
 
 
 def key(site: Site) -> str:
-    """Sites of one shape have one key."""
+    """Name that all sites of one shape have in a table."""
     return f"{site.kind} of {site.units} {site.unit} of {site.unit_size}, {site.parameters:,} parameters"
 
 

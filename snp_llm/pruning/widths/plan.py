@@ -34,7 +34,7 @@ FARTHEST_FROM_BUDGET = 0.01  # that an achieved sparsity may be without a word a
 
 @dataclass(frozen=True)
 class Removals:
-    """What has to go.
+    """What has to go of a model.
 
     Attributes:
         costs: of every site at every width.
