@@ -129,6 +129,11 @@ def find_model(name: str) -> str:
     return path
 
 
+def usual_text(name: str) -> str:
+    """Text that a model is calibrated and measured on where no other is named."""
+    return "bundled" if name == TINY_OPT else "wikitext2"
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a model's name means a repository on the Hub, not a folder."""
     return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
+from snp_llm.checkpoint.loading import usual_text
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.data.windows import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
@@ -85,7 +86,7 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
 
 def dataset_of(recipe: EvaluationRecipe) -> str:
     """Dataset that perplexity is measured on."""
-    return recipe.dataset or ("bundled" if recipe.models[0] == checkpoint.TINY_OPT else "wikitext2")
+    return recipe.dataset or usual_text(recipe.models[0])
 
 
 def measure_perplexity(

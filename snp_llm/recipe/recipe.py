@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -272,3 +272,16 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """All settings by name."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe(Recipe):
+    """A recipe in which all is definite that depends on the model, as `pruning.run.resolve` makes it.
+
+    Its sparsity is None only where the budget is another one.
+    """
+
+    calibration: str = field(kw_only=True)
+    eval_dataset: str = field(kw_only=True)
+    seq_len: int = field(kw_only=True)
+    round_to: int = field(kw_only=True)
