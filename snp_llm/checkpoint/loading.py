@@ -25,12 +25,11 @@ from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.offload import complete_index, in_two_files, other_shapes
+from snp_llm.recipe.recipe import TINY_OPT
 from snp_llm.runtime.errors import SnpError, reason
 
 log = logging.getLogger(__name__)
 
-
-TINY_OPT = "tiny-opt"
 
 MODELING = Path(modeling_snp.__file__)
 
@@ -127,11 +126,6 @@ def find_model(name: str) -> str:
     if not Path(path).exists() and not is_hub_id(name):
         raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
     return path
-
-
-def usual_text(name: str) -> str:
-    """Text that a model is calibrated and measured on where no other is named."""
-    return "bundled" if name == TINY_OPT else "wikitext2"
 
 
 def is_hub_id(name: str) -> bool:

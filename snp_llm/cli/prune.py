@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import checkpoint
 from snp_llm.checkpoint import hub, output
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.loading import usual_text
 from snp_llm.checkpoint.output import RECIPE
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
@@ -40,7 +39,7 @@ from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
 from snp_llm.recipe.file import save_recipe
-from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts
 from snp_llm.report.rows import closing_table

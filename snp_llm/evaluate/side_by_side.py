@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint.loading import usual_text
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.data.windows import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
@@ -16,6 +15,7 @@ from snp_llm.evaluate.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.models.size import model_size
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.recipe.commands import EvaluationRecipe
+from snp_llm.recipe.recipe import usual_text
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
 

@@ -62,6 +62,29 @@ def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """An out-projection and which of its channels go, all in one type, float64 or float32.
+
+    Attributes:
+        W: dense weight, (d_out, n).
+        kept: K, ascending, (k,), int64.
+        gone: the other channels, P, ascending, (n - k,), int64.
+        mean: of the inputs, (n,), which the bias absorbs; None where it absorbs none.
+        root: of the metric in which errors count, (d_out, d_out); None for the plain norm.
+        dampening: of the factorisation, relative.
+        repair: what is to be added on K at that dampening, (d_out, k); None where the dampening is still to be chosen.
+    """
+
+    W: Tensor
+    kept: Tensor
+    gone: Tensor
+    mean: Tensor | None
+    root: Tensor | None
+    dampening: float
+    repair: Tensor | None
+
+
+@dataclass(frozen=True)
 class KeptSums:
     """Sums over a set of tokens, as far as a repair on the kept channels K needs them, all in one type.
 

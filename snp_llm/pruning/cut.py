@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.linalg.ldl import energy_curve, error_curve
-from snp_llm.linalg.least_squares import absorb_mean, output_energy
+from snp_llm.linalg.least_squares import Cut, absorb_mean, output_energy
 from snp_llm.models.site import Site, site_bias
 from snp_llm.models.surgery import prune_site
-from snp_llm.pruning.factor import DAMPENING, Cut, factor_site
+from snp_llm.pruning.factor import DAMPENING, factor_site
 from snp_llm.pruning.repair import repair_is_open, repair_site
 from snp_llm.pruning.result import Curve, SiteResult, sample_curve
 from snp_llm.pruning.run import Run

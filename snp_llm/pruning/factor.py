@@ -19,7 +19,7 @@ from snp_llm.linalg.ldl import (
     probe,
     solve_error,
 )
-from snp_llm.linalg.least_squares import factored_repair
+from snp_llm.linalg.least_squares import Cut, factored_repair
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.projections import weight_of
@@ -36,29 +36,6 @@ log = logging.getLogger(__name__)
 METRIC_FLOOR = 1.0  # of the mean eigenvalue of F, added to all: what few gradients were seen of still counts
 
 DAMPENING = 0.1  # of orderings and curves, unless the recipe says another
-
-
-@dataclass(frozen=True)
-class Cut:
-    """An out-projection and which of its channels go, all in one type, float64 or float32.
-
-    Attributes:
-        W: dense weight, (d_out, n).
-        kept: K, ascending, (k,), int64.
-        gone: the other channels, P, ascending, (n - k,), int64.
-        mean: of the inputs, (n,), which the bias absorbs; None where it absorbs none.
-        root: of the metric in which errors count, (d_out, d_out); None for the plain norm.
-        dampening: of the factorisation, relative.
-        repair: what is to be added on K at that dampening, (d_out, k); None where the dampening is still to be chosen.
-    """
-
-    W: Tensor
-    kept: Tensor
-    gone: Tensor
-    mean: Tensor | None
-    root: Tensor | None
-    dampening: float
-    repair: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -126,7 +103,7 @@ def factor_site(
         block: that it is in.
         site: to be factored.
         statistics: of it.
-        recipe: all settings, resolved.
+        recipe: all settings.
         clock: on which ordering is timed apart.
         width: units that will be kept at least: their order among themselves is then not worth much computing.
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
+from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import assemble
@@ -82,6 +83,9 @@ def prune(
         journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
         visited = visit(model, windows, run.phase("visit"))
 
+        def measure(model: PreTrainedModel) -> float:
+            return perplexity(model, unseen.tokens, batch_size=resolved.batch_size, device=clock.device)
+
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
             once = replace(resolved, sparsity=sparsity, max_perplexity_increase=None)
             return cut_once(visited, windows.tokens, replace(run.phase(f"sparsity-{sparsity:.5f}"), recipe=once))
@@ -89,7 +93,7 @@ def prune(
         def predicted(sparsity: float) -> float | None:
             return predicted_rise(visited, replace(resolved, sparsity=sparsity, max_perplexity_increase=None))
 
-        found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, resolved.batch_size, clock)
+        found = largest_sparsity(model, allowed, measure, attempt, predicted)
         facts = (windows, clock.seconds, found.sparsity, found.trials)
         return PrunedModel(found.model, tokenizer, resolved, found.results, *facts)
     windows = read_calibration(tokenizer, resolved, model)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.linalg.gram import ROWS_AT_ONCE, OutputSums, alive_channels, random_signs
-from snp_llm.linalg.least_squares import Choice, KeptSums, choose_repair, output_energy, repair
-from snp_llm.pruning.factor import Cut
+from snp_llm.linalg.least_squares import Choice, Cut, KeptSums, choose_repair, output_energy, repair
 from snp_llm.pruning.statistics import Statistics, TokenSums
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.storage import Files, let_go

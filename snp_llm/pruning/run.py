@@ -9,14 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.loading import usual_text
 from snp_llm.data.windows import Windows, calibration_windows
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
-from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 

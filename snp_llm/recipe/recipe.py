@@ -38,6 +38,13 @@ GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  #
 
 SPARSITY = 0.3  # where nothing says what has to go
 
+TINY_OPT = "tiny-opt"  # the model that comes with the package, as do texts for it
+
+
+def usual_text(model: str) -> str:
+    """Text that a model is calibrated and measured on where no other is named."""
+    return "bundled" if model == TINY_OPT else "wikitext2"
+
 
 @dataclass(frozen=True)
 class Budget:
