@@ -13,7 +13,7 @@ from snp_llm.runtime.errors import SnpError
 
 
 def repair(gram: Tensor, cross: Tensor, dampening: float) -> Tensor:
-    """What is added to a weight on its kept channels K so that it puts out `v` as well as these inputs can say it.
+    """What is added to a weight on the kept channels K so that its output gains `v`, as far as the inputs there say it.
 
     `C (G + dampening * diag(G))^-1`. For what the removed channels P gave, `C = W[:, P] G[P, K]`, the weight is then
     `W[:, K]` plus that, the least-squares solution; for drift it moves the output towards its reference.

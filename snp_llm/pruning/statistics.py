@@ -55,7 +55,7 @@ class TokenSums:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration says of a site, ready for algebra but for `for_algebra`.
+    """What calibration says of a site; `for_algebra` makes it ready to be factored.
 
     Attributes:
         moments: of its inputs, all tokens.
