@@ -22,7 +22,8 @@ from torch import Tensor
 
 from snp_llm.linalg.gram import add_product, add_sparse_product
 from snp_llm.linalg.ldl import build_subspace, ldl, make_definite
-from snp_llm.linalg.ordering import OrderingProblem, order_units, zca_exact, zca_quadrature
+from snp_llm.linalg.ordering import OrderingProblem, order_units, zca_exact
+from snp_llm.linalg.quadrature import zca_quadrature
 
 DAMPENING = 0.1
 KEPT = 0.7  # of the units

@@ -207,7 +207,7 @@ def cells_of(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
 
 
 def cells_beside(path: Path, column: str) -> dict[str, dict[float, list[float]]]:
-    """The same from a table of benchmarks/peers.py, over its seeds."""
+    """Perplexities above dense, by method and sparsity, from a table of benchmarks/peers.py, over its seeds."""
     with open(path, newline="") as file:
         cells = [*csv.DictReader(file)]
     dense = next(float(cell[column]) for cell in cells if cell["method"] == "dense")

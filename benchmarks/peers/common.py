@@ -112,7 +112,7 @@ class Names:
 
 
 def names_of(block: nn.Module) -> Names:
-    """Those of a block with one attention and one FFN."""
+    """Paths in a block with one attention and one FFN."""
     attention, ffn = find_attention(block), find_ffn(block)
     assert attention is not None and ffn is not None
     qkv, ffn_in = (rows.path for rows in attention.rows), (path for path, _ in ffn.rows)

@@ -56,7 +56,7 @@ def prepare(dense: PreTrainedModel, _tokens: Tensor, _seed: int) -> Prune:
 
 
 def prepare_refitted(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
-    """The same units, and each out-projection refitted on the activations of the model as pruned so far."""
+    """The units of the largest norm, each out-projection refitted on the activations of the model as pruned so far."""
     sites = model_sites(dense)[2]
 
     def prune(sparsity: float) -> Pruned:

@@ -162,9 +162,9 @@ def _set(module: nn.Module, weight: Tensor | None = None, *, bias: Tensor | None
 
 
 def absorb_norms(model: PreTrainedModel) -> list[SlicedBlock]:
-    """The same function without norm weights and with a stream whose mean over directions is zero where it has to be.
+    """Rewrites a model without norm weights and with a stream whose mean over directions is zero where it has to be.
 
-    Works in place. The LM head becomes a tensor of its own, and the blocks can be run by halves.
+    It puts out what it did. Works in place. The LM head becomes a tensor of its own, and blocks can be run by halves.
 
     Args:
         model: a copy of the dense one.

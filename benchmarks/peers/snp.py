@@ -46,7 +46,7 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
 
         def prune(sparsity: float) -> Pruned:
             recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
-            return pruned(dense, cut_once(visited, replace(run, recipe=recipe))[0])
+            return pruned(dense, cut_once(visited, windows.tokens, replace(run, recipe=recipe))[0])
 
         return prune
 

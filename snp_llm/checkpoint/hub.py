@@ -154,7 +154,7 @@ def _client(failed: str, path: str, remedy: str) -> Iterator[HfApi]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why, in one line: what the hub answered, or else the first cause."""
+    """Reason of a failure in one line: what the hub answered, or else the first cause."""
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):

@@ -25,12 +25,11 @@ from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.offload import complete_index, in_two_files, other_shapes
+from snp_llm.recipe.recipe import TINY_OPT
 from snp_llm.runtime.errors import SnpError, reason
 
 log = logging.getLogger(__name__)
 
-
-TINY_OPT = "tiny-opt"
 
 MODELING = Path(modeling_snp.__file__)
 

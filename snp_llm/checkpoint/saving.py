@@ -35,7 +35,7 @@ RELOAD = Path(__file__).with_name("reload.py")
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str, *, tokenizer_of: str | None = None
 ) -> None:
-    """Config, safetensors, generation config, tokenizer, and the modelling file where the config needs one.
+    """Saves config, safetensors, generation config, tokenizer, and the modelling file where the config needs one.
 
     Args:
         model: pruned.

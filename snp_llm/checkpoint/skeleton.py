@@ -108,7 +108,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
 
 
 def run_dry(model: PreTrainedModel) -> None:
-    """A pass of two tokens through shapes alone, which fails where a config's values do not fit together.
+    """Runs two tokens through shapes alone, which fails where a config's values do not fit together.
 
     A model whose code asks for values, which shapes have not, is taken at its word. Most do for the sake of packed
     sequences, and only where no whole mask is given; a whole one that a model does not take (OPT) says nothing of its

@@ -21,7 +21,7 @@ log = logging.getLogger("snp_llm")
 
 
 def evaluation_table(results: Sequence[Evaluated]) -> Table:
-    """A row a model; a column a task, of its first metric."""
+    """Table with a row a model and a column a task, of its first metric."""
     tasks = list(dict.fromkeys(task for result in results for task in result.tasks))
     measured = results[0].perplexity is not None
     columns = ["", *(["perplexity", "ratio"] if measured else []), "parameters", "size, MB"]
@@ -64,7 +64,7 @@ def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
-    """Perplexity and tasks, with everything needed to repeat the numbers."""
+    """Measure perplexity and tasks, and print them with everything needed to repeat the numbers."""
     own = [name for name in recipe.models if (Path(name) / output.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])

@@ -55,7 +55,6 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     anatomy = find_anatomy(model, recipe.head_unit)
     family, blocks, sites = anatomy.family, anatomy.blocks, anatomy.sites
     resolved = resolve(recipe, model)
-    assert resolved.seq_len is not None and resolved.round_to is not None
     size = model_size(model, resolved.seq_len)
     needed = estimate(model, resolved)
     return {
@@ -73,7 +72,8 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "flops_a_token": size.flops,
         "sparsity": sparsity_facts(anatomy, size, recipe),
         "layouts": {
-            layout: describe_layout(model, sites, layout, _resolved_round(model, recipe, layout)) for layout in LAYOUTS
+            layout: describe_layout(model, sites, layout, resolve(replace(recipe, layout=layout), model).round_to)
+            for layout in LAYOUTS
         },
         "prune": _resource_facts(needed, resolved),
     }
@@ -131,10 +131,9 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
     removed = sparsity * size.block_linear
     largest = {}
     for layout in ("compact", "uniform"):
-        round_to = _resolved_round(anatomy.model, recipe, layout)
+        shaped = resolve(replace(recipe, layout=layout), anatomy.model)
         gone = {"attention": 0.0, "ffn": 0.0}
         whole = {"attention": 0.0, "ffn": 0.0}
-        shaped = Recipe(model=recipe.model, layout=layout, round_to=round_to, head_unit=recipe.head_unit)
         for site, count in Counter(replace(site, block=0) for site in anatomy.sites).items():  # most blocks are alike
             costs = linear_costs(site.units, site.cost)
             least = site_budget(anatomy, site, shaped, None, costs).widths()[0]
@@ -153,12 +152,6 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
         "parameters_after": round(size.parameters - removed),
         "largest": largest,
     }
-
-
-def _resolved_round(model: PreTrainedModel, recipe: Recipe, layout: Layout) -> int:
-    round_to = resolve(Recipe(model=recipe.model, layout=layout, round_to=recipe.round_to), model).round_to
-    assert round_to is not None
-    return round_to
 
 
 def _site_facts(site: Site) -> dict[str, Any]:
@@ -197,7 +190,7 @@ def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, A
 
 
 def print_inspection(facts: dict[str, Any]) -> None:
-    """The same for people."""
+    """Prints an inspection for people."""
     print(
         f"{facts['model']}: {facts['family']} ({facts['model_type']}), {facts['blocks']} blocks, hidden size "
         f"{facts['hidden_size']:,}, {facts['positions']:,} positions, {facts['dtype']}, "
@@ -230,7 +223,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
 
 
 def print_sparsity(facts: dict[str, Any]) -> None:
-    """What sparsity means."""
+    """Prints what sparsity means for a model."""
     print(
         f"Sparsity is a share of the block-linear parameters: {facts['block_linear']:,}, "
         f"{100 * facts['block_linear_share']:.1f} % of all. Sparsity {facts['asked']:g} makes the whole model "
@@ -252,7 +245,7 @@ def estimate_line(facts: dict[str, Any], device: str) -> str:
 
 
 def print_estimate(facts: dict[str, Any], device: str) -> None:
-    """An estimate's peaks and what makes them up."""
+    """Prints an estimate's peaks and what makes them up."""
     for place, name in (("device", f"memory of {device}"), ("host", "host memory"), ("disk", "disk")):
         if count := facts[f"{place}_bytes"]:
             most = list(itertools.islice(facts["breakdown"][place].items(), 3))
@@ -266,7 +259,7 @@ def print_estimate(facts: dict[str, Any], device: str) -> None:
 
 
 def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Neighbouring blocks of the same widths in one row."""
+    """Rows of blocks with their units, neighbours of the same widths in one."""
     at = 0
     for units, group in itertools.groupby(facts["units"]):
         count = len([*group])

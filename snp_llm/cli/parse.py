@@ -40,12 +40,12 @@ ConfigFile = Annotated[
 
 
 def inspect_main(arguments: Sequence[str]) -> int:
-    """`snp-llm inspect`."""
+    """Entry point of `snp-llm inspect`."""
     return _guarded(InspectRecipe, "snp-llm inspect", arguments, inspect_command.run_inspect)
 
 
 def prune_main(arguments: Sequence[str]) -> int:
-    """`snp-llm prune`."""
+    """Entry point of `snp-llm prune`."""
     typed = ["snp-llm", "prune", *arguments]
 
     def run(recipe: Recipe, talk: Talk) -> None:
@@ -55,12 +55,12 @@ def prune_main(arguments: Sequence[str]) -> int:
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:
-    """`snp-llm eval`."""
+    """Entry point of `snp-llm eval`."""
     return _guarded(EvaluationRecipe, "snp-llm eval", arguments, evaluate_command.run_evaluate)
 
 
 def bench_main(arguments: Sequence[str]) -> int:
-    """`snp-llm bench`."""
+    """Entry point of `snp-llm bench`."""
     typed = ["snp-llm", "bench", *arguments]
     return _guarded(
         BenchRecipe, "snp-llm bench", arguments, lambda recipe, talk: bench_command.run_bench(recipe, typed, talk)
@@ -68,12 +68,12 @@ def bench_main(arguments: Sequence[str]) -> int:
 
 
 def report_main(arguments: Sequence[str]) -> int:
-    """`snp-llm report`."""
+    """Entry point of `snp-llm report`."""
     return _guarded(ReportRecipe, "snp-llm report", arguments, report_command.run_report)
 
 
 def push_main(arguments: Sequence[str]) -> int:
-    """`snp-llm push`."""
+    """Entry point of `snp-llm push`."""
     return _guarded(PushRecipe, "snp-llm push", arguments, push_command.run_push)
 
 

@@ -39,7 +39,7 @@ from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
 from snp_llm.recipe.file import save_recipe
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts
 from snp_llm.report.rows import closing_table
@@ -64,8 +64,8 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
         config: the recipe file that it started from.
     """
     folder, inputs = output_folder(recipe), inputs_of(recipe, config)
-    bundled = "bundled" if recipe.model == checkpoint.TINY_OPT else "wikitext2"
-    calibration, eval_dataset = recipe.calibration or bundled, recipe.eval_dataset or bundled
+    usual = usual_text(recipe.model)
+    calibration, eval_dataset = recipe.calibration or usual, recipe.eval_dataset or usual
     recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
     check_dataset(calibration, recipe.calibration_split, recipe.text_column, evaluation=False)
     if recipe.eval:
@@ -108,7 +108,7 @@ def check_model(recipe: Recipe) -> None:
 
 
 def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk) -> dict[str, Any]:
-    """Everything between a parsed recipe and a folder that only has to get its name.
+    """Does everything between a parsed recipe and a folder that only has to get its name.
 
     Returns:
         The report; empty but on rank 0.
@@ -117,30 +117,29 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     clock = Clock(device)
     with clock.phase("loading"):
         dense, tokenizer = load_on_disk(recipe, partial)
-    recipe = run.resolve(recipe, dense, tokenizer)
-    assert recipe.seq_len is not None and recipe.eval_dataset is not None
-    files = find_tokenizer_files(checkpoint.find_model(recipe.model), tokenizer)
-    check_carried(recipe.model, files, tokenizer, possible_types(dense, recipe.layout))
-    announce(dense, recipe, partial.parent, talk)
+    resolved = run.resolve(recipe, dense, tokenizer)
+    files = find_tokenizer_files(checkpoint.find_model(resolved.model), tokenizer)
+    check_carried(resolved.model, files, tokenizer, possible_types(dense, resolved.layout))
+    announce(dense, resolved, partial.parent, talk)
     windows: Windows | None = None
-    if recipe.eval:  # read before pruning, so that a mistake in it costs seconds
+    if resolved.eval:  # read before pruning, so that a mistake in it costs seconds
         windows = evaluation_windows(
             tokenizer,
-            recipe.eval_dataset,
-            split=recipe.eval_split,
-            column=recipe.text_column,
-            seq_len=recipe.seq_len,
-            bos=recipe.bos,
+            resolved.eval_dataset,
+            split=resolved.eval_split,
+            column=resolved.text_column,
+            seq_len=resolved.seq_len,
+            bos=resolved.bos,
         )
         text.check_tokens(windows, dense)
-    journal = Journal(partial / output.JOURNAL, recipe.save_every)
-    steps = (2 + visit_passes(recipe)) * dense.config.num_hidden_layers
-    with progress(steps if recipe.perplexity_increase is None else None) as on_step:  # a search's end is not known
-        pruned = pipeline.prune(dense, tokenizer, recipe, journal=journal, on_step=on_step)
+    journal = Journal(partial / output.JOURNAL, resolved.save_every)
+    steps = (2 + visit_passes(resolved)) * dense.config.num_hidden_layers
+    with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
+        pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
 
     def save_and_verify() -> float:
-        checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=recipe.model)
+        checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=resolved.model)
         return checkpoint.verify(dense, pruned.model, partial, compared)
 
     with clock.phase("saving"):
@@ -150,12 +149,12 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     perplexities: list[float | None] = [None, None]
     if windows is not None:
         perplexities = [
-            perplexity.perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models
+            perplexity.perplexity(m, windows.tokens, batch_size=resolved.batch_size, device=device) for m in models
         ]
     if ranks.rank():
         return {}
     speeds = prefill.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
-    sizes = [model_sizes.model_size(m, recipe.seq_len) for m in models]
+    sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (facts.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
     more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
@@ -163,7 +162,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     if windows is not None:
         more["evaluation"] = windows.description
     summary = facts.build_report(pruned, before, after, more)
-    base_model = recipe.model if checkpoint.is_hub_id(recipe.model) else None
+    base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     model_cards.write_card(summary, pruned, base_model, partial)
     save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
     written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
@@ -173,7 +172,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
 
 def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) -> None:
-    """What is left once the model is safe: the page, the closing words, the upload."""
+    """Does what is left once the model is safe: the page, the closing words, the upload."""
     write_page(folder)
     if talk.json:
         sites_without = [{k: v for k, v in site.items() if k not in ("kept", "curve")} for site in summary["sites"]]
@@ -199,14 +198,14 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
 def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
     dense, tokenizer = load_on_disk(recipe, scratch)
-    recipe = run.resolve(recipe, dense, tokenizer)
-    takes = announce(dense, recipe, folder.absolute().parent, talk)
+    resolved = run.resolve(recipe, dense, tokenizer)
+    takes = announce(dense, resolved, folder.absolute().parent, talk)
     with progress(dense.config.num_hidden_layers) as on_step:
-        plan = pipeline.plan(dense, tokenizer, recipe, on_step=on_step)
+        plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)
     if talk.json:
-        print_json({"estimate": takes, **plan_facts(dense, plan, recipe)})
+        print_json({"estimate": takes, **plan_facts(dense, plan, resolved)})
     else:
-        print_plan(dense, plan, recipe)
+        print_plan(dense, plan, resolved)
 
 
 def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
@@ -227,7 +226,7 @@ def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
     return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
 
 
-def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) -> dict[str, Any]:
+def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: Talk) -> dict[str, Any]:
     """Says what will be written, what loads it and what it takes, and refuses what cannot fit.
 
     Returns:
@@ -235,7 +234,6 @@ def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) ->
     """
     if ranks.rank():
         return {}
-    assert recipe.round_to is not None
     family, device = find_family(dense.config), compute_device(recipe.device)
     say = log.info if talk.json else partial(print, flush=True)
     sites = find_sites(find_blocks(dense), family, recipe.head_unit)
@@ -249,9 +247,9 @@ def announce(dense: PreTrainedModel, recipe: Recipe, place: Path, talk: Talk) ->
     return takes
 
 
-def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> None:
+def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> None:
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
-    size = model_sizes.model_size(dense, recipe.seq_len or 1)
+    size = model_sizes.model_size(dense, recipe.seq_len)
     removed = sum((site.units - width) * site.cost for site, width in plan)
     attention, ffn = plan[::2], plan[1::2]
     print("block  heads         FFN channels")
@@ -263,9 +261,9 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reci
     )
 
 
-def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Recipe) -> dict[str, Any]:
-    """The same ready for JSON."""
-    size = model_sizes.model_size(dense, recipe.seq_len or 1)
+def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> dict[str, Any]:
+    """Widths and sizes of a plan, ready for JSON."""
+    size = model_sizes.model_size(dense, recipe.seq_len)
     removed = sum((site.units - width) * site.cost for site, width in plan)
     sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
     return {

@@ -14,7 +14,7 @@ log = logging.getLogger("snp_llm")
 
 
 def write_page(folder: Path) -> None:
-    """The page of a model that is saved already: it is worth having, and not worth losing that model for."""
+    """Writes the page of a model that is saved already: it is worth having, and not worth losing that model for."""
     try:
         page.write_page(folder)
     except KeyboardInterrupt:
@@ -25,7 +25,7 @@ def write_page(folder: Path) -> None:
 
 
 def run_report(recipe: ReportRecipe, talk: Talk) -> None:
-    """The page of every folder, each beside the others."""
+    """Write the page of every folder, each beside the others."""
     folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
     texts = [page.page_of(folder, [other for other in folders if other != folder]) for folder in folders]
     pages = [folder / output.PAGE for folder in folders]

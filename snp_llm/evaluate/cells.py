@@ -23,11 +23,12 @@ class Cell:
 
     @property
     def tokens(self) -> int:
-        """That a pass goes through."""
+        """Tokens that a pass goes through."""
         return self.batch * (self.length if self.kind == "prefill" else self.new_tokens)
 
     @property
     def name(self) -> str:
+        """What is measured, for people."""
         if self.kind == "prefill":
             return f"prefill, {self.batch} x {self.length:,}"
         return f"decode, {self.batch} after {self.length:,}"
@@ -51,15 +52,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models in one cell.
+    """Times of both models in one cell.
 
     Attributes:
         cell: what was measured.
         dense, pruned: their times.
         speedup: median of how many times as fast the pruned model was than the dense one just beside it.
-        speedup_low, speedup_high: quartiles of the same.
+        speedup_low, speedup_high: quartiles of that.
         flops_ratio: how many times the pruned model's FLOPs the dense model's are.
-        bytes_ratio: the same of the weights that are read, on which decoding in small batches depends.
+        bytes_ratio: how many times its bytes of weights that are read, on which decoding in small batches depends.
     """
 
     cell: Cell

@@ -1,4 +1,4 @@
-"""`python -m snp_llm.peak`: the memory of one model in a process of its own. Run by `bench`; must not measure time."""
+"""`python -m snp_llm.evaluate.peak`, run by `bench`: memory of one model in a process of its own. Times nothing."""
 
 import gc
 import json

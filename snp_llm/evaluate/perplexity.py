@@ -1,6 +1,7 @@
 """Perplexity, over whole windows and with a stride. Knows nothing of pruning."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,23 +41,37 @@ def perplexity(
 
 
 def exp_mean(total: float, count: int) -> float:
+    """`exp` of a mean negative log-likelihood, from its sum and the number of tokens.
+
+    Raises:
+        SnpError: it is not finite.
+    """
     mean = total / count
     if not math.isfinite(mean):
         raise SnpError(f"perplexity: expected a finite log-likelihood, got {mean}. Try --dtype float32.")
     return math.exp(min(mean, 700.0))
 
 
+@dataclass(frozen=True)
+class Sliding:
+    """How a text is cut into windows that overlap.
+
+    Attributes:
+        seq_len: tokens a window.
+        stride: from the begin of one to that of the next, at most the tokens of text in a window.
+        bos: what every window starts with; None: with text.
+        max_windows: only the first ones.
+    """
+
+    seq_len: int
+    stride: int
+    bos: int | None = None
+    max_windows: int | None = None
+
+
 @torch.no_grad()
 def strided_perplexity(
-    model: PreTrainedModel,
-    tokens: Tensor,
-    *,
-    seq_len: int,
-    stride: int,
-    bos: int | None = None,
-    max_windows: int | None = None,
-    batch_size: int = 8,
-    device: torch.device | str = "cpu",
+    model: PreTrainedModel, text: Tensor, sliding: Sliding, *, batch_size: int = 8, device: torch.device | str = "cpu"
 ) -> tuple[float, int]:
     """`exp` of the mean negative log-likelihood of all tokens but the first, each given a long stretch before it.
 
@@ -68,12 +83,10 @@ def strided_perplexity(
 
     Args:
         model: of a supported family; left where it is.
-        tokens: one text, (tokens,), int64, at least two.
-        seq_len: tokens a window.
-        stride: at most the tokens of text in a window.
-        bos: what every window starts with; None: with text.
-        max_windows: only the first ones.
+        text: token ids, (tokens,), int64, at least two.
+        sliding: windows.
         batch_size: windows at a time; has no influence on the result beyond rounding.
+        device: to compute on.
 
     Returns:
         Perplexity and the number of tokens counted.
@@ -81,14 +94,15 @@ def strided_perplexity(
     Raises:
         SnpError: the likelihood is not finite.
     """
-    length, total, counted = len(tokens), 0.0, 0
+    seq_len, stride, bos = sliding.seq_len, sliding.stride, sliding.bos
+    length, total, counted = len(text), 0.0, 0
     room = seq_len if bos is None else seq_len - 1
-    starts = range(0, max(1, length - room + stride), stride)[:max_windows]
+    starts = range(0, max(1, length - room + stride), stride)[: sliding.max_windows]
     full = [start for start in starts if start + room <= length]
     for begins in (full, starts[len(full) :]):  # the last may be shorter than all others
         if not begins:
             continue
-        windows = torch.stack([tokens[start : start + room] for start in begins])
+        windows = torch.stack([text[start : start + room] for start in begins])
         if bos is not None:
             windows = torch.cat([torch.full((len(begins), 1), bos), windows], dim=1)
         passes = logits_by_window(model, windows, batch_size, torch.device(device))

@@ -14,7 +14,7 @@ MODELS = ("dense", "pruned")
 
 
 def remarks(results: Sequence[Comparison], models: Sequence[PreTrainedModel], sizes: Sequence[ModelSize]) -> list[str]:
-    """How far measured speed-ups are from what FLOPs promise, and why, as far as it can be told."""
+    """Sentences on how far measured speed-ups are from what FLOPs promise, and why, as far as it can be told."""
     lines = []
     prefills = [r for r in results if r.cell.kind == "prefill"]
     decodes = [r for r in results if r.cell.kind == "decode"]
@@ -46,7 +46,7 @@ def remarks(results: Sequence[Comparison], models: Sequence[PreTrainedModel], si
 
 
 def _distance(result: Comparison) -> str:
-    """Measured against promised, in words."""
+    """Share of the promised gain that was measured, in words."""
     if result.flops_ratio <= 1:
         return "nothing to gain"
     if result.speedup <= 1:

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.data.windows import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
-from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
+from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.evaluate.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.models.size import model_size
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.recipe.commands import EvaluationRecipe
+from snp_llm.recipe.recipe import usual_text
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
 
@@ -43,7 +44,7 @@ class Evaluated:
 
 
 def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[Evaluated]:
-    """Every model of a recipe, one in memory at a time.
+    """Evaluates every model of a recipe, with one in memory at a time.
 
     Raises:
         SnpError: a model, dataset or task that cannot be used.
@@ -84,8 +85,8 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
 
 
 def dataset_of(recipe: EvaluationRecipe) -> str:
-    """That perplexity is measured on."""
-    return recipe.dataset or ("bundled" if recipe.models[0] == checkpoint.TINY_OPT else "wikitext2")
+    """Dataset that perplexity is measured on."""
+    return recipe.dataset or usual_text(recipe.models[0])
 
 
 def measure_perplexity(
@@ -115,16 +116,9 @@ def measure_perplexity(
         raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
     text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column, bos=bos)
     check_tokens(text, model)
-    value, counted = strided_perplexity(
-        model,
-        text.tokens[0],
-        seq_len=seq_len,
-        stride=recipe.stride,
-        bos=tokenizer.bos_token_id if bos == "always" else None,
-        max_windows=recipe.max_windows,
-        batch_size=recipe.batch_size,
-        device=device,
-    )
+    before = tokenizer.bos_token_id if bos == "always" else None
+    sliding = Sliding(seq_len, recipe.stride, before, recipe.max_windows)
+    value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     protocol = (
         f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "
         f"{counted:,} tokens counted once each, given {seq_len - recipe.stride:,} to {seq_len - 1:,} before them "

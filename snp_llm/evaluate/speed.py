@@ -29,7 +29,7 @@ from snp_llm.runtime.version import __version__
 
 
 def cells(recipe: BenchRecipe) -> list[Cell]:
-    """Every batch size at every prompt length, prefill first."""
+    """Cells of every batch size at every prompt length, prefill first."""
     shapes = [*itertools.product(recipe.batch_sizes, recipe.prompt_lengths)]
     found = [Cell("prefill", batch, length, 0) for batch, length in shapes]
     return found + [Cell("decode", batch, length, recipe.new_tokens) for batch, length in shapes if recipe.new_tokens]
@@ -180,7 +180,7 @@ def timed(forward: Callable[..., Any], tokens: Tensor, cell: Cell, device: torch
 
 @torch.inference_mode()
 def prefill(forward: Callable[..., Any], tokens: Tensor) -> Any:
-    """Prompts up to the logits of the next token; the cache that decoding needs."""
+    """Runs prompts up to the logits of the next token, and returns the cache that decoding needs."""
     return forward(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
 

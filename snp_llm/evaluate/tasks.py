@@ -18,7 +18,7 @@ from snp_llm.runtime.errors import SnpError
 
 @dataclass(frozen=True)
 class Tasks:
-    """What to run.
+    """Tasks to run, and how much of them.
 
     Attributes:
         names: of tasks, groups or tags, as the harness knows them.
@@ -120,7 +120,7 @@ def _metrics(name: str, values: dict[str, Any], found: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _harness() -> Any:
-    """The harness talks on stdout and raises dozens of kinds of errors."""
+    """Keeps the harness's talk off stdout, and makes one of the dozens of kinds of errors that it raises."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(sys.stderr):
         try:

@@ -70,7 +70,7 @@ def finest_step(sites: Sequence[SiteBudget]) -> float:
 
 
 def uniform(sites: Sequence[SiteBudget], keep: float) -> list[int]:
-    """The same fraction at every site of a kind, the fractions together hitting the budget.
+    """Widths of one fraction at every site of a kind, the fractions together hitting the budget.
 
     Sites with few, large units (heads) round to the nearest width; those with many small ones (FFN) then take up the
     difference, so that the total is what was asked for although heads come in whole numbers.
@@ -100,7 +100,7 @@ def uniform(sites: Sequence[SiteBudget], keep: float) -> list[int]:
 
 
 def variance(sites: Sequence[SiteBudget], keep: float) -> list[int]:
-    """One global threshold alpha: each site keeps the fewest units with `sum_{i<=k} D_i / sum D_i >= alpha`.
+    """Widths by one global threshold alpha: a site keeps the fewest units with `sum_{i<=k} D_i / sum D_i >= alpha`.
 
     (arXiv 2405.17506.) Alpha is found exactly: a site grows from one of its widths to the next as soon as alpha passes
     the energy share of the smaller one, so all such steps, sorted by share, are taken until the budget is met.

@@ -99,14 +99,14 @@ def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def multiplied_as(inputs: torch.dtype, sums: torch.dtype, device: str) -> torch.dtype:
-    """That of the sums, unless the device multiplies half precision as it is and sums in float32 (CUDA)."""
+    """Type in which inputs are multiplied: that of the sums, or half precision where a device sums it in float32."""
     halves = inputs in (torch.float16, torch.bfloat16) and sums == torch.float32
     cores = device == "cuda" and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
     return inputs if halves and cores else sums
 
 
 def add_sparse_product(second: Tensor, x: Tensor) -> None:
-    """The same, with `x^T` as a sparse matrix of compressed rows; on a CPU, by MKL."""
+    """`second += x^T x` on and below the diagonal, with `x^T` as a sparse matrix of compressed rows, by MKL."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         rows = x.T.contiguous().to_sparse_csr()
@@ -140,57 +140,44 @@ def _mostly_zero(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class ReferenceSums:
-    """Sums over calibration tokens of what a site should put out, `y`, against its inputs `x`.
+class OutputSums:
+    """Sums over calibration tokens of something at a site's output, `v`, against the site's inputs `x`.
+
+    It may be what the site should put out, or what its output lacks of that.
 
     Attributes:
-        cross: `sum y x^T`, (d_out, n), float32 or float64.
-        first: `sum y`, (d_out,), same dtype.
+        cross: `sum v x^T`, (d_out, n), float32 or float64.
+        first: `sum v`, (d_out,), same dtype.
     """
 
     cross: Tensor
     first: Tensor
 
 
-@dataclass(frozen=True)
-class Drift:
-    """Sums over calibration tokens of what a site's output lacks, `e`, against its inputs `x`.
-
-    Attributes:
-        cross: `sum e x^T`, (d_out, n), float32 or float64.
-        first: `sum e`, (d_out,), same dtype.
-    """
-
-    cross: Tensor
-    first: Tensor
-
-
-def empty_reference_sums(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> ReferenceSums:
+def empty_output_sums(d_out: int, n: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> OutputSums:
     """Sums of no tokens; they are kept in `dtype`, raised to float32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
-    return ReferenceSums(
-        torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device)
-    )
+    return OutputSums(torch.zeros(d_out, n, dtype=wide, device=device), torch.zeros(d_out, dtype=wide, device=device))
 
 
-def add_reference(sums: ReferenceSums, reference: Tensor, inputs: Tensor) -> None:
+def add_outputs(sums: OutputSums, outputs: Tensor, inputs: Tensor) -> None:
     """Adds a batch to the sums, in place.
 
     Args:
         sums: of d_out and n channels.
-        reference: y, (..., d_out), any floating dtype, on the sums' device.
+        outputs: v, (..., d_out), any floating dtype, on the sums' device.
         inputs: x, (..., n), likewise.
     """
     dtype = sums.cross.dtype
-    y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (reference, inputs))
+    y, x = (widened(values.reshape(-1, values.shape[-1]), dtype) for values in (outputs, inputs))
     if y.dtype != x.dtype:
         y, x = y.to(dtype), x.to(dtype)
     add_matmul(sums.cross, y.T, x)
     sums.first.add_(y.sum(0, dtype=dtype))
 
 
-def drift_from(sums: ReferenceSums, moments: Moments, W: Tensor, bias: Tensor | None) -> Drift:
-    """What outputs `W x + b` lack of their references, in place of the sums of those.
+def drift_from(sums: OutputSums, moments: Moments, W: Tensor, bias: Tensor | None) -> OutputSums:
+    """Drift, what outputs `W x + b` lack of their references `y`, in place of the sums of those.
 
     `sum (y - W x - b) x^T = sum y x^T - W sum x x^T - b sum x^T`: no output has to be computed.
 
@@ -210,7 +197,7 @@ def drift_from(sums: ReferenceSums, moments: Moments, W: Tensor, bias: Tensor | 
         bias = bias.detach().to(sums.cross)
         sums.cross.addr_(bias, moments.first.to(bias), alpha=-1)
         sums.first.sub_(bias, alpha=moments.tokens)
-    return Drift(sums.cross, sums.first)
+    return sums
 
 
 def gram_matrix(moments: Moments, *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -95,7 +95,7 @@ def cholesky_in_place(gram: Tensor) -> Tensor:
 
 
 def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, with 0 or the first pivot that is not positive, and no error."""
+    """Lower Cholesky factor of a symmetric matrix, in its own memory, and 0 or the first pivot that is not positive."""
     factor = gram.mT  # LAPACK's own column order, or it would work on a copy
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
@@ -118,7 +118,7 @@ class Probe:
 
 
 def probe(gram: Tensor) -> Probe:
-    """The vectors for a positive definite matrix, (n, n)."""
+    """Vectors to test factors of a positive definite matrix with, (n, n)."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64).to(gram)
     scale = gram.diagonal().sqrt()[:, None]

@@ -2,78 +2,127 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.gram import column_blocks
+from snp_llm.linalg.gram import OutputSums, column_blocks
 from snp_llm.linalg.ldl import SOLVE_TOLERANCE, probe, solve_error, try_cholesky
 from snp_llm.runtime.errors import SnpError
 
 
+def repair(gram: Tensor, cross: Tensor, dampening: float) -> Tensor:
+    """What is added to a weight on the kept channels K so that its output gains `v`, as far as the inputs there say it.
+
+    `C (G + dampening * diag(G))^-1`. For what the removed channels P gave, `C = W[:, P] G[P, K]`, the weight is then
+    `W[:, K]` plus that, the least-squares solution; for drift it moves the output towards its reference.
+
+    Args:
+        gram: `G = sum x_K x_K^T`, (k, k), float64 or float32; used up.
+        cross: `C = sum v x_K^T`, (d_out, k), same dtype.
+        dampening: relative.
+
+    Returns:
+        (d_out, k), same dtype.
+
+    Raises:
+        SnpError: the matrix is not positive definite at that dampening.
+    """
+    factor, info = try_cholesky(_damped(gram, dampening))
+    if int(info) != 0:
+        raise SnpError(f"Gram matrix of {len(gram):,} channels is not positive definite (dampening {dampening:g}).")
+    return _solve(factor, cross)
+
+
+def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
+    """The `repair` of a cut, read off the factorisation of the whole site at the same dampening.
+
+    `W[:, P] L[P, K] L[K, K]^-1` for the first `width` channels K of an ordered site and P, those after them: half of
+    the solve is in L already. On K the weight is then `(W L)[:, K] L[K, K]^-1`. Source: Offergeld, van Gerven, Ahmad,
+    Subspace Node Pruning, arXiv 2405.17506.
+
+    Args:
+        W: out-projection weight, columns ordered, (d_out, n), float64 or float32.
+        L: unit lower LDL factor of the ordered Gram matrix, (n, n), same dtype.
+        width: k, channels kept, 1 <= k <= n.
+
+    Returns:
+        (d_out, k), same dtype; zero where nothing is removed.
+
+    Raises:
+        SnpError: shapes disagree or k is out of range.
+    """
+    n = W.shape[1]
+    if L.shape != (n, n) or not 1 <= width <= n:
+        raise SnpError(f"expected L of ({n}, {n}) and a width of 1 to {n}, got {tuple(L.shape)} and {width}.")
+    kept, gone = slice(None, width), slice(width, None)
+    half = W[:, gone] @ L[gone, kept]
+    return torch.linalg.solve_triangular(L[kept, kept], half, upper=False, left=False, unitriangular=True)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An out-projection and which of its channels go, all in one type, float64 or float32.
+
+    Attributes:
+        W: dense weight, (d_out, n).
+        kept: K, ascending, (k,), int64.
+        gone: the other channels, P, ascending, (n - k,), int64.
+        mean: of the inputs, (n,), which the bias absorbs; None where it absorbs none.
+        root: of the metric in which errors count, (d_out, d_out); None for the plain norm.
+        dampening: of the factorisation, relative.
+        repair: what is to be added on K at that dampening, (d_out, k); None where the dampening is still to be chosen.
+    """
+
+    W: Tensor
+    kept: Tensor
+    gone: Tensor
+    mean: Tensor | None
+    root: Tensor | None
+    dampening: float
+    repair: Tensor | None
+
+
 @dataclass(frozen=True)
 class KeptSums:
-    """Sums over a set of tokens, as far as a repair on the kept channels K needs them.
-
-    Of a site's inputs `x`, less the mean that a bias takes up, of what its output lacks, `e`, and of what the removed
-    channels P gave to that output, `y = W[:, P] x_P`.
+    """Sums over a set of tokens, as far as a repair on the kept channels K needs them, all in one type.
 
     Attributes:
         gram: makes `sum x_K x_K^T`, (k, k), float64 or float32, the caller's own: it is large, and used up in a moment.
-        taken: `sum y x_K^T = W[:, P] G[P, K]`, (d_out, k), same dtype.
         first: `sum x_K`, (k,); zero over the tokens that the mean is of.
-        lost: `sum y`, (d_out,).
         tokens: how many.
-        cross: `sum e x_K^T`, (d_out, k), or None where nothing but the cut is repaired.
-        lacking: `sum e`, (d_out,), or None likewise.
+        cut: of what the removed channels P gave to the output, `W[:, P] x_P`, with cross `W[:, P] G[P, K]`, (d_out, k).
+        drift: of what the output lacks, (d_out, k), or None where nothing but the cut is repaired.
+        mean: of all inputs, (n,), that has been taken off x and that a bias takes up; None without such a bias.
     """
 
     gram: Callable[[], Tensor]
-    taken: Tensor
     first: Tensor
-    lost: Tensor
     tokens: int
-    cross: Tensor | None = None
-    lacking: Tensor | None = None
+    cut: OutputSums
+    drift: OutputSums | None = None
+    mean: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "KeptSums":
-        return replace(
-            self,
-            gram=lambda: self.gram().to(dtype),
-            taken=self.taken.to(dtype),
-            first=self.first.to(dtype),
-            lost=self.lost.to(dtype),
-            cross=None if self.cross is None else self.cross.to(dtype),
-            lacking=None if self.lacking is None else self.lacking.to(dtype),
-        )
+        """These sums in another type."""
+        sums = self._with_outputs(lambda tensor: tensor.to(dtype))
+        return replace(sums, gram=lambda: self.gram().to(dtype), first=self.first.to(dtype))
 
     def seen_by(self, view: Tensor) -> "KeptSums":
-        """With outputs `V^T v`, V (d_out, m): their plain norm is that of v in the metric `V V^T`."""
-        return replace(
-            self,
-            taken=view.mT @ self.taken,
-            lost=view.mT @ self.lost,
-            cross=None if self.cross is None else view.mT @ self.cross,
-            lacking=None if self.lacking is None else view.mT @ self.lacking,
-        )
+        """Sums with outputs `V^T v`, V (d_out, m): their plain norm is that of v in the metric `V V^T`."""
+        return self._with_outputs(lambda tensor: view.mT @ tensor)
 
+    def _with_outputs(self, change: Callable[[Tensor], Tensor]) -> "KeptSums":
+        def changed(sums: OutputSums) -> OutputSums:
+            return OutputSums(change(sums.cross), change(sums.first))
 
-@dataclass(frozen=True)
-class Repair:
-    """What is added to a site's weight on the kept channels.
-
-    Attributes:
-        weight: (d_out, k).
-        shift: what is added to the bias, (d_out,); zero without one.
-    """
-
-    weight: Tensor
-    shift: Tensor
+        return replace(self, cut=changed(self.cut), drift=self.drift and changed(self.drift))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves held-out tokens best.
+    """How a site is repaired.
 
     Attributes:
         dampening: of the repair of the cut.
@@ -86,59 +135,55 @@ class Choice:
     alpha: float
 
 
-def repair_cut(sums: KeptSums, dampening: float) -> Tensor:
-    """What is added on the kept channels for the cut, (d_out, k).
-
-    `W' - W[:, K] = W[:, P] G[P, K] (G[K, K] + dampening * diag)^-1`.
-
-    Args:
-        sums: that it is computed from.
-        dampening: relative.
-
-    Raises:
-        SnpError: the matrix is not positive definite at that dampening.
-    """
-    return _solve(_factor(sums.gram(), dampening), sums.taken)
-
-
-def repair_drift(sums: KeptSums, choice: Choice, *, bias: bool) -> Repair:
-    """What is added on the kept channels, and to the bias, for the drift.
-
-    A share alpha of `R = C[:, K] (G[K, K] + dampening * diag)^-1`, which moves the output towards what the dense weight
-    gives on these inputs plus `e`, and of the mean of `e` for the bias where there is one.
-
-    Args:
-        sums: that it is computed from, with those of what is lacking.
-        choice: dampening and share.
-        bias: whether there is one that takes up means.
-
-    Raises:
-        SnpError: the matrix is not positive definite at that dampening.
-    """
-    assert sums.cross is not None and sums.lacking is not None
-    factor = _factor(sums.gram(), choice.drift_dampening)
-    shift = sums.lacking / sums.tokens if bias else torch.zeros_like(sums.lacking)
-    return Repair(_solve(factor, sums.cross).mul_(choice.alpha), choice.alpha * shift)
-
-
-def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *, bias: bool) -> Choice:
-    """The dampening of both repairs and the share of the second, one after the other.
+def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float]) -> Choice:
+    """What serves held-out tokens best: the dampening of both repairs and the share of the second, one after the other.
 
     With the cut repaired, `M = W - W'`, the error of a share alpha of the drift's repair R is
     `sum ||e + M x - alpha (R x + shift)||^2`, a parabola whose minimum is known; that of the cut is `sum ||M x||^2`.
-    Both repairs at a dampening share one factorisation. It is computed in float32, unless that solves it badly: the
-    choice is between steps of a factor of three, and what is chosen is computed again from all tokens.
+    The shift, the mean of e, is what a bias takes up where there is one.
 
     Args:
         fit: tokens that repairs are computed from.
         held: tokens that they are judged on, about the mean of the others.
         dampenings: to try; those at which the matrix is not positive definite are left out.
-        bias: whether there is one that takes up means.
 
     Raises:
         SnpError: the matrix is positive definite at none of them.
     """
-    fitted, judged = fit.to(torch.float32), held.to(torch.float32)
+    cuts, drifts = _candidates(fit, dampenings)
+    judged = held.to(torch.float32)
+    gram = judged.gram()
+
+    def cut_error(dampening: float) -> tuple[float, float, Tensor]:
+        product = cuts[dampening] @ gram
+        return _inner(cuts[dampening], product) - 2 * _inner(cuts[dampening], judged.cut.cross), dampening, product
+
+    _, dampening, product = min(map(cut_error, cuts), key=itemgetter(0))
+    if fit.drift is None or judged.drift is None:
+        return Choice(dampening, dampening, 0.0)
+    # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
+    lack = (judged.cut.cross - product).add_(judged.drift.cross)
+    constant = judged.cut.first - cuts[dampening] @ judged.first + judged.drift.first
+    shift = fit.drift.first.to(lack) / fit.tokens if fit.mean is not None else torch.zeros_like(constant)
+
+    def saved(drift_dampening: float) -> tuple[float, Choice]:
+        R = drifts[drift_dampening]
+        gain = _inner(R, lack) + _inner(shift, constant)
+        size = _inner(R, R @ gram)
+        size += _inner(shift, 2 * (R @ judged.first) + judged.tokens * shift)
+        alpha = min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
+        return 2 * alpha * gain - alpha**2 * size, Choice(dampening, drift_dampening, alpha)
+
+    return max(map(saved, drifts), key=itemgetter(0))[1]
+
+
+def _candidates(fit: KeptSums, dampenings: Sequence[float]) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
+    """Repairs of the cut and of the drift by dampening, (d_out, k) each, float32.
+
+    Both at a dampening share one factorisation. It is computed in float32, unless that solves it badly: the choice is
+    between steps of a factor of three, and what is chosen is computed again from all tokens.
+    """
+    fitted = fit.to(torch.float32)
     cuts: dict[float, Tensor] = {}
     drifts: dict[float, Tensor] = {}
     for dampening in dampenings:
@@ -152,41 +197,16 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float], *,
             if int(info) != 0:
                 del factor
                 continue
-        cuts[dampening] = _solve(factor, fitted.taken)
-        if fitted.cross is not None:
-            drifts[dampening] = _solve(factor, fitted.cross)
+        cuts[dampening] = _solve(factor, fitted.cut.cross)
+        if fitted.drift is not None:
+            drifts[dampening] = _solve(factor, fitted.drift.cross)
         del factor  # before the next is made
     if not cuts:
         raise SnpError(
-            f"Gram matrix of {fit.taken.shape[1]:,} channels is not positive definite (dampening up to "
+            f"Gram matrix of {len(fit.first):,} channels is not positive definite (dampening up to "
             f"{max(dampenings):g}). Use more calibration tokens or a larger --dampening."
         )
-    gram = judged.gram()
-    best: Choice | None = None
-    least, lack = 0.0, judged.taken
-    for dampening, added in cuts.items():
-        product = added @ gram
-        error = _inner(added, product) - 2 * _inner(added, judged.taken)
-        if best is None or error < least:
-            # e + M x against the channels that R reads, and against the constant that the shift is multiplied with.
-            best, least, lack = Choice(dampening, dampening, 0.0), error, judged.taken - product
-            constant = judged.lost - added @ judged.first
-    assert best is not None
-    if fitted.lacking is None or judged.cross is None or judged.lacking is None:
-        return best
-    lack += judged.cross
-    constant = constant + judged.lacking
-    shift = fitted.lacking / fitted.tokens if bias else torch.zeros_like(fitted.lacking)
-    most = -torch.inf
-    for dampening, R in drifts.items():
-        gain = _inner(R, lack) + _inner(shift, constant)
-        size = _inner(R, R @ gram)
-        size += _inner(shift, 2 * (R @ judged.first) + judged.tokens * shift)
-        alpha = min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
-        saved = 2 * alpha * gain - alpha**2 * size
-        if saved > most:
-            most, best = saved, replace(best, drift_dampening=dampening, alpha=alpha)
-    return best
+    return cuts, drifts
 
 
 def _damped(gram: Tensor, dampening: float) -> Tensor:
@@ -199,13 +219,6 @@ def _damped(gram: Tensor, dampening: float) -> Tensor:
     return gram
 
 
-def _factor(gram: Tensor, dampening: float) -> Tensor:
-    factor, info = try_cholesky(_damped(gram, dampening))
-    if int(info) != 0:
-        raise SnpError(f"Gram matrix of {len(gram):,} channels is not positive definite (dampening {dampening:g}).")
-    return factor
-
-
 def _solve(cholesky: Tensor, right: Tensor) -> Tensor:
     """`right (C C^T)^-1`, (d_out, k), in the type of `right`."""
     wide = right.to(cholesky.dtype)
@@ -215,33 +228,6 @@ def _solve(cholesky: Tensor, right: Tensor) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
-
-
-def reconstruct(W: Tensor, L: Tensor, width: int) -> Tensor:
-    """Out-projection weight on the first `width` channels of an ordered site.
-
-    `W' = (W L)[:, :k] L[:k, :k]^-1 = W[:, K] + W[:, P] L[P, K] L[K, K]^-1`, the least-squares solution
-    `W G[:, K] G[K, K]^-1`, by one triangular solve. Source: Offergeld, van Gerven, Ahmad, Subspace Node Pruning,
-    arXiv 2405.17506.
-
-    Args:
-        W: out-projection weight, columns ordered, (d_out, n), float64.
-        L: unit lower LDL factor of the ordered Gram matrix, (n, n), float64.
-        width: k, channels kept, 1 <= k <= n.
-
-    Returns:
-        W', (d_out, k), float64.
-
-    Raises:
-        SnpError: shapes disagree or k is out of range.
-    """
-    n = W.shape[1]
-    if L.shape != (n, n) or not 1 <= width <= n:
-        raise SnpError(f"expected L of ({n}, {n}) and a width of 1 to {n}, got {tuple(L.shape)} and {width}.")
-    kept, pruned = slice(None, width), slice(width, None)
-    # Solving only for what is added leaves W untouched to the bit where nothing is pruned.
-    added = W[:, pruned] @ L[pruned, kept]
-    return W[:, kept] + torch.linalg.solve_triangular(L[kept, kept], added, upper=False, left=False, unitriangular=True)
 
 
 def absorb_mean(bias: Tensor, W: Tensor, W_new: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
@@ -273,18 +259,3 @@ def output_energy(W: Tensor, gram: Tensor) -> float:
         product.addmm_(W[:, stop:], gram[stop:, start:stop], alpha=2)
         energy += float(torch.linalg.vecdot(product, W[:, start:stop]).sum(dtype=torch.float64))
     return energy
-
-
-def relative_error(W: Tensor, W_new: Tensor, kept: Tensor, gram: Tensor) -> float:
-    """Reconstruction error `||X (W - W')^T||_F^2 / ||X W^T||_F^2` on the undampened Gram matrix.
-
-    Args:
-        W: dense weight, (d_out, n), float64.
-        W_new: W' on the kept channels, (d_out, k), float64.
-        kept: K, (k,), int64.
-        gram: G of the inputs (centred where the bias absorbs the mean), (n, n), float64.
-    """
-    difference = W.clone()
-    difference[:, kept] -= W_new
-    total = ((W @ gram) * W).sum()
-    return float(((difference @ gram) * difference).sum() / total) if total > 0 else 0.0

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.gram import column_blocks, random_signs
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
+from snp_llm.linalg.quadrature import zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
 
@@ -24,10 +24,6 @@ EXCHANGES = 4  # of a dear unit for the next one, before fewer go than could
 RISE = 1.05  # times what the next in line costs: what a unit may come to cost through others that go at once
 
 ZCA_EXACT_UP_TO = 512  # channels
-
-LEAST_SIGNS = 128  # random projections of a column, whose norm comes out to 12 %
-
-SMALLEST_SPREAD = 1e-8  # relative variance of a measure, below which it is one atom up to rounding
 
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
 
@@ -66,82 +62,11 @@ def zca(problem: OrderingProblem) -> Tensor:
 
 
 def zca_exact(problem: OrderingProblem) -> Tensor:
-    """The same by an eigendecomposition, at every size."""
+    """Energy of a unit under unnormalised ZCA, as for `zca`, by an eigendecomposition at every size."""
     values, vectors = torch.linalg.eigh(problem.definite.gram)
     whitening = (vectors / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()) @ vectors.T
     blocks = torch.linalg.inv(diagonal_blocks(whitening, problem.unit_size))
     return (blocks @ blocks).diagonal(dim1=1, dim2=2).sum(1)
-
-
-def zca_quadrature(definite: DefiniteGram, unit_size: int) -> Tensor:
-    """The score of `zca` to a few per cent (made-up sites: 12 %), for little more than an LDL costs.
-
-    In the basis of the eigenvectors of `[G^-1]_uu`, `[G^-1/2]_uu` is all but diagonal: a unit's score is the sum over
-    its channels there. For one of those, e, `e^T f(G) e` is the integral of f over the spectrum of G in the measure
-    that e sees of it, and `e^T G^p e`, p = -2 to 2, are five of its moments, the outer ones squared norms of `G^-1 e`
-    and `G e`. Two of Gauss's rules with two nodes, one on the moments -1 to 2 and one on -2 to 1, err to opposite
-    sides; their geometric mean is taken (Golub and Meurant, Matrices, Moments and Quadrature, 2010). No inverse is
-    formed: all is read off the columns of the inverse Cholesky factor, a block at a time, but for what `G^-1 e` has
-    outside its unit, whose norm is estimated from random signs (Achlioptas, 2003).
-
-    Args:
-        definite: of n channels.
-        unit_size: channels a unit has.
-
-    Returns:
-        (n / unit_size,), float64.
-    """
-    gram, cholesky = definite.gram, definite.factor()
-    n = len(gram)
-    signs = random_signs(n, max(LEAST_SIGNS, n // 32), gram)
-    solved = torch.linalg.solve_triangular(cholesky, signs, upper=False)
-    scores = []
-    for start, stop in column_blocks(n, unit_size):
-        columns = torch.eye(n - start, stop - start, dtype=gram.dtype, device=gram.device)
-        columns = torch.linalg.solve_triangular(cholesky[start:, start:], columns, upper=False)
-        low, basis = _unit_spectra(columns, unit_size)
-        outside = _in_basis(solved[start:].mT @ columns, basis) - low * _in_basis(signs[start:stop].mT, basis)
-        turned = _in_basis(gram[:, start:stop], basis)
-        high = (diagonal_blocks(turned[start:stop], unit_size) * basis).sum(1).reshape(-1)
-        outside, highest = (torch.linalg.vector_norm(x, dim=0).double().square() for x in (outside, turned))
-        low, high, one = low.double(), high.double(), torch.ones_like(highest)
-        lowest = low.square() + outside / signs.shape[1]
-        # With the measures x^-1 dmu and x^-2 dmu the moments start at 0, and the functions are x^1/2 and x^3/2.
-        scores.append(1 / (_two_nodes(low, one, high, highest, 0.5) * _two_nodes(lowest, low, one, high, 1.5)))
-    return per_unit(torch.cat(scores), unit_size)
-
-
-def _unit_spectra(columns: Tensor, unit_size: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, (b,), and eigenvectors, (units, unit_size, unit_size), of `C_u^T C_u` for every unit's columns."""
-    if unit_size == 1:
-        return columns.square().sum(0), columns.new_ones(columns.shape[1], 1, 1)
-    by_unit = columns.reshape(len(columns), -1, unit_size).transpose(0, 1)
-    values, vectors = torch.linalg.eigh(by_unit.mT @ by_unit)
-    return values.reshape(-1), vectors
-
-
-def _in_basis(columns: Tensor, basis: Tensor) -> Tensor:
-    """Each unit's columns, (rows, b), turned into its own basis, (units, unit_size, unit_size)."""
-    if basis.shape[1] == 1:
-        return columns
-    return torch.einsum("ruc,uce->rue", columns.reshape(len(columns), len(basis), -1), basis).reshape(columns.shape)
-
-
-def _two_nodes(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, power: float) -> Tensor:
-    """Integral of `x^power` by Gauss's rule with two nodes, from four moments of a measure on x > 0, each (n,)."""
-    mean = m1 / m0
-    spread = m2 / (m0 * mean**2) - 1  # variance and skewness relative to the mean
-    atom = ~(spread > SMALLEST_SPREAD)  # a channel on its own: all of its measure in one place
-    spread = torch.where(atom, torch.ones_like(spread), spread)
-    skew = (m3 / (m0 * mean**3) - 3 * spread - 1) / spread**1.5
-    half = torch.where(atom, torch.zeros_like(skew), skew / 2)
-    far = half.abs() + (half.square() + 1).sqrt()
-    upper = torch.where(half >= 0, far, 1 / far)
-    lower = -1 / upper
-    share = upper / (upper - lower)  # of the measure, at the lower node
-    nodes = [(mean * (1 + spread.sqrt() * z)).clamp_min(torch.finfo(mean.dtype).tiny) for z in (lower, upper)]
-    rule = m0 * (share * nodes[0] ** power + (1 - share) * nodes[1] ** power)
-    return torch.where(atom, m0 * mean**power, rule)
 
 
 def saw(problem: OrderingProblem) -> Tensor:
@@ -170,6 +95,36 @@ def obs(problem: OrderingProblem) -> Tensor:
     return _removal_costs(problem.W.mT, diagonal_blocks(inverse, problem.unit_size))
 
 
+@dataclass
+class _Pending:
+    """What has yet to come off an inverse for the units removed since it was last written: `rows^T shares`.
+
+    Attributes:
+        rows, shares: (room, n); as many of them as are filled count.
+        filled: how many.
+    """
+
+    rows: Tensor
+    shares: Tensor
+    filled: int = 0
+
+    @classmethod
+    def of(cls, inverse: Tensor, room: int) -> "_Pending":
+        """No removals yet, with room for so many channels."""
+        rows = inverse.new_empty(room, len(inverse))
+        return cls(rows, torch.empty_like(rows))
+
+    def taken_off(self, part: Tensor, at: Tensor | slice, columns: Tensor | slice) -> Tensor:
+        """A part of the inverse as it is after the removals, in place of what it was."""
+        return part.addmm_(self.rows[: self.filled, at].mT, self.shares[: self.filled, columns], alpha=-1)
+
+    def add(self, rows: Tensor, shares: Tensor) -> None:
+        """Takes up the rows and shares of units that went."""
+        new = slice(self.filled, self.filled + len(rows))
+        self.rows[new], self.shares[new] = rows, shares
+        self.filled = new.stop
+
+
 def greedy(problem: OrderingProblem) -> Tensor:
     """Backward elimination by `obs`: remove the cheapest, repair W, downdate `G^-1`, repeat to the last unit.
 
@@ -190,13 +145,10 @@ def greedy(problem: OrderingProblem) -> Tensor:
     alive = torch.arange(units, device=device)  # units that the matrices still hold
     fresh, removed = units, 0
     while True:
-        n = len(inverse)
         pivots = diagonal_blocks(inverse, size).clone()
         gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
-        # What has to come off the inverse for the units removed since it was last written: rows^T shares.
-        rows = inverse.new_empty(PANEL + block * size, n)
-        shares, filled = torch.empty_like(rows), 0
-        while removed < last and filled < PANEL:
+        pending = _Pending.of(inverse, PANEL + block * size)
+        while removed < last and pending.filled < PANEL:
             costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
             count = min(block, last - removed)
             going = torch.argsort(costs, stable=True)[: min(CANDIDATES * block, units - removed)]
@@ -204,20 +156,19 @@ def greedy(problem: OrderingProblem) -> Tensor:
                 going = going[:1]
             else:
                 C = unit_channels(going, size)
-                among = inverse[C[:, None], C].addmm_(rows[:filled, C].mT, shares[:filled, C], alpha=-1)
+                among = pending.taken_off(inverse[C[:, None], C], C, C)
                 going = going[_cheap_together(among, W[C], costs[going], count, size)]
             scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
             gone[going] = True
             removed += len(going)
             P = unit_channels(going, size)
-            now = inverse[P].addmm_(rows[:filled, P].mT, shares[:filled], alpha=-1)
+            now = pending.taken_off(inverse[P], P, slice(None))
             share = torch.linalg.solve(now[:, P], now)
             W.addmm_(share.mT, W[P], alpha=-1)
             by_unit = (len(P), len(alive), size)
             pivots -= torch.einsum("pua,pub->uab", now.reshape(by_unit), share.reshape(by_unit))
             pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
-            rows[filled : filled + len(P)], shares[filled : filled + len(P)] = now, share
-            filled += len(P)
+            pending.add(now, share)
         if removed == last:
             places = torch.argsort(_removal_costs(W, pivots)[~gone], stable=True)
             scores[alive[~gone][places]] = torch.arange(last, units, dtype=torch.float64, device=device)
@@ -237,10 +188,10 @@ def greedy(problem: OrderingProblem) -> Tensor:
         target, source = unit_channels(target, size), unit_channels(source, size)
         for matrix in (W, inverse):
             matrix[target] = matrix[source]
-        for matrix in (inverse, rows, shares):
+        for matrix in (inverse, pending.rows, pending.shares):
             matrix[:, target] = matrix[:, source]
         W, alive, inverse = W[: left * size], alive[:left], inverse[: left * size, : left * size]
-        inverse.addmm_(rows[:filled, : len(W)].mT, shares[:filled, : len(W)], alpha=-1)
+        pending.taken_off(inverse, slice(len(W)), slice(len(W)))
 
 
 def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:

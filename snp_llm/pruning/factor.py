@@ -19,6 +19,7 @@ from snp_llm.linalg.ldl import (
     probe,
     solve_error,
 )
+from snp_llm.linalg.least_squares import Cut, factored_repair
 from snp_llm.linalg.ordering import OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.projections import weight_of
@@ -44,19 +45,28 @@ class FactoredSite:
     Attributes:
         unit_order: units, most important first, (units,), int64.
         subspace: LDL factors in that order.
-        W, mean: out-projection weight, and mean of the inputs, float64 or float32, in the original channel order.
+        W: out-projection weight, in the original channel order, (d_out, n), float64 or float32.
+        mean: of the inputs, which the bias absorbs, in the same order, (n,), same type; None where it absorbs none.
         root: R, with `R R^T = F` and a floor under it, (d_out, d_out), same type; None without gradients.
         tokens: over which the Gram matrix was summed.
-        centred: whether the bias absorbs the mean.
     """
 
     unit_order: Tensor
     subspace: Subspace
     W: Tensor
-    mean: Tensor
+    mean: Tensor | None
     root: Tensor | None
     tokens: int
-    centred: bool
+
+    def cut(self, channels: int, *, repaired: bool) -> Cut:
+        """The site with its first so many channels kept, and with `repaired` the repair that L has for it."""
+        order = self.subspace.order
+        first, last = order[:channels], order[channels:]
+        repair = None
+        if repaired:
+            repair = factored_repair(self.W[:, order], self.subspace.L, channels)[:, first.argsort()]
+        kept, gone = first.sort().values, last.sort().values
+        return Cut(self.W, kept, gone, self.mean, self.root, self.subspace.dampening, repair)
 
     def loss_curve(self, statistics: Statistics) -> Tensor | None:
         """Predicted rise of the mean loss at every number of channels kept, (n + 1,), or None without gradients.
@@ -69,17 +79,16 @@ class FactoredSite:
             statistics: of windows that are held out, if the site was not factored from them: on those errors are
                 counted; else on those that it was.
         """
-        held = statistics.held_moments
         if self.root is None:
             return None
         L, D, order = self.subspace.L, self.subspace.D, self.subspace.order
         W = (self.root.mT @ self.W)[:, order]
-        if held is None or held.tokens == 0:
+        if statistics.held is None or statistics.held.moments.tokens == 0:
             return error_curve(W, L, D) / (2 * self.tokens)
-        held = completed(held)
+        held = completed(statistics.held.moments)
         gram = held.second[order[:, None], order].to(W)
         let_go(statistics.files)
-        if self.centred:
+        if self.mean is not None:
             first, mean = held.first.to(W)[order], self.mean[order]
             gram.addr_(first, mean, alpha=-1).addr_(mean, first - held.tokens * mean, alpha=-1)
         return held_out_curve(W, L, gram) / (2 * held.tokens)
@@ -94,7 +103,7 @@ def factor_site(
         block: that it is in.
         site: to be factored.
         statistics: of it.
-        recipe: all settings, resolved.
+        recipe: all settings.
         clock: on which ordering is timed apart.
         width: units that will be kept at least: their order among themselves is then not worth much computing.
 
@@ -130,8 +139,8 @@ def factor_site(
             unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
         gram.diagonal().copy_(definite.diagonal)  # undampened again, and without dead channels' pivots
-        mean = moments.first.to(gram) / moments.tokens
-        return FactoredSite(unit_order, subspace, W, mean, root, moments.tokens, centred), gram
+        mean = moments.first.to(gram) / moments.tokens if centred else None
+        return FactoredSite(unit_order, subspace, W, mean, root, moments.tokens), gram
     except SnpError as error:
         raise SnpError(f"{site.name}: {error}") from error
 

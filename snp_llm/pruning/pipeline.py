@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
+from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import assemble
@@ -23,7 +24,7 @@ from snp_llm.pruning.stream import capture
 from snp_llm.pruning.trial_cut import try_cuts
 from snp_llm.pruning.widths.plan import find_removals, plan_widths
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
@@ -45,7 +46,7 @@ class PrunedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    recipe: Recipe
+    recipe: ResolvedRecipe
     sites: list[SiteResult]
     calibration: Windows
     seconds: dict[str, float]
@@ -73,30 +74,34 @@ def prune(
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    recipe, journal = resolve(recipe, model, tokenizer), journal or Journal()
-    clock = Clock(compute_device(recipe.device))
-    run = Run(recipe, clock, journal, on_step)
-    allowed = recipe.perplexity_increase
+    resolved, journal = resolve(recipe, model, tokenizer), journal or Journal()
+    clock = Clock(compute_device(resolved.device))
+    run = Run(resolved, clock, journal, on_step)
+    allowed = resolved.perplexity_increase
     if allowed is not None:
-        windows, unseen = split_windows(read_calibration(tokenizer, recipe, model, HELD_OUT_WINDOWS), HELD_OUT_WINDOWS)
-        journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
+        drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS)
+        windows, unseen = split_windows(drawn, HELD_OUT_WINDOWS)
+        journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
         visited = visit(model, windows, run.phase("visit"))
 
+        def measure(model: PreTrainedModel) -> float:
+            return perplexity(model, unseen.tokens, batch_size=resolved.batch_size, device=clock.device)
+
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
-            once = replace(recipe, sparsity=sparsity, max_perplexity_increase=None)
-            return cut_once(visited, replace(run.phase(f"sparsity-{sparsity:.5f}"), recipe=once))
+            once = replace(resolved, sparsity=sparsity, max_perplexity_increase=None)
+            return cut_once(visited, windows.tokens, replace(run.phase(f"sparsity-{sparsity:.5f}"), recipe=once))
 
         def predicted(sparsity: float) -> float | None:
-            return predicted_rise(visited, replace(recipe, sparsity=sparsity, max_perplexity_increase=None))
+            return predicted_rise(visited, replace(resolved, sparsity=sparsity, max_perplexity_increase=None))
 
-        found = largest_sparsity(model, unseen.tokens, allowed, attempt, predicted, recipe.batch_size, clock)
+        found = largest_sparsity(model, allowed, measure, attempt, predicted)
         facts = (windows, clock.seconds, found.sparsity, found.trials)
-        return PrunedModel(found.model, tokenizer, recipe, found.results, *facts)
-    windows = read_calibration(tokenizer, recipe, model)
-    journal.belongs_to(partial(identity, model, tokenizer, windows, recipe))
-    pruned, results = cut_once(visit(model, windows, run.phase("visit")), run.phase("cut"))
-    sparsity = None if recipe.separate else recipe.sparsity
-    return PrunedModel(pruned, tokenizer, recipe, results, windows, clock.seconds, sparsity)
+        return PrunedModel(found.model, tokenizer, resolved, found.results, *facts)
+    windows = read_calibration(tokenizer, resolved, model)
+    journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
+    pruned, results = cut_once(visit(model, windows, run.phase("visit")), windows.tokens, run.phase("cut"))
+    sparsity = None if resolved.separate else resolved.sparsity
+    return PrunedModel(pruned, tokenizer, resolved, results, windows, clock.seconds, sparsity)
 
 
 def plan(
@@ -116,11 +121,11 @@ def plan(
             "--dry-run: expected a budget whose widths are known before anything is cut, got "
             "--max-perplexity-increase. Leave it out, or run without --dry-run."
         )
-    recipe = resolve(recipe, model, tokenizer)
-    clock = Clock(compute_device(recipe.device))
-    windows = read_calibration(tokenizer, recipe, model) if recipe.allocation in NEEDS_CURVES else None
-    visited = visit(model, windows, Run(recipe, clock, Journal(), on_step))
-    return list(zip(visited.anatomy.sites, visited.widths(recipe), strict=True))
+    resolved = resolve(recipe, model, tokenizer)
+    clock = Clock(compute_device(resolved.device))
+    windows = read_calibration(tokenizer, resolved, model) if resolved.allocation in NEEDS_CURVES else None
+    visited = visit(model, windows, Run(resolved, clock, Journal(), on_step))
+    return list(zip(visited.anatomy.sites, visited.widths(resolved), strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,26 +134,30 @@ class Visited:
 
     Attributes:
         anatomy: what is to be cut.
-        windows: calibration windows; None where nothing but a plan of fixed widths is wanted.
         curves: of every site, or None each.
     """
 
     anatomy: Anatomy
-    windows: Windows | None
     curves: Sequence[SiteCurves | None]
 
     def gradient(self, number: int) -> Tensor | None:
-        """F of a site, by its number, read when it is asked for."""
+        """Second moment F of the gradient at a site, by the site's number, read when it is asked for."""
         curves = self.curves[number]
         return None if curves is None else curves.gradient
 
-    def widths(self, recipe: Recipe) -> list[int]:
+    def widths(self, recipe: ResolvedRecipe) -> list[int]:
         """Units kept at every site under a recipe's budget."""
         return plan_widths(self.anatomy, self.curves, find_removals(self.anatomy, recipe), recipe)
 
 
 def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
-    """Checks a model and reads off it what the recipe needs; the budget may still change afterwards."""
+    """Checks a model and reads off it what the recipe needs; the budget may still change afterwards.
+
+    Args:
+        model: dense.
+        windows: of the calibration text; None where nothing but a plan of fixed widths is wanted.
+        run: of this phase.
+    """
     anatomy = find_anatomy(model, run.recipe.head_unit)
     check_weights(anatomy)
     if windows is not None and not anatomy.family.checked:
@@ -158,15 +167,14 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
     if windows is not None and visit_passes(run.recipe):
         curves = visit_dense(anatomy, windows.tokens, run)
-    return Visited(anatomy, windows, curves)
+    return Visited(anatomy, curves)
 
 
-def cut_once(visited: Visited, run: Run) -> tuple[PreTrainedModel, list[SiteResult]]:
-    """The pruned model and what happened at every site."""
-    assert visited.windows is not None
+def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedModel, list[SiteResult]]:
+    """The pruned model and what happened at every site, calibrated on tokens, (windows, T)."""
     anatomy = visited.anatomy
     widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
-    stream = capture(anatomy, visited.windows.tokens, run.recipe, run.clock, run.journal.folder)
+    stream = capture(anatomy, tokens, run.recipe, run.clock, run.journal.folder)
     blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
     if run.recipe.layout == "padded":
         blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))
@@ -177,7 +185,7 @@ def cut_once(visited: Visited, run: Run) -> tuple[PreTrainedModel, list[SiteResu
     ]
 
 
-def predicted_rise(visited: Visited, recipe: Recipe) -> float | None:
+def predicted_rise(visited: Visited, recipe: ResolvedRecipe) -> float | None:
     """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
     losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
     if len(losses) < len(visited.anatomy.sites):

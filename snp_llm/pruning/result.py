@@ -19,7 +19,7 @@ class Curve:
         cut: channels kept.
         variance: of the last latent kept at each of them, in squared activations, dampening included; about the mean
             where the bias absorbs that, about zero elsewhere, (p,).
-        spectrum: the same of all latents, the largest first, read at the same places, (p,).
+        spectrum: variances of all latents, the largest first, read at the same places, (p,).
         error: relative squared output error after repair, on the tokens that the site was factored from, (p,).
     """
 
@@ -61,7 +61,7 @@ class SiteResult:
         kept: kept units, ascending, (u,), int64, on the CPU.
         energy: share of the latent energy in what was kept.
         predicted_error: relative squared output error read off the error curve (dampened Gram matrix).
-        error: the same, computed from the weights that were written.
+        error: relative squared output error of the cut with its own repair, computed from the weights.
         predicted_loss: rise of the mean loss that the visit to the dense model predicted; None without gradients.
         reference_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.

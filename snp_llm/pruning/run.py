@@ -15,7 +15,7 @@ from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
@@ -28,13 +28,13 @@ class Run:
     """The tools of a run, never its results.
 
     Attributes:
-        recipe: all settings, resolved.
+        recipe: all settings.
         clock: of the compute device.
         journal: of the phase that is on: keeps what it has done, and knows what an interrupted one has.
         on_step: called with a line of text after each site and each block of the dense model.
     """
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
     clock: Clock
     journal: Journal
     on_step: OnStep
@@ -44,33 +44,40 @@ class Run:
         return replace(self, journal=self.journal.phase(name))
 
 
-def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Recipe:
-    """The recipe with window length and rounding filled in from the model, sparsity, and BOS from a tokenizer.
+def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> ResolvedRecipe:
+    """The recipe with texts, window length, rounding and sparsity filled in for a model, and BOS for a tokenizer.
 
     Raises:
         SnpError: the window is longer than the model's positions; the model is not of a supported family, or has code
-            of its own.
+            of its own; hidden states are to wait where no blocks are run.
     """
     check_code(model)
     positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
-    if tokenizer is not None:
-        recipe = replace(recipe, bos=resolve_bos(recipe.bos, model, tokenizer))
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if recipe.hidden_device not in ("cpu", "disk", kind):
         raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
-    recipe = replace(recipe, seq_len=seq_len, sparsity=recipe.common_sparsity)
-    if recipe.round_to is not None:
-        return recipe
+    settings = {
+        "calibration": recipe.calibration or usual_text(recipe.model),
+        "eval_dataset": recipe.eval_dataset or usual_text(recipe.model),
+        "seq_len": seq_len,
+        "round_to": recipe.round_to or usual_rounding(model, recipe.layout),
+        "sparsity": recipe.common_sparsity,
+        "bos": recipe.bos if tokenizer is None else resolve_bos(recipe.bos, model, tokenizer),
+    }
+    return ResolvedRecipe(**{**vars(recipe), **settings})
+
+
+def usual_rounding(model: PreTrainedModel, layout: str) -> int:
+    """What FFN widths are multiples of where nothing else is asked for."""
     narrowest = min(site.units for site in find_anatomy(model).sites if site.kind == "ffn")
-    coarse = recipe.layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
-    return replace(recipe, round_to=KERNEL_MULTIPLE if coarse else 8)
+    coarse = layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
+    return KERNEL_MULTIPLE if coarse else 8
 
 
 def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
     """Says what head units became of those asked for, where the model has no such choice."""
     first = next(site for site in sites if site.kind == "attention")
-    assert first.heads is not None
     if recipe.head_unit == "kv_group" and first.groups:
         log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
     elif recipe.head_unit == "query" and not first.groups:
@@ -100,13 +107,12 @@ def check_weights(anatomy: Anatomy) -> None:
 
 
 def read_calibration(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, model: PreTrainedModel, more: int = 0
+    tokenizer: PreTrainedTokenizerBase, recipe: ResolvedRecipe, model: PreTrainedModel, more: int = 0
 ) -> Windows:
-    """The calibration windows of a resolved recipe, and `more` after them, checked against the model's vocabulary."""
-    assert recipe.seq_len is not None
+    """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
     windows = calibration_windows(
         tokenizer,
-        recipe.calibration or "wikitext2",
+        recipe.calibration,
         split=recipe.calibration_split,
         column=recipe.text_column,
         num_samples=recipe.num_samples + more,

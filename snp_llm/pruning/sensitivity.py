@@ -4,7 +4,7 @@ Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,6 @@ from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import (
-    BlockCall,
     frozen,
     loss_gradient,
     on_device,
@@ -68,7 +67,7 @@ class SiteCurves:
 
     @property
     def gradient(self) -> Tensor | None:
-        """F, or None where no gradients were asked for; without files, only on the rank that cuts the block."""
+        """F, read now, or None where none was asked for; without files, only on the rank that cuts the block."""
         return self.read_gradient()
 
 
@@ -134,7 +133,7 @@ class _Visit:
 
     @property
     def windows(self) -> range:
-        """Those of this rank."""
+        """Windows of this rank."""
         return ranks.share(len(self.tokens))
 
     def start(self) -> Stream:
@@ -144,7 +143,7 @@ class _Visit:
 
 
 def _read_gradients(visit: _Visit) -> None:
-    """F of every site, in a pass forwards that keeps what enters each block, and one back."""
+    """Puts F of every site into the journal, in a pass forwards that keeps what enters each block, and one back."""
     blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     device = clock.device
     done, state = journal.last_state(windows, len(visit.tokens))
@@ -169,10 +168,11 @@ def _read_gradients(visit: _Visit) -> None:
             for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
                 states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
     for index in range(len(blocks) - done - 1, -1, -1):
-        block, entering, here = blocks[index], inputs.pop(), visit.anatomy.sites_of(index)
+        block, here = blocks[index], visit.anatomy.sites_of(index)
         weights = [site_weight(block, site) for site in here]
         sums = [empty_moments(len(W), W.dtype, device) for W in weights]
-        back = partial(_back, block, here, entering, stream.calls[index], gradients, device)
+        entering = replace(stream, hidden=inputs.pop(), index=index)
+        back = partial(_back, block, here, entering, gradients, device)
         with on_device(block, device), clock.phase("forward passes"):
             for at, (gradient, found) in in_batches(len(windows), stream.batch, back):
                 with clock.phase("Gram matrices"):
@@ -189,7 +189,7 @@ def _read_gradients(visit: _Visit) -> None:
 
 
 def _read_curves(visit: _Visit, gradients: Journal) -> None:
-    """Energy and loss curves of every site, in one pass.
+    """Puts energy and loss curves of every site into the journal, in one pass.
 
     Args:
         visit: of the model.
@@ -246,15 +246,9 @@ def sum_up(
 
 
 def _back(
-    block: nn.Module,
-    sites: Sequence[Site],
-    entering: Tensor,
-    call: BlockCall,
-    gradients: Tensor,
-    device: torch.device,
-    at: slice,
+    block: nn.Module, sites: Sequence[Site], entering: Stream, gradients: Tensor, device: torch.device, at: slice
 ) -> tuple[Tensor, list[Tensor | None]]:
-    return gradients_at(block, sites, entering[at], call, gradients[at].to(device))
+    return gradients_at(block, sites, entering.hidden[at], entering.call, gradients[at].to(device))
 
 
 def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
@@ -278,7 +272,7 @@ def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal)
 
 
 def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> dict[str, Tensor]:
-    """By kind of site and name: the curves that `SiteCurves` holds; sums are used up."""
+    """Curves of a block's sites as `SiteCurves` holds them, by kind of site and name; sums are used up."""
     found: dict[str, Tensor] = {}
     block, recipe = visit.anatomy.blocks[index], visit.run.recipe
     for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
@@ -286,8 +280,8 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
         apart = for_algebra(
             site.name,
             Statistics(
-                of_site.moments,
-                held_moments=of_site.held_moments,
+                of_site.fitted.moments,
+                held=of_site.held,
                 gradient=gradients.get(index, site.path),
                 files=of_site.files,
             ),
@@ -301,7 +295,7 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
 
 
 def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
-    """F, on the CPU, from the sums over so many tokens."""
+    """Second moment F of a site's gradient, a token, on the CPU, from sums over so many tokens."""
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
     return (gram_matrix(moments, centred=False) / tokens).float().cpu()

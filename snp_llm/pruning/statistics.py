@@ -1,22 +1,23 @@
 """Sums of a site over calibration tokens, apart for the windows that are held out. Knows tensors, not blocks."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from snp_llm.linalg.gram import (
-    Drift,
     Moments,
-    ReferenceSums,
+    OutputSums,
     add_moments,
-    add_reference,
+    add_outputs,
     completed,
     drift_from,
     empty_moments,
-    empty_reference_sums,
+    empty_output_sums,
 )
 from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
@@ -38,28 +39,36 @@ HELD_OUT_EVERY = 8  # one window of so many is held out
 
 TOKENS_A_CHANNEL = 16  # of the widest site: what is read from these is hardly better read from more
 
-MOMENTS = ("moments", "held_moments", "unreferred")  # of `Sums`
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over a set of calibration tokens.
+
+    Attributes:
+        moments: of a site's inputs.
+        outputs: of what the site should put out, or lacks of that (its drift); None where it is to put out what it did.
+    """
+
+    moments: Moments
+    outputs: OutputSums | None = None
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration says of a site.
+    """What calibration says of a site; `for_algebra` makes it ready to be factored.
 
     Attributes:
         moments: of its inputs, all tokens.
-        drift: what its output lacks of its reference; None where the reference is its own dense output.
-        referred: of its inputs over the tokens that drift is known for; None where that is all.
-        held_moments, held_drift: over the windows that were held out, which have references if any have; None without.
+        referred: over the tokens that drift is known for, with drift; None where the reference is its own dense output.
+        held: over the windows that were held out, which have drift if any have; None without.
         gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
     moments: Moments
-    drift: Drift | None = None
-    held_moments: Moments | None = None
-    held_drift: Drift | None = None
+    referred: TokenSums | None = None
+    held: TokenSums | None = None
     gradient: Tensor | None = None
-    referred: Moments | None = None
     files: Files = ()
 
 
@@ -68,53 +77,40 @@ class Sums:
     """Sums of a site over calibration tokens, apart for the windows that are held out.
 
     Attributes:
-        moments, references: of its inputs, and of what it should put out (None without references), over all windows
-            that are in none of the following.
-        held_moments, held_references: over those held out, or None where nothing is chosen by them.
+        fitted: with what the site should put out (None without references), over all windows in none of the following.
+        held: likewise over those held out, or None where nothing is chosen by them.
         unreferred: of its inputs over windows without a reference, or None where all have one, or none has.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
-    moments: Moments
-    references: ReferenceSums | None
-    held_moments: Moments | None
-    held_references: ReferenceSums | None
+    fitted: TokenSums
+    held: TokenSums | None
     unreferred: Moments | None = None
     files: Files = ()
 
     @torch.no_grad()
     def statistics(self, W: Tensor, bias: Tensor | None, gradient: Tensor | None) -> Statistics:
-        """With the held-out windows as part of the whole. Sums in place: these sums are used up.
+        """Statistics of the site, the held-out windows part of the whole; summed in place, so that these are used up.
 
         Args:
             W, bias: of the site's consumers, as they were while the sums were made.
             gradient: F, or None where not needed.
         """
 
-        def lacking(references: ReferenceSums | None, over: Moments) -> Drift | None:
-            return None if references is None else drift_from(references, over, W, bias)
+        def with_drift(sums: TokenSums) -> TokenSums:
+            moments, outputs = completed(sums.moments), sums.outputs
+            return TokenSums(moments, outputs and drift_from(outputs, moments, W, bias))
 
-        moments, held, references, held_references = (
-            self.moments,
-            self.held_moments,
-            self.references,
-            self.held_references,
-        )
-        if held is not None and held.tokens == 0:
-            held = held_references = None
+        fitted, held = self.fitted, self.held
+        if held is not None and held.moments.tokens == 0:
+            held = None
         if held is not None:
-            moments, held = added_to(moments, held), completed(held)
-        if references is not None and held_references is not None:
-            references = ReferenceSums(
-                references.cross.add_(held_references.cross), references.first.add_(held_references.first)
-            )
-        moments = completed(moments)
-        drift = lacking(references, moments)
-        held_drift = None if held is None else lacking(held_references, held)
-        if self.unreferred is None:
-            return Statistics(moments, drift, held, held_drift, gradient, files=self.files)
-        everything = added_to(completed(self.unreferred), moments)
-        return Statistics(everything, drift, held, held_drift, gradient, moments, self.files)
+            fitted = joined(fitted, held)
+        referred, held = with_drift(fitted), held and with_drift(held)
+        moments = referred.moments
+        if self.unreferred is not None:
+            moments = added_to(completed(self.unreferred), moments)
+        return Statistics(moments, referred if referred.outputs else None, held, gradient, self.files)
 
 
 def empty_sums(
@@ -143,39 +139,39 @@ def empty_sums(
     (d_out, n), dtype = W.shape, W.dtype
     entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_unreferred * n * (n + 1)
     device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
-    sums = Sums(
-        moments=empty_moments(n, dtype, device),
-        references=empty_reference_sums(d_out, n, dtype, device) if drifting else None,
-        held_moments=empty_moments(n, dtype, device) if holding_out else None,
-        held_references=empty_reference_sums(d_out, n, dtype, device) if drifting and holding_out else None,
-        unreferred=empty_moments(n, dtype, device) if some_unreferred else None,
-    )
+
+    def empty() -> TokenSums:
+        outputs = empty_output_sums(d_out, n, dtype, device) if drifting else None
+        return TokenSums(empty_moments(n, dtype, device), outputs)
+
+    unreferred = empty_moments(n, dtype, device) if some_unreferred else None
+    sums = Sums(empty(), empty() if holding_out else None, unreferred)
     in_files = storage.device is None and device.type == "cpu" and n >= FILES_FROM
     return _in_files(sums, storage) if in_files else sums
 
 
 def _in_files(sums: Sums, storage: Storage) -> Sums:
-    """The same sums of no tokens, those over pairs of channels in files."""
+    """Sums of no tokens, those over pairs of channels moved into files."""
     files = []
 
-    def moved(part: Moments | ReferenceSums | None, name: str) -> Any:
-        if part is None:
-            return None
+    def moved(part: Moments | OutputSums) -> Moments | OutputSums:
+        name = "second" if isinstance(part, Moments) else "cross"
         matrix = getattr(part, name)
         tensor, pages = storage.file(*matrix.shape, dtype=matrix.dtype)
         files.append(pages)
         filed: dict[str, Any] = {name: tensor}
         return replace(part, **filed)
 
-    return replace(
-        sums,
-        moments=moved(sums.moments, "second"),
-        references=moved(sums.references, "cross"),
-        held_moments=moved(sums.held_moments, "second"),
-        held_references=moved(sums.held_references, "cross"),
-        unreferred=moved(sums.unreferred, "second"),
-        files=files,
-    )
+    return replace(_with_each(sums, moved), files=files)
+
+
+def _with_each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """What holds sums of a site, with each of its moments and sums of outputs changed, in the order of its fields."""
+    if isinstance(value, Moments | OutputSums):
+        return change(value)
+    if isinstance(value, Sums | TokenSums | Statistics):
+        return replace(value, **{f.name: _with_each(getattr(value, f.name), change) for f in fields(value)})
+    return value
 
 
 def add_inputs(sums: Sums, site: Site, inputs: Tensor | None, reference: Tensor | None, held: Tensor) -> Sums:
@@ -192,7 +188,7 @@ def add_inputs(sums: Sums, site: Site, inputs: Tensor | None, reference: Tensor 
         return sums
     if site.routed:
         inputs = inputs.reshape(-1, 1, inputs.shape[-1])
-        held = held_out(len(inputs)) & (sums.held_moments is not None)
+        held = held_out(len(inputs)) & (sums.held is not None)
     return add_batch(sums, inputs, reference, held)
 
 
@@ -206,7 +202,7 @@ def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor
             of the batch have one.
         held: which windows are held out, (batch,), bool.
     """
-    device = sums.moments.second.device
+    device = sums.fitted.moments.second.device
     held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
     reference = None if reference is None else reference.to(device)
     if sums.unreferred is not None:
@@ -216,18 +212,17 @@ def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor
         if not referred:
             return sums
         held, inputs = held[:referred], inputs[:referred]
-    if sums.held_moments is None or not held.any():
-        if sums.references is not None and reference is not None:
-            add_reference(sums.references, reference, inputs)
-        return replace(sums, moments=add_moments(sums.moments, inputs))
-    if sums.references is not None and sums.held_references is not None and reference is not None:
-        add_reference(sums.references, reference[~held], inputs[~held])
-        add_reference(sums.held_references, reference[held], inputs[held])
-    return replace(
-        sums,
-        moments=add_moments(sums.moments, inputs[~held]),
-        held_moments=add_moments(sums.held_moments, inputs[held]),
-    )
+    if sums.held is None or not held.any():
+        return replace(sums, fitted=_add(sums.fitted, inputs, reference))
+    apart = ((sums.fitted, ~held), (sums.held, held))
+    fitted, held_out = (_add(part, inputs[at], None if reference is None else reference[at]) for part, at in apart)
+    return replace(sums, fitted=fitted, held=held_out)
+
+
+def _add(sums: TokenSums, inputs: Tensor, reference: Tensor | None) -> TokenSums:
+    if sums.outputs is not None and reference is not None:
+        add_outputs(sums.outputs, reference, inputs)
+    return replace(sums, moments=add_moments(sums.moments, inputs))
 
 
 def for_algebra(name: str, statistics: Statistics) -> Statistics:
@@ -236,25 +231,23 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
     What the batches before took of host memory is handed back first.
     """
     trim_host_memory()
-    statistics = replace(
-        statistics,
-        moments=completed(statistics.moments),
-        held_moments=None if statistics.held_moments is None else completed(statistics.held_moments),
-        referred=None if statistics.referred is None else completed(statistics.referred),
-    )
+    statistics = _with_each(statistics, lambda part: completed(part) if isinstance(part, Moments) else part)
     second = statistics.moments.second
     wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
     if _where(name, "algebra", ALGEBRA_MATRICES * second.numel() * wide, second.device) == second.device:
         return statistics
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.cpu()
-        if isinstance(value, Moments | Drift):
-            return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
-        return value
+    @cache  # all tokens and those with a reference may be the same
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.cpu()
 
-    return replace(statistics, **{f.name: moved(getattr(statistics, f.name)) for f in fields(statistics)})
+    def with_moved(part: Any) -> Any:
+        return replace(
+            part, **{f.name: moved(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
+        )
+
+    gradient = statistics.gradient
+    return replace(_with_each(statistics, with_moved), gradient=None if gradient is None else gradient.cpu())
 
 
 def _where(name: str, what: str, size: int, device: torch.device) -> torch.device:
@@ -268,20 +261,25 @@ def over_all_ranks(sums: Sums) -> Sums:
     """Sums over the calibration tokens of all ranks, in place."""
     if ranks.rank_count() == 1:
         return sums
-    parts = {name: part for name in MOMENTS if (part := getattr(sums, name)) is not None}
-    references = [t for t in (sums.references, sums.held_references) if t is not None]
-    tensors = [t for part in parts.values() for t in (part.second, part.first)]
-    ranks.add_up(tensors + [t for part in references for t in (part.cross, part.first)])
-    counts = ranks.from_all([part.tokens for part in parts.values()])
-    counted: dict[str, Any] = {
-        name: replace(part, tokens=sum(tokens))
-        for (name, part), tokens in zip(parts.items(), zip(*counts, strict=True), strict=True)
-    }
-    return replace(sums, **counted)
+    apart = [part for part in (sums.fitted, sums.held) if part is not None]
+    moments = [part.moments for part in apart] + ([] if sums.unreferred is None else [sums.unreferred])
+    outputs = [part.outputs for part in apart if part.outputs is not None]
+    ranks.add_up([t for m in moments for t in (m.second, m.first)] + [t for o in outputs for t in (o.cross, o.first)])
+    counts = map(sum, zip(*ranks.from_all([m.tokens for m in moments]), strict=True))
+    counted: Sums = _with_each(sums, lambda p: replace(p, tokens=next(counts)) if isinstance(p, Moments) else p)
+    return counted
+
+
+def joined(sums: TokenSums, other: TokenSums) -> TokenSums:
+    """Sums over the tokens of two sets, in place of those of the first."""
+    outputs, others = sums.outputs, other.outputs
+    if outputs is not None and others is not None:
+        outputs = OutputSums(outputs.cross.add_(others.cross), outputs.first.add_(others.first))
+    return TokenSums(added_to(sums.moments, other.moments), outputs)
 
 
 def added_to(moments: Moments, other: Moments) -> Moments:
-    """Moments over the tokens of both, in place of the first; of both the upper triangle is there, or of neither."""
+    """Moments over the tokens of two sets, in place of the first; both have their upper triangle, or neither."""
     assert moments.whole == other.whole
     tokens = moments.tokens + other.tokens
     return Moments(moments.second.add_(other.second), moments.first.add_(other.first), tokens, moments.whole)

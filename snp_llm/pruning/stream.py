@@ -59,15 +59,15 @@ class Stream:
         return self.calls[self.index]
 
     def before(self, index: int) -> "Stream":
-        """These hidden states, where the block of that number comes next."""
+        """The stream, where the block of that number comes next."""
         return replace(self, index=index)
 
     def like_hidden(self) -> Tensor:
-        """Room for as many hidden states."""
+        """Room for as many hidden states, on the storage."""
         return self.storage.empty(*self.hidden.shape, dtype=self.hidden.dtype)
 
     def first(self, count: int) -> "Stream":
-        """The first so many of all windows, this rank's among them, with hidden states of their own."""
+        """Stream of the first so many of all windows, this rank's among them, with hidden states of its own."""
         mine = range(self.windows.start, max(self.windows.start, min(self.windows.stop, count)))
         hidden = self.storage.empty(len(mine), *self.hidden.shape[1:], dtype=self.hidden.dtype)
         return replace(self, hidden=hidden.copy_(self.hidden[: len(mine)]), windows=mine, total=min(self.total, count))
@@ -107,7 +107,7 @@ def capture(
 
 
 def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
-    """Slice after slice of so many windows, with what `compute` makes of each.
+    """Slices of so many windows, one after the other, each with what `compute` makes of it.
 
     Where a batch does not fit into the device's memory, the batch size is halved, for the rest of the run, and the
     batch repeated: `compute` must leave no trace when it fails.

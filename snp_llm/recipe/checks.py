@@ -121,6 +121,7 @@ def check_output_name(folder: str) -> None:
 
 
 def check_repo_id(where: str, value: str) -> None:
+    """Raises SnpError if a name can be no repository on the Hub; `where` says which option it came from."""
     parts = value.split("/")
     well_formed = all(re.fullmatch(r"\w([\w.-]{,94}\w)?", part, re.ASCII) for part in parts)
     if len(parts) != 2 or not well_formed or re.search(r"--|\.\.|\.git$", value):

@@ -69,6 +69,7 @@ class EvaluationRecipe:
 
     @property
     def task_names(self) -> list[str]:
+        """Names of the tasks that `--tasks` lists."""
         return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
@@ -94,7 +95,7 @@ class PushRecipe:
     repo_id: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="USER/NAME")]]
     """Repository on the Hub; made if it does not exist."""
     private: bool = False
-    """It is private. A repository that exists and is public is refused then."""
+    """Make the repository a private one. One that exists and is public is refused then."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -114,7 +115,7 @@ class Talk:
 
     @property
     def level(self) -> int:
-        """As `logging` counts."""
+        """Log level, as `logging` counts."""
         level: int = getattr(logging, self.log_level.upper())
         return max(level, logging.WARNING) if self.quiet else level
 
@@ -156,7 +157,7 @@ class BenchRecipe:
     dense: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DENSE")]]
     """Hub id, local folder, or the bundled `tiny-opt`."""
     pruned: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRUNED")]]
-    """The same for the model that is compared with it."""
+    """Hub id or local folder of the model that is compared with it."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Windows at a time."""
     prompt_lengths: tuple[int, ...] = (128, 512)

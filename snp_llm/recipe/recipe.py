@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -38,6 +38,13 @@ GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  #
 
 SPARSITY = 0.3  # where nothing says what has to go
 
+TINY_OPT = "tiny-opt"  # the model that comes with the package, as do texts for it
+
+
+def usual_text(model: str) -> str:
+    """Text that a model is calibrated and measured on where no other is named."""
+    return "bundled" if model == TINY_OPT else "wikitext2"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -65,27 +72,28 @@ class Recipe:
     """Fraction of the decoder blocks' linear-weight parameters to remove, in [0, 1). Default: 0.3, unless another
     budget is given."""
     ffn_sparsity: float | None = None
-    """The same for FFN sites alone, a budget of their own."""
+    """Fraction of the FFN sites' parameters to remove, where these have a budget of their own."""
     head_sparsity: float | None = None
-    """The same for attention sites alone, a budget of their own."""
+    """Fraction of the attention sites' parameters to remove, where these have a budget of their own."""
     target_params: Annotated[str | None, tyro.conf.arg(metavar="1.0B")] = None
     """Parameters of the pruned model, instead of a sparsity: 900M, 1.0B, or 0.7x of the dense model's."""
     target_size: Annotated[str | None, tyro.conf.arg(metavar="2GB")] = None
-    """Its size on disk: 800MB, 2GB, 1.5GiB, or 0.7x."""
+    """Size of the pruned model on disk: 800MB, 2GB, 1.5GiB, or 0.7x."""
     target_flops: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
-    """Its FLOPs a token at prefill of a window: 1.2G, or 0.7x."""
+    """FLOPs of the pruned model, a token, at prefill of a window: 1.2G, or 0.7x."""
     target_latency: Annotated[str | None, tyro.conf.arg(metavar="0.7x")] = None
-    """Its time for prefill of one window on --device: 35ms, or 0.7x. Blocks are timed at several widths first."""
+    """Time of the pruned model for prefill of one window on --device: 35ms, or 0.7x. Blocks are timed at several widths
+    first."""
     latency_table: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Those times: read if the file is there, else written to it."""
+    """Times of blocks for --target-latency: read if the file is there, else written to it."""
     max_perplexity_increase: Annotated[str | None, tyro.conf.arg(metavar="5%")] = None
     """The largest sparsity, found by bisection, at which perplexity on held-out calibration text rises by no more."""
     ordering: Literal["zca", "zca-exact", "saw", "variance", "residual", "obs", "greedy", "random"] = "greedy"
     """Which units go first: the score that ranks them. zca is the paper's, by quadrature
-    above 2,048 channels; zca-exact decomposes at every size."""
+    above 512 channels; zca-exact decomposes at every size."""
     metric: Literal["error", "loss"] = "loss"
-    """In which obs and greedy measure what a removal costs. error: the out-projection's squared error. loss: that error
-    weighted by the loss gradient's second moments."""
+    """Measure in which obs and greedy count what a removal costs. error: the out-projection's squared error. loss: that
+    error weighted by the loss gradient's second moments."""
     allocation: Literal["uniform", "variance", "loss"] = "loss"
     """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
     latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
@@ -143,7 +151,7 @@ class Recipe:
     push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None
     """Upload the finished folder to this repository on the Hub, with the token of `hf auth login` or HF_TOKEN."""
     private: bool = False
-    """That repository is private."""
+    """Make the repository of --push-to-hub a private one."""
     overwrite: bool = False
     """Replace an existing output folder, once its successor has been verified, and forget an unfinished run."""
     resume: bool = False
@@ -197,7 +205,7 @@ class Recipe:
 
     @property
     def common_sparsity(self) -> float | None:
-        """Of sites whose kind has no budget of its own: as asked for or, where nothing else is, the usual one."""
+        """Sparsity of sites whose kind has no budget of its own: that asked for, or the usual where nothing else is."""
         whole = self.budget is not None or self.max_perplexity_increase is not None
         both = self.ffn_sparsity is not None and self.head_sparsity is not None
         return SPARSITY if self.sparsity is None and not whole and not both else self.sparsity
@@ -269,4 +277,18 @@ class Recipe:
         return self.allocation == "loss" or (self.metric == "loss" and self.ordering in ("obs", "greedy"))
 
     def as_dict(self) -> dict[str, Any]:
+        """All settings by name."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe(Recipe):
+    """A recipe in which all is definite that depends on the model, as `pruning.run.resolve` makes it.
+
+    Its sparsity is None only where the budget is another one.
+    """
+
+    calibration: str = field(kw_only=True)
+    eval_dataset: str = field(kw_only=True)
+    seq_len: int = field(kw_only=True)
+    round_to: int = field(kw_only=True)

@@ -18,7 +18,7 @@ from snp_llm.runtime.terminal import table_of
 
 
 def bench_table(result: dict[str, Any]) -> Table:
-    """Both models side by side, measured ratios beside that of the FLOPs."""
+    """Table of both models side by side, measured ratios beside that of the FLOPs."""
     rows = []
     for cell in result["cells"]:
         named = Cell(**cell["cell"])
@@ -45,7 +45,7 @@ def bench_table(result: dict[str, Any]) -> Table:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """Under which conditions, in one line."""
+    """Conditions of a benchmark, in one line."""
     threads = f", {result['threads']} threads" if result["threads"] else ""
     dtypes = "/".join(dict.fromkeys(result["dtype"]))
     how = "torch.compile" if result["compile"] else "eager"

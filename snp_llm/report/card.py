@@ -15,41 +15,30 @@ from snp_llm.runtime.files import write_text
 
 def model_card(report: dict[str, Any], base_model: str | None, *, model_type: str, has_code: bool) -> str:
     """The folder's README.md: front matter for the hub, then what was done and how to load it."""
-    recipe, sparsity = report["recipe"], report["sparsity"]
-    pruned = report["pruned"]
-    evaluation = report.get("evaluation")
-    measured = pruned["perplexity"] is not None and evaluation is not None
-    name = f"{Path(recipe['model']).name} pruned"
-    result = EvalResult(
-        task_type="text-generation",
-        dataset_type=str(recipe["eval_dataset"]),
-        dataset_name=str(evaluation),
-        metric_type="perplexity",
-        metric_value=pruned["perplexity"],
-    )
-    front = ModelCardData(
-        base_model=base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
-        metrics=["perplexity"] if measured else None,
-        model_name=name if measured else None,
-        eval_results=[result] if measured else None,
-    )
-    said = [f"Perplexity on {evaluation}."] if measured else []
-    if pruned["speed"] is not None and "device" in report:
-        said.append(f"Speed on {report['device']}.")
     trust = ", trust_remote_code=True" if has_code else ""
+    if has_code:
+        loads = [
+            "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
+            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed. It loads in",
+            "transformers, and not in engines with models of their own, such as vLLM and llama.cpp.",
+        ]
+    else:
+        loads = [
+            f"A plain `{model_type}` config and safetensors, without any code: it loads in transformers, and in every",
+            f"other engine that reads `{model_type}` checkpoints.",
+        ]
+    made = f" Made with `{report['command']}`." if "command" in report else ""
+    removed = 100 * report["sparsity"]["achieved"]
     lines = [
-        f"# {Path(recipe['model']).name}, {100 * sparsity['achieved']:.1f} % of its block-linear parameters removed",
+        *("---", front_matter(report, base_model, has_code=has_code), "---", ""),
+        f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
         "",
         "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
         "",
         *markdown_table(report),
         "",
-        " ".join(said),
-        "",
+        *(_measured_on(report), ""),
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -58,31 +47,51 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
         "```",
         "",
-    ]
-    if has_code:
-        lines += [
-            "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
-            "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed. It loads in",
-            "transformers, and not in engines with models of their own, such as vLLM and llama.cpp.",
-            "",
-        ]
-    else:
-        lines += [
-            f"A plain `{model_type}` config and safetensors, without any code: it loads in transformers, and in every",
-            f"other engine that reads `{model_type}` checkpoints.",
-            "",
-        ]
-    lines += [
-        f"Calibrated on {report['calibration']['text']}. Made with `{report['command']}`."
-        if "command" in report
-        else f"Calibrated on {report['calibration']['text']}.",
+        *(*loads, ""),
+        f"Calibrated on {report['calibration']['text']}.{made}",
         f"Every setting, kept unit and error is in `{REPORT}`; `{PAGE}` shows them in pictures.",
         "",
     ]
-    return "\n".join(["---", front.to_yaml(), "---", "", *lines])
+    return "\n".join(lines)
+
+
+def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bool) -> str:
+    """What the Hub reads of a card: tags, the dense model, and perplexity where it was measured; YAML."""
+    name = f"{Path(report['recipe']['model']).name} pruned"
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type=str(report["recipe"]["eval_dataset"]),
+        dataset_name=str(report.get("evaluation")),
+        metric_type="perplexity",
+        metric_value=report["pruned"]["perplexity"],
+    )
+    measured = _has_perplexity(report)
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
+        metrics=["perplexity"] if measured else None,
+        model_name=name if measured else None,
+        eval_results=[result] if measured else None,
+    )
+    return str(data.to_yaml())
+
+
+def _has_perplexity(report: dict[str, Any]) -> bool:
+    return report["pruned"]["perplexity"] is not None and report.get("evaluation") is not None
+
+
+def _measured_on(report: dict[str, Any]) -> str:
+    """What the figures of the table were measured on, text and device, in sentences."""
+    said = [f"Perplexity on {report['evaluation']}."] if _has_perplexity(report) else []
+    if report["pruned"]["speed"] is not None and "device" in report:
+        said.append(f"Speed on {report['device']}.")
+    return " ".join(said)
 
 
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
+    """Writes the model card of a pruned model into its folder."""
     config = pruned.model.config
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
     write_text(folder / CARD, card)

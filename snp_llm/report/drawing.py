@@ -111,6 +111,7 @@ def svg(figure: "Figure", label: str, key: str) -> str:
 
 
 def drawing_style() -> AbstractContextManager[None]:
+    """Style of every figure, for as long as one is made or drawn."""
     from matplotlib import rc_context
 
     return rc_context(
@@ -178,6 +179,7 @@ def beside(cut: int, whole: int) -> Literal["lower left", "upper right"]:
 
 
 def whole_numbers(axis: "XAxis | YAxis") -> None:
+    """Puts ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True, min_n_ticks=1))
@@ -185,7 +187,7 @@ def whole_numbers(axis: "XAxis | YAxis") -> None:
 
 
 def legend_above(figure: "Figure", axes: "Axes") -> None:
-    """Out of the way of whatever is drawn."""
+    """A legend above the axes, out of the way of whatever is drawn."""
     figure.subplots_adjust(top=TOP_WITH_LABEL)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handletextpad=0.5, borderaxespad=0.1)
 
@@ -201,11 +203,12 @@ def _counts() -> "FuncFormatter":
 
 
 def plain_number() -> "FuncFormatter":
+    """Ticks in three digits, with a minus sign that is one."""
     return _formatter(lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"))
 
 
 def log_axis(axis: "XAxis | YAxis", low: float, high: float) -> None:
-    """Logarithmic between two values, with at most seven ticks: at powers of ten, where there are too few at 2 and 5.
+    """Makes an axis logarithmic, with at most seven ticks: at powers of ten, where there are too few at 2 and 5.
 
     Ticks say 10⁻³ in plain text: an SVG's own superscripts would be placed for one font only.
     """

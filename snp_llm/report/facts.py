@@ -111,4 +111,5 @@ def predicted_ratio(pruned: PrunedModel) -> float | None:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Writes a report into the folder of its model."""
     write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")

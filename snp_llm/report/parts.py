@@ -30,4 +30,13 @@ class Table:
 
 
 def as_picture(figure: "Figure", title: str, note: str, said: str, key: str) -> Picture:
+    """A figure drawn for a page.
+
+    Args:
+        figure: to draw.
+        title: above it.
+        note: below it.
+        said: what it shows, for those who do not see it.
+        key: unlike that of any other picture of the page.
+    """
     return Picture(title, note, Markup(drawing.svg(figure, f"{title}: {said}.", key)))

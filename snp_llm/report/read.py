@@ -28,7 +28,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Run:
-    """One folder's files, read.
+    """Files of one folder, read.
 
     Attributes:
         name: of the folder.
@@ -58,7 +58,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_json(path: Path) -> Any:
-    """None where there is no such file."""
+    """What a JSON file holds, or None where it is not there."""
     return _clean(read_json(path, f"{path}: expected JSON")) if path.exists() else None
 
 
@@ -79,5 +79,6 @@ def model_name(report: Mapping[str, Any]) -> str:
 
 
 def speed_up_of(report: Mapping[str, Any]) -> float | None:
+    """How many times as fast the pruned model reads as the dense one, or None where that was not measured."""
     dense, pruned = report["dense"]["speed"], report["pruned"]["speed"]
     return pruned / dense if dense and pruned else None

@@ -18,7 +18,7 @@ class Row:
 
 
 def summary(report: Mapping[str, Any]) -> list[Row]:
-    """Dense and pruned side by side, from a report; what was not measured is left out."""
+    """Rows of dense and pruned side by side, from a report; what was not measured is left out."""
     dense, pruned = report["dense"], report["pruned"]
     attention, ffn = ([s for s in report["sites"] if s["kind"] == kind] for kind in ("attention", "ffn"))
     heads = [s["heads"] for s in attention if s.get("heads")]

@@ -10,7 +10,7 @@ LARGE = 1e4  # from here on without decimals
 
 
 def said_of(report: Mapping[str, Any]) -> list[str]:
-    """Sentences below the summary."""
+    """Sentences that stand below the summary of a report."""
     found = []
     if report.get("evaluation") is not None:
         found.append(f"Perplexity on {report['evaluation']}.")
@@ -24,10 +24,12 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
 
 
 def title_of(path: Sequence[str]) -> str:
+    """Title of a value in nested JSON, from the keys on the way to it."""
     return ", ".join(path).replace("_", " ")
 
 
 def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested JSON objects, each with the keys on the way to it."""
     for key, inner in value.items():
         name = f"{path}, {key}" if path else str(key)
         if isinstance(inner, dict):
@@ -37,6 +39,7 @@ def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, A
 
 
 def setting_words(value: Any) -> str:
+    """A setting's value, for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -52,20 +55,22 @@ def change_words(ratio: float) -> str:
 
 
 def count(value: float) -> str:
+    """A whole number with its thousands apart."""
     return f"{value:,.0f}"
 
 
 def percent(value: float) -> str:
+    """A share in per cent, with one decimal where it has one."""
     return f"{100 * value:.1f} %".replace(".0 %", " %")
 
 
 def brief(value: float | None) -> str:
-    """Three digits, for tables: 0.0123, 1.2e-05."""
+    """A number in three digits, for tables: 0.0123, 1.2e-05."""
     return "" if value is None else "0" if value == 0 else f"{value:.3g}"
 
 
 def brief_count(value: float) -> str:
-    """1.29M, 6.74B."""
+    """A count in three digits: 1.29M, 6.74B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

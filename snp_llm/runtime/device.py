@@ -84,6 +84,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts the time inside to a phase."""
         synchronize(self.device)
         start, before, self.within = time.perf_counter(), self.within, 0.0
         yield
@@ -94,7 +95,7 @@ class Clock:
 
 
 def versions() -> dict[str, str]:
-    """Of what a figure depends on besides this package."""
+    """Versions of what a figure depends on besides this package."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

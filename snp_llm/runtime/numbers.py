@@ -4,22 +4,22 @@ from collections.abc import Sequence
 
 
 def human_bytes(count: float) -> str:
-    """1,234,567,890 as "1.23 GB"."""
+    """Bytes for people: 1,234,567,890 as "1.23 GB"."""
     return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def human_count(count: float) -> str:
-    """1,234,567 as "1.23M", as budgets are written."""
+    """A count for people: 1,234,567 as "1.23M", as budgets are written."""
     return _scaled(count, ("", "K", "M", "B", "T")).replace(" ", "")
 
 
 def human_flops(count: float) -> str:
-    """1.2e15 as "1.2 PFLOPs"."""
+    """FLOPs for people: 1.2e15 as "1.2 PFLOPs"."""
     return _scaled(count / 1e6, ("MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs"))
 
 
 def _scaled(count: float, units: Sequence[str]) -> str:
-    """In the first unit, each a thousand of the one before, that leaves three digits; in the last at most."""
+    """A number in the first of units, each a thousand of the one before, that leaves it three digits."""
     for unit in units[:-1]:
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -28,7 +28,7 @@ def _scaled(count: float, units: Sequence[str]) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds, minutes, hours or days, in two digits."""
+    """A time in seconds, minutes, hours or days, in two digits."""
     limits = ((90, 1, "seconds"), (5400, 60, "minutes"), (48 * 3600, 3600, "hours"), (float("inf"), 86_400, "days"))
     size, name = next((size, name) for limit, size, name in limits if seconds < limit)
     return f"{seconds / size:.2g} {name}" if seconds < 10 * size else f"{seconds / size:,.0f} {name}"

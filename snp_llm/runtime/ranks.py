@@ -57,12 +57,12 @@ def joined(device: str) -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process, from 0."""
+    """Number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def rank_count() -> int:
-    """How many there are."""
+    """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -118,6 +118,6 @@ def from_all(mine: T) -> list[T]:
 
 
 def wait() -> None:
-    """Until all ranks have got here."""
+    """Waits until all ranks have got here."""
     if rank_count() > 1:
         distributed.barrier()

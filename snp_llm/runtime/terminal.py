@@ -31,7 +31,7 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str |
 
 
 def print_table(table: Table) -> None:
-    """On a terminal with lines and in its width; elsewhere in plain columns that nothing wraps."""
+    """Prints a table, on a terminal with lines and in its width, elsewhere in plain columns that nothing wraps."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDE)
@@ -40,7 +40,7 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """A result for other programs."""
+    """Prints a result for other programs."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 

@@ -69,7 +69,7 @@ def plain(generator):
 
 
 def records(generator):
-    """The same as JSON: a record a line, or a list."""
+    """Texts as JSON: a record a line, or a list."""
     rows = [{"text": sentence(generator), "number": i} for i in range(30)]
     other = generator.choice((None, 3, 1.5, True, [], ["a"], {"a": 1}, ""))
     place = generator.randrange(30)
@@ -109,7 +109,7 @@ def records(generator):
 
 
 def table(generator, file):
-    """The same as parquet, written to a file."""
+    """Texts as parquet, written to a file."""
     texts = [sentence(generator) for _ in range(30)]
     ways = {
         "texts": {"text": texts},

@@ -11,7 +11,7 @@ import torch
 from snp_llm import SnpError
 from snp_llm.cli.parse import evaluate_main, prune_main
 from snp_llm.evaluate import tasks
-from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
+from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from tests.conftest import save_model, small_model, small_opt
 from tests.entry.test_cli import QUICK, refuse
 
@@ -33,7 +33,7 @@ def test_sliding_windows_are_what_each_token_gets_by_itself(length, seq_len, str
             total -= model(before[None]).logits[0, -1].float().log_softmax(0)[tokens[at]].item()
             count += 1
     for batch_size in (1, 3):
-        value, counted = strided_perplexity(model, tokens, seq_len=seq_len, stride=stride, batch_size=batch_size)
+        value, counted = strided_perplexity(model, tokens, Sliding(seq_len, stride), batch_size=batch_size)
         assert counted == count and value == pytest.approx(math.exp(total / count), rel=1e-6)
     if stride < seq_len:
         assert count == length - 1
@@ -42,9 +42,9 @@ def test_sliding_windows_are_what_each_token_gets_by_itself(length, seq_len, str
 def test_sliding_by_whole_windows_is_the_usual_protocol():
     model = small_opt(torch.float64)
     windows = torch.randint(2048, (4, 16), generator=torch.Generator().manual_seed(3))
-    value, counted = strided_perplexity(model, windows.flatten(), seq_len=16, stride=16)
+    value, counted = strided_perplexity(model, windows.flatten(), Sliding(16, 16))
     assert counted == 4 * 15 and value == pytest.approx(perplexity(model, windows), rel=1e-9)
-    value, counted = strided_perplexity(model, windows.flatten(), seq_len=16, stride=16, max_windows=2)
+    value, counted = strided_perplexity(model, windows.flatten(), Sliding(16, 16, max_windows=2))
     assert counted == 2 * 15 and value == pytest.approx(perplexity(model, windows[:2]), rel=1e-9)
 
 

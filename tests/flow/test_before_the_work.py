@@ -203,7 +203,7 @@ def test_every_family_stands_on_its_config_alone(model_type, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["opt", pytest.param("llama", marks=pytest.mark.exhaustive)])
 def test_any_value_of_any_key_of_a_config(model_type, tmp_path, capsys):
-    """It is taken, or refused in one line; nothing else."""
+    """A value is taken, or refused in one line; nothing else."""
     AutoConfig.for_model(model_type, **FAMILY_CONFIGS[model_type]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for key in config:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from snp_llm import SnpError, load_recipe, prune
 from snp_llm.cli.parse import evaluate_main, prune_main
 from snp_llm.data.windows import BUNDLED, calibration_windows, evaluation_text, evaluation_windows, split_windows
-from snp_llm.evaluate.perplexity import perplexity, strided_perplexity
+from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.models.text import resolve_bos
 from snp_llm.pruning.identity import identity
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
@@ -204,9 +204,7 @@ def test_sliding_windows_after_bos_are_what_each_token_gets_by_itself(length, se
         before = torch.cat([torch.tensor([BOS]), tokens[window * stride : at]])
         total -= model(before[None]).logits[0, -1].float().log_softmax(0)[tokens[at]].item()
     for batch_size in (1, 3):
-        value, counted = strided_perplexity(
-            model, tokens, seq_len=seq_len, stride=stride, bos=BOS, batch_size=batch_size
-        )
+        value, counted = strided_perplexity(model, tokens, Sliding(seq_len, stride, BOS), batch_size=batch_size)
         assert counted == length and value == pytest.approx(math.exp(total / length), rel=1e-6)
 
 

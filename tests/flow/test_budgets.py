@@ -106,7 +106,7 @@ def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer)
 def test_a_rise_that_nothing_keeps_to_is_refused(tokenizer, monkeypatch):
     dense = small_opt()
     monkeypatch.setattr(
-        "snp_llm.pruning.widths.search.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0
+        "snp_llm.pruning.pipeline.perplexity", lambda model, *_args, **_kwargs: 10.0 if model is dense else 11.0
     )
     with pytest.raises(SnpError, match=r"expected a rise of at most 5 %, got 10.00 % at a sparsity of 0.007 already"):
         prune(dense, tokenizer, small_recipe(max_perplexity_increase="5%", num_samples=4, round_to=4))

@@ -205,6 +205,14 @@ def test_windows_longer_than_the_positions_are_refused():
     assert resolve(small_recipe(seq_len=None), long).seq_len == 2048
 
 
+def test_a_resolved_recipe_has_the_same_settings_and_nothing_of_the_model_left_open():
+    recipe, model = small_recipe(seq_len=None, calibration=None, round_to=None), small_opt()
+    resolved = resolve(recipe, model)
+    open_ones = {"seq_len": 64, "calibration": "wikitext2", "eval_dataset": "wikitext2", "round_to": 8}
+    assert resolved.as_dict() == {**recipe.as_dict(), **open_ones, "sparsity": resolved.sparsity}
+    assert list(resolved.as_dict()) == list(recipe.as_dict()) and resolve(resolved, model) == resolved
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     model = small_opt(vocab_size=100)
     with pytest.raises(SnpError, match="the model embeds ids below 100"):

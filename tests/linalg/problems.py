@@ -17,3 +17,10 @@ def make_weight(d_out=7, n=12, *, seed=1):
 def least_squares(X, target, kept):
     """Weight W' that minimises ||X[:, kept] W'^T - target||, by an algorithm that never forms a Gram matrix."""
     return torch.linalg.lstsq(X[:, kept], target, driver="gelsd").solution.T
+
+
+def relative_error(W, W_new, kept, gram):
+    """`||X (W - W')^T||_F^2 / ||X W^T||_F^2` for W' on the kept channels, from `G = X^T X`."""
+    difference = W.clone()
+    difference[:, kept] -= W_new
+    return float(((difference @ gram) * difference).sum() / ((W @ gram) * W).sum())

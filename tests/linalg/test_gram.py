@@ -3,13 +3,13 @@ import torch
 
 from snp_llm.linalg.gram import (
     add_moments,
+    add_outputs,
     add_product,
-    add_reference,
     add_sparse_product,
     column_blocks,
     drift_from,
     empty_moments,
-    empty_reference_sums,
+    empty_output_sums,
     gram_matrix,
 )
 from tests.linalg.problems import make_inputs, make_weight
@@ -55,10 +55,10 @@ def test_half_precision_inputs_are_summed_in_float32(dtype):
 
 def summed(X, references, tokens=100):
     """Gram matrix, sum of the inputs, and both sums of the references."""
-    moments, sums = empty_moments(70, X.dtype, X.device), empty_reference_sums(7, 70, X.dtype, X.device)
+    moments, sums = empty_moments(70, X.dtype, X.device), empty_output_sums(7, 70, X.dtype, X.device)
     for x, y in zip(X.split(tokens), references.split(tokens), strict=True):
         moments = add_moments(moments, x.reshape(4, -1, 70))
-        add_reference(sums, y.reshape(4, -1, 7), x.reshape(4, -1, 70))
+        add_outputs(sums, y.reshape(4, -1, 7), x.reshape(4, -1, 70))
     return moments.second.tril(), moments.first, sums.cross, sums.first
 
 
@@ -125,10 +125,10 @@ def test_what_outputs_lack_is_known_without_computing_any(with_bias):
     """Against the outputs themselves, token by token."""
     X, W, references = make_inputs(), make_weight(), 3 + make_inputs(n=7, seed=9)
     bias = torch.arange(7, dtype=torch.float64) if with_bias else None
-    moments, sums = empty_moments(12, torch.float64), empty_reference_sums(7, 12, torch.float64)
+    moments, sums = empty_moments(12, torch.float64), empty_output_sums(7, 12, torch.float64)
     for x, y in zip(X.split(17), references.split(17), strict=True):
         moments = add_moments(moments, x)
-        add_reference(sums, y, x)
+        add_outputs(sums, y, x)
     moments.second.tril_().add_(torch.full((12, 12), 1e9).triu(1))  # nobody says what is above the diagonal
     drift = drift_from(sums, moments, W, bias)
     lacking = references - X @ W.T - (0 if bias is None else bias)
@@ -140,10 +140,10 @@ def test_little_that_is_lacking_is_known_in_float32():
     """Outputs many times what they lack, of inputs whose mean is ten times their spread."""
     X, W = make_inputs(4000, 12) / 10 + 10 * torch.arange(12), make_weight()
     lacking = 0.1 * make_inputs(4000, 7, seed=9)
-    moments, sums = empty_moments(12, torch.float32), empty_reference_sums(7, 12, torch.float32)
+    moments, sums = empty_moments(12, torch.float32), empty_output_sums(7, 12, torch.float32)
     for x, e in zip(X.split(400), lacking.split(400), strict=True):
         moments = add_moments(moments, x.float())
-        add_reference(sums, (x @ W.T + e).float(), x.float())
+        add_outputs(sums, (x @ W.T + e).float(), x.float())
     drift = drift_from(sums, moments, W, None)
     outputs = X @ W.T + lacking
     scale = outputs.norm(dim=0)[:, None] * X.norm(dim=0)

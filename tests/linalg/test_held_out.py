@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from snp_llm.linalg.least_squares import Choice, KeptSums, choose_repair, repair_cut, repair_drift
+from snp_llm.linalg.gram import OutputSums
+from snp_llm.linalg.least_squares import KeptSums, choose_repair, repair
 from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
@@ -15,12 +16,16 @@ def sums(X, lacking=None, mean=None, W=None, kept=KEPT, gone=GONE):
     """What the tokens say of a repair on the kept channels, from the tokens themselves."""
     X, W = X if mean is None else X - mean, make_weight() if W is None else W
     stay, lost = X[:, kept], X[:, gone] @ W[:, gone].T
-    cross, first = (None, None) if lacking is None else (lacking.T @ stay, lacking.sum(0))
-    return KeptSums(lambda: stay.T @ stay, lost.T @ stay, stay.sum(0), lost.sum(0), len(X), cross, first)
+    cut, drift = (None if v is None else OutputSums(v.T @ stay, v.sum(0)) for v in (lost, lacking))
+    return KeptSums(lambda: stay.T @ stay, stay.sum(0), len(X), cut, drift, mean)
 
 
-def drift_repair(sums, dampening, *, bias):
-    return repair_drift(sums, Choice(3.0, dampening, 1.0), bias=bias)
+def cut_repair(sums, dampening):
+    return repair(sums.gram(), sums.cut.cross, dampening)
+
+
+def drift_repair(sums, dampening):
+    return repair(sums.gram(), sums.drift.cross, dampening)
 
 
 def ridge(X, target, penalty):
@@ -35,25 +40,14 @@ def test_what_is_taken_over_is_a_ridge_regression_on_what_went(dampening):
     gone = [i for i in range(12) if i not in KEPT]
     penalty = dampening * X[:, KEPT].square().sum(0)
     expected = ridge(X[:, KEPT], X[:, gone] @ W[:, gone].T, penalty)
-    torch.testing.assert_close(repair_cut(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cut_repair(sums(X), dampening), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_without_dampening_cut_and_drift_together_are_least_squares_on_the_reference():
     X, W, lacking = make_inputs(), make_weight(), make_inputs(n=7, seed=9)
-    found = W[:, KEPT] + repair_cut(sums(X), 0.0)
-    found = found + drift_repair(sums(X, lacking), 0.0, bias=False).weight
+    found = W[:, KEPT] + cut_repair(sums(X), 0.0)
+    found = found + drift_repair(sums(X, lacking), 0.0)
     torch.testing.assert_close(found, least_squares(X, X @ W.T + lacking, KEPT), rtol=1e-9, atol=1e-9)
-
-
-def test_the_drifts_mean_goes_into_the_bias():
-    X, lacking = make_inputs(), make_inputs(n=7, seed=9, mean=3.0)
-    centred = sums(X, lacking, mean=X.mean(0))
-    repair = drift_repair(centred, 0.0, bias=True)
-    with_ones = torch.cat([(X - X.mean(0))[:, KEPT], torch.ones(len(X), 1, dtype=torch.float64)], 1)
-    expected = torch.linalg.lstsq(with_ones, lacking).solution.T
-    torch.testing.assert_close(repair.weight, expected[:, :-1], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(repair.shift, expected[:, -1], rtol=1e-9, atol=1e-9)
-    assert not drift_repair(centred, 0.0, bias=False).shift.any()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -65,22 +59,23 @@ def test_the_choice_is_what_a_search_over_held_out_tokens_finds(bias, weighted):
     X, others = make_inputs(30, seed=0), make_inputs(40, seed=11)  # few: dampening matters
     lacking = 10 * X @ drift.T + make_inputs(30, 7, seed=9)
     missing = 6 * others @ drift.T + make_inputs(40, 7, seed=12)
-    mean = X.mean(0) if bias else torch.zeros(12, dtype=torch.float64)
+    mean = X.mean(0) if bias else None
     fit, held = sums(X, lacking, mean), sums(others, missing, mean)
-    choice = choose_repair(fit.seen_by(root), held.seen_by(root), dampenings, bias=bias)
+    choice = choose_repair(fit.seen_by(root), held.seen_by(root), dampenings)
+
+    seen = others - mean if bias else others
 
     def output(weight):  # of what is wrong with the held-out tokens' outputs, in the metric
-        return (others - mean)[:, KEPT] @ weight.T
+        return seen[:, KEPT] @ weight.T
 
-    wanted = (others - mean) @ W.T
-    cuts = {d: W[:, KEPT] + repair_cut(fit, d) for d in dampenings}
+    wanted = seen @ W.T
+    cuts = {d: W[:, KEPT] + cut_repair(fit, d) for d in dampenings}
     best = min(dampenings, key=lambda d: float(((wanted - output(cuts[d])) @ root).square().sum()))
     assert choice.dampening == best
     left = missing + wanted - output(cuts[best])
     tried = {}
     for dampening in dampenings:
-        repair = drift_repair(fit, dampening, bias=bias)
-        added = output(repair.weight) + repair.shift
+        added = output(drift_repair(fit, dampening)) + (lacking.mean(0) if bias else 0)
         for alpha in torch.linspace(0, 1, 201).tolist():
             tried[dampening, alpha] = float(((left - alpha * added) @ root).square().sum())
     drift_best, alpha = min(tried, key=lambda key: tried[key])
@@ -93,30 +88,21 @@ def test_a_repair_that_only_harms_is_left_out_and_one_that_falls_short_is_taken_
     drift = X @ make_weight(seed=2).T
     everything = {"kept": torch.arange(12), "gone": torch.arange(0)}
     fit = sums(X, drift, **everything)
-    against = choose_repair(fit, sums(X, -drift, **everything), [0.01], bias=False)
-    more = choose_repair(fit, sums(X, 3 * drift, **everything), [0.01], bias=False)
+    against = choose_repair(fit, sums(X, -drift, **everything), [0.01])
+    more = choose_repair(fit, sums(X, 3 * drift, **everything), [0.01])
     assert (against.alpha, more.alpha) == (0.0, 1.0)
 
 
 def test_dampenings_at_which_nothing_can_be_solved_are_left_out():
     X = torch.ones(3, 12, dtype=torch.float64)  # all channels are one
-    choice = choose_repair(sums(X), sums(X), [0.0, 0.1], bias=False)
+    choice = choose_repair(sums(X), sums(X), [0.0, 0.1])
     assert choice.dampening == 0.1 and choice.alpha == 0
     with pytest.raises(SnpError, match="5 channels is not positive definite .dampening up to 0"):
-        choose_repair(sums(X), sums(X), [0.0], bias=False)
+        choose_repair(sums(X), sums(X), [0.0])
 
 
 def test_dead_channels_get_nothing():
     X = make_inputs()
     X[:, 5] = 0
-    added = repair_cut(sums(X), 0.1)
+    added = cut_repair(sums(X), 0.1)
     assert torch.isfinite(added).all() and not added[:, 2].any()
-
-
-def test_a_share_of_the_drifts_repair_is_that_of_all_of_it():
-    whole, half = (
-        repair_drift(sums(make_inputs(), make_inputs(n=7, seed=9)), Choice(0.1, 1.0, share), bias=True)
-        for share in (1.0, 0.5)
-    )
-    torch.testing.assert_close(half.weight, whole.weight / 2)
-    torch.testing.assert_close(half.shift, whole.shift / 2)

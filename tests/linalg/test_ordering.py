@@ -8,7 +8,8 @@ import torch
 
 from snp_llm.linalg import ordering
 from snp_llm.linalg.ldl import make_definite
-from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact, zca_quadrature
+from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact
+from snp_llm.linalg.quadrature import zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
 from tests.linalg.problems import least_squares, make_inputs, make_weight

@@ -3,9 +3,14 @@ import torch
 
 from snp_llm.linalg.gram import add_moments, empty_moments, gram_matrix
 from snp_llm.linalg.ldl import build_subspace, error_curve, held_out_curve, ldl, make_definite, metric_root
-from snp_llm.linalg.least_squares import absorb_mean, reconstruct, relative_error
+from snp_llm.linalg.least_squares import absorb_mean, factored_repair, repair
 from snp_llm.runtime.errors import SnpError
-from tests.linalg.problems import least_squares, make_inputs, make_weight
+from tests.linalg.problems import least_squares, make_inputs, make_weight, relative_error
+
+
+def reconstruct(W, L, width):
+    """The weight W' on the first channels of an ordered site."""
+    return W[:, :width] + factored_repair(W, L, width)
 
 
 @pytest.mark.parametrize("width", [1, 5, 11, 12])
@@ -39,6 +44,18 @@ def test_full_width_is_the_same_weight_to_the_bit():
     assert torch.equal(reconstruct(W, L, 12), W)
 
 
+@pytest.mark.parametrize("dampening", [0.01, 0.3])
+def test_what_is_read_off_the_factorisation_is_what_is_solved_from_the_sums(dampening):
+    X, W = make_inputs(n=40), make_weight(n=40)
+    X[:, 7] = 0  # dead, and kept
+    gram, order = X.T @ X, torch.cat([torch.tensor([7]), torch.arange(7), torch.arange(8, 40)])
+    subspace = build_subspace(make_definite(gram.clone(), dampening), order)
+    kept, gone = order[:25], order[25:]
+    solved = repair(gram[kept[:, None], kept], W[:, gone] @ gram[gone[:, None], kept], dampening)
+    read = factored_repair(W[:, order], subspace.L, 25)
+    torch.testing.assert_close(read, solved, rtol=1e-10, atol=1e-10)
+
+
 def test_a_duplicated_channel_costs_nothing_to_remove():
     X, W = make_inputs(), make_weight()
     X = torch.cat([X, 2 * X[:, 3:4]], 1)
@@ -63,7 +80,7 @@ def test_relative_error_is_what_the_curve_predicts():
 @pytest.mark.parametrize("width", [0, 13])
 def test_width_out_of_range_is_refused(width):
     with pytest.raises(SnpError, match="width of 1 to 12"):
-        reconstruct(make_weight(), torch.eye(12, dtype=torch.float64), width)
+        factored_repair(make_weight(), torch.eye(12, dtype=torch.float64), width)
 
 
 def test_the_error_on_other_tokens_at_every_width():

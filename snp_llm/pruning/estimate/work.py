@@ -8,7 +8,8 @@ import torch
 
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import multiplied_as
-from snp_llm.linalg.ordering import LEAST_SIGNS, ZCA_EXACT_UP_TO
+from snp_llm.linalg.ordering import ZCA_EXACT_UP_TO
+from snp_llm.linalg.quadrature import LEAST_SIGNS
 from snp_llm.pruning.estimate.shapes import SHARE_OF_GRAM, Shapes
 from snp_llm.pruning.repair import DAMPENINGS, VIEWS
 from snp_llm.pruning.statistics import SINGLE_PRECISION_FROM

@@ -11,7 +11,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.site import Site, projecting, site_weight
 from snp_llm.models.size import model_size
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
-from snp_llm.recipe.recipe import Budget, Recipe
+from snp_llm.recipe.recipe import Budget, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.numbers import human_bytes, human_count
 
@@ -44,7 +44,7 @@ class Costs:
 
 
 def sparsity_costs(sites: Sequence[Site]) -> Costs:
-    """Block-linear parameters, which sparsity is a fraction of."""
+    """Costs in block-linear parameters, which sparsity is a fraction of."""
     return Costs(
         "block-linear parameters",
         float(sum(site.parameters for site in sites)),
@@ -52,18 +52,17 @@ def sparsity_costs(sites: Sequence[Site]) -> Costs:
     )
 
 
-def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
+def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Costs:
     """Costs in the unit of a budget, of the whole model.
 
     Args:
         anatomy: of the dense model.
         budget: what to count.
-        recipe: resolved; FLOPs and latency are those of a window of its length.
+        recipe: all settings; FLOPs and latency are those of a window of its length.
 
     Raises:
         SnpError: a latency table that does not fit the model.
     """
-    assert recipe.seq_len is not None
     blocks, sites, size = anatomy.blocks, anatomy.sites, model_size(anatomy.model, recipe.seq_len)
     if budget.kind == "latency":
         return latency_costs(sites, read_or_measure(anatomy, recipe))
@@ -88,7 +87,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: Recipe) -> Costs:
 
 
 def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
-    """Seconds, from a table of measured widths, straight lines between them."""
+    """Costs in seconds, from a table of measured widths, with straight lines between them."""
     curves = []
     for site in sites:
         known = table.seconds(site)

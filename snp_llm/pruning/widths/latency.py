@@ -27,7 +27,7 @@ from snp_llm.models.blocks import (
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import prune_site
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import compute_device, synchronize
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.json_files import read_json
@@ -58,7 +58,7 @@ class LatencyTable:
     sites: dict[str, dict[int, float]]
 
     def seconds(self, site: Site) -> dict[int, float]:
-        """Seconds by width.
+        """Seconds of a block by the width of a site.
 
         Raises:
             SnpError: the table has no site of this shape.
@@ -72,11 +72,11 @@ class LatencyTable:
 
 
 def key(site: Site) -> str:
-    """Sites of one shape have one key."""
+    """Name that all sites of one shape have in a table."""
     return f"{site.kind} of {site.units} {site.unit} of {site.unit_size}, {site.parameters:,} parameters"
 
 
-def read_or_measure(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
+def read_or_measure(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
     """The table of `recipe.latency_table` if that file is there; else a new one, written there if it is named.
 
     Raises:
@@ -131,14 +131,13 @@ def read_table(file: Path) -> LatencyTable:
     return table
 
 
-def measure_table(anatomy: Anatomy, recipe: Recipe) -> LatencyTable:
+def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
     """Times a block of every shape at `STEPS` widths of either site, prefilling one window, and the rest of the model.
 
     Args:
         anatomy: of the dense model.
-        recipe: resolved: device, window length.
+        recipe: device, window length.
     """
-    assert recipe.seq_len is not None
     device, model, blocks = compute_device(recipe.device), anatomy.model, anatomy.blocks
     tokens = torch.randint(embedding_rows(model), (1, recipe.seq_len), generator=torch.Generator().manual_seed(0))
     hidden, calls = capture_calls(model, blocks, tokens)

@@ -23,7 +23,7 @@ from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.models.site import Site
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ FARTHEST_FROM_BUDGET = 0.01  # that an achieved sparsity may be without a word a
 
 @dataclass(frozen=True)
 class Removals:
-    """What has to go.
+    """What has to go of a model.
 
     Attributes:
         costs: of every site at every width.
@@ -46,7 +46,7 @@ class Removals:
     parts: list[tuple[tuple[str, ...], float, float]]
 
 
-def find_removals(anatomy: Anatomy, recipe: Recipe) -> Removals:
+def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
     """A recipe's budget in numbers.
 
     Raises:
@@ -63,7 +63,7 @@ def find_removals(anatomy: Anatomy, recipe: Recipe) -> Removals:
     return Removals(sparsity_costs(anatomy.sites), parts)
 
 
-def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
+def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     """Refuses a budget that cannot be met, before any weight or text is read.
 
     Not every one shows from shapes: what latencies are is only known here where there is a table of them, and what a
@@ -71,7 +71,7 @@ def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
 
     Args:
         model: dense, or its skeleton on the meta device.
-        recipe: all settings, resolved.
+        recipe: all settings.
 
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
@@ -92,14 +92,16 @@ def check_budget(model: PreTrainedModel, recipe: Recipe) -> None:
             fit_budget(own, budgets, removal, removals.costs, recipe)
 
 
-def plan_widths(anatomy: Anatomy, curves: Sequence[SiteCurves | None], removals: Removals, recipe: Recipe) -> list[int]:
+def plan_widths(
+    anatomy: Anatomy, curves: Sequence[SiteCurves | None], removals: Removals, recipe: ResolvedRecipe
+) -> list[int]:
     """Units kept at every site, in the order of `find_sites`.
 
     Args:
         anatomy: of the dense model.
         curves: what the visit to the dense model gave for each; None where the allocation needs none.
         removals: what has to go.
-        recipe: all settings, resolved.
+        recipe: all settings.
 
     Raises:
         SnpError: the budget cannot be met with the units that may go.
@@ -140,7 +142,7 @@ def fit_budget(
         budgets: what the allocation may know of them.
         removal: what has to go, in the unit of their costs.
         costs: of the whole model.
-        recipe: all settings, resolved.
+        recipe: all settings.
 
     Raises:
         SnpError: the budget asks for more than all units that may go.
@@ -222,9 +224,10 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
         )
 
 
-def site_budget(anatomy: Anatomy, site: Site, recipe: Recipe, curves: SiteCurves | None, costs: Tensor) -> SiteBudget:
+def site_budget(
+    anatomy: Anatomy, site: Site, recipe: ResolvedRecipe, curves: SiteCurves | None, costs: Tensor
+) -> SiteBudget:
     """What the allocation may know of a site, and the widths that the layout lets it have."""
-    assert recipe.round_to is not None
     multiple = recipe.round_to if site.heads is None else site.step
     permitted: tuple[int, ...] | None = None
     if not site.prunable:

@@ -1,16 +1,13 @@
-"""The largest sparsity whose perplexity is still good enough, by bisection. Knows how to measure, not how to prune."""
+"""The largest sparsity whose perplexity is still good enough, by bisection. Neither prunes nor measures anything."""
 
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.pruning.result import SiteResult
-from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -43,12 +40,10 @@ class Found:
 
 def largest_sparsity(
     dense: PreTrainedModel,
-    tokens: Tensor,
     allowed: float,
+    measure: Callable[[PreTrainedModel], float],
     attempt: Attempt,
     predicted: Callable[[float], float | None],
-    batch_size: int,
-    clock: Clock,
 ) -> Found:
     """Bisects the sparsity to within 0.01 of where perplexity on held-out windows has risen by what is allowed.
 
@@ -56,17 +51,15 @@ def largest_sparsity(
 
     Args:
         dense: model to compare with.
-        tokens: held-out windows, (windows, T), int64.
         allowed: relative rise of perplexity, for instance 0.05.
+        measure: perplexity of a model on held-out windows.
         attempt: prunes to a sparsity; raises SnpError where that is more than can go.
         predicted: rise of the mean loss predicted for a sparsity, or None without predictions; raises likewise.
-        batch_size: of the measurements.
-        clock: its device measures.
 
     Raises:
         SnpError: perplexity rises by more at the smallest sparsity tried.
     """
-    base = perplexity(dense, tokens, batch_size=batch_size, device=clock.device)
+    base = measure(dense)
     low, high = 0.0, LARGEST
     best: tuple[float, PreTrainedModel, list[SiteResult]] | None = None
     trials: list[tuple[float, float]] = []
@@ -79,7 +72,7 @@ def largest_sparsity(
                 raise
             high = sparsity
         else:
-            rise = perplexity(model, tokens, batch_size=batch_size, device=clock.device) / base - 1
+            rise = measure(model) / base - 1
             trials.append((sparsity, rise))
             log.info("sparsity %.3f: held-out perplexity %+.2f %%, %g %% allowed", sparsity, 100 * rise, 100 * allowed)
             if rise <= allowed:
