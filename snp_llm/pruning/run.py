@@ -70,14 +70,16 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 def usual_rounding(model: PreTrainedModel, layout: str) -> int:
     """What FFN widths are multiples of where nothing else is asked for."""
-    narrowest = min(site.units for site in find_anatomy(model).sites if site.kind == "ffn")
+    narrowest = min((site.units for site in find_anatomy(model).sites if site.heads is None), default=0)
     coarse = layout == "uniform" and narrowest >= KERNEL_MULTIPLE * FEWEST_STEPS
     return KERNEL_MULTIPLE if coarse else 8
 
 
 def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
     """Says what head units became of those asked for, where the model has no such choice."""
-    first = next(site for site in sites if site.kind == "attention")
+    first = next((site for site in sites if site.heads is not None and site.prunable), None)
+    if first is None:
+        return
     if recipe.head_unit == "kv_group" and first.groups:
         log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
     elif recipe.head_unit == "query" and not first.groups:
