@@ -274,7 +274,7 @@ def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """The same nested structure with its tensors on `device`."""
+    """A nested structure of tensors, with all of them on `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, BlockCall):

@@ -21,7 +21,7 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         config: as transformers 5 wrote it; left as it is.
 
     Returns:
-        The same with more keys. What transformers 5 makes of it differs at most in keys that repeat others.
+        The config with more keys. What transformers 5 makes of it differs at most in keys that repeat others.
     """
     family = str(config.get("model_type", "")).removeprefix("snp_")
     more: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}

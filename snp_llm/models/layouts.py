@@ -149,7 +149,7 @@ def block_widths(block: nn.Module) -> tuple[Heads | None, int | None]:
 
 
 def part_widths(part: dict[str, Any]) -> tuple[Heads | None, int | None]:
-    """Those of the blocks that a part of `structure_of` describes."""
+    """Heads and FFN channels of the blocks that a part of `structure_of` describes, where they have them."""
     attention, ffn = part.get("attention"), part.get("ffn")
     heads = None
     if attention is not None:

@@ -21,7 +21,7 @@ Index = dict[str, dict[str, Any]]
 
 
 def is_on_disk(module: nn.Module) -> bool:
-    """Whether any of its weights are."""
+    """Whether any weight of a module waits on disk."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 

@@ -85,7 +85,7 @@ class DenseStream:
 
     @classmethod
     def beside(cls, stream: Stream, anatomy: Anatomy, run: Run) -> "DenseStream":
-        """That of a stream which has not yet entered the first block."""
+        """The dense model's stream beside one that has not yet entered the first block."""
         wanted = run.recipe.reference
         if wanted == "self":
             return cls(anatomy, run, None, False)
