@@ -3,32 +3,22 @@
 from transformers import PreTrainedModel
 
 from snp_llm.evaluate.cells import Cell
-from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
-from snp_llm.models.size import model_size
+from snp_llm.models.size import attention_channels, linear_weights, mean_positions, model_size, token_flops
 
 
 def cell_flops(model: PreTrainedModel, cell: Cell) -> float:
     """FLOPs of a prompt or of one step, for one sequence; the head runs on one token of either."""
     head = head_weights(model)
-    linear = model_size(model, 1).flops - 4.0 * attention_channels(model) - 2.0 * head
-    attended = 4.0 * attention_channels(model)
+    weights, attended = linear_weights(model) - head, attention_channels(model)
     if cell.kind == "prefill":
-        return cell.length * (linear + attended * (cell.length + 1) / 2) + 2.0 * head
-    return linear + attended * (cell.length + cell.new_tokens / 2) + 2.0 * head
+        return cell.length * token_flops(weights, attended, mean_positions(cell.length)) + 2.0 * head
+    return token_flops(weights + head, attended, cell.length + cell.new_tokens / 2)
 
 
 def head_weights(model: PreTrainedModel) -> int:
     """Weights of the LM head, tied or not."""
     head = model.get_output_embeddings()
     return 0 if head is None else int(head.weight.numel())
-
-
-def attention_channels(model: PreTrainedModel) -> int:
-    """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
-    family = find_family(model.config)
-    sites = find_sites(find_blocks(model), family)
-    return sum(site.channels for site in sites if site.heads is not None)
 
 
 def weights_read(model: PreTrainedModel) -> float:

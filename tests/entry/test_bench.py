@@ -11,7 +11,7 @@ from snp_llm.checkpoint import output
 from snp_llm.cli.parse import bench_main, prune_main
 from snp_llm.evaluate import remarks, speed, work
 from snp_llm.evaluate.cells import Cell
-from snp_llm.models.size import model_size
+from snp_llm.models.size import attention_channels, model_size
 from snp_llm.report import card as model_cards
 from tests.conftest import save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
@@ -70,7 +70,7 @@ def test_flops_of_a_cell_are_what_torch_counts(model_type):
     """But for attention scores, of which eager attention computes those behind the diagonal too."""
     model = small_model(model_type, torch.float32)
     model.set_attn_implementation("eager")
-    channels = work.attention_channels(model)
+    channels = attention_channels(model)
     for cell in (Cell("prefill", 3, 20, 0), Cell("decode", 3, 20, 4)):
         tokens = speed.random_tokens(model, cell, torch.device("cpu"))
         with Products() as before:
