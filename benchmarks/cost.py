@@ -37,9 +37,8 @@ from snp_llm.evaluate.peak import resident_peak
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import run_without_blocks
 from snp_llm.pruning.estimate.estimate import estimate
-from snp_llm.pruning.estimate.work import matmul_rates
 from snp_llm.pruning.run import read_calibration, resolve
-from snp_llm.runtime.device import ONCE, PHASES, Clock, compute_device, synchronize
+from snp_llm.runtime.device import ONCE, PHASES, Clock, compute_device, matmul_rates, synchronize
 
 T = TypeVar("T")
 

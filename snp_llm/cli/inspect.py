@@ -19,12 +19,11 @@ from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
-from snp_llm.pruning.estimate.work import matmul_rates
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import site_budget
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe
-from snp_llm.runtime.device import device_name, devices_here
+from snp_llm.runtime.device import device_name, devices_here, matmul_rates
 from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
 from snp_llm.runtime.terminal import print_json, print_table, table_of
 
@@ -176,16 +175,16 @@ def _resource_facts(needed: Estimate, recipe: Recipe) -> dict[str, Any]:
 
 def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, Any]:
     """An estimate ready for JSON, with a rough time for this device; without one that is here, without a time."""
+    places = ("device", "host", "disk")
+    work: dict[str, float] = {}
+    for step in needed.work:
+        work[step.what] = work.get(step.what, 0.0) + step.flops
     return {
-        "device_bytes": needed.device_bytes,
-        "host_bytes": needed.host_bytes,
-        "disk_bytes": needed.disk_bytes,
+        **{f"{place}_bytes": needed.peak(place) for place in places},
         "flops": needed.flops,
         "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
-        "breakdown": {
-            place: {part.what: part.bytes for part in needed.parts(place)} for place in ("device", "host", "disk")
-        },
-        "work": {work.what: work.flops for work in needed.work},
+        "breakdown": {place: {part.what: part.bytes for part in needed.parts(place)} for place in places},
+        "work": work,
     }
 
 

@@ -243,7 +243,7 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     say(inspect_command.estimate_line(takes, device.type))
     if recipe.dry_run and not talk.json:
         inspect_command.print_estimate(takes, device.type)
-    refuse_what_cannot_fit(needed, device, recipe.hidden_device, place)
+    refuse_what_cannot_fit(needed, device, place)
     return takes
 
 

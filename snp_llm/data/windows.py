@@ -26,6 +26,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 # windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
 CHARACTERS_A_TOKEN = 32
 
+BYTES_A_TOKEN = 72  # of host memory that so much text and its ids take
+
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved: of one split, or of several
 
 # What a description says of it; nothing, where it is as in published perplexities.

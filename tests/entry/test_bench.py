@@ -14,8 +14,8 @@ from snp_llm.evaluate.cells import Cell
 from snp_llm.models.size import attention_channels, model_size
 from snp_llm.report import card as model_cards
 from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.counting import Products
 from tests.entry.test_cli import QUICK, refuse
-from tests.flow.test_estimate import Products
 
 
 @pytest.fixture(scope="module")
