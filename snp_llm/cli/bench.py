@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from snp_llm.checkpoint.output import check_own_folder
+from snp_llm.checkpoint.contents import check_own_folder
 from snp_llm.cli.report import write_page
 from snp_llm.evaluate import speed
 from snp_llm.recipe.commands import BenchRecipe, Talk

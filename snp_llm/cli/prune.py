@@ -14,9 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint import hub, output
+from snp_llm.checkpoint import contents, hub, output
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.output import RECIPE
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
 from snp_llm.cli import inspect as inspect_command
@@ -132,7 +131,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             bos=resolved.bos,
         )
         text.check_tokens(windows, dense)
-    journal = Journal(partial / output.JOURNAL, resolved.save_every)
+    journal = Journal(partial / contents.JOURNAL, resolved.save_every)
     steps = (2 + visit_passes(resolved)) * dense.config.num_hidden_layers
     with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
@@ -164,9 +163,9 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     summary = facts.build_report(pruned, before, after, more)
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     model_cards.write_card(summary, pruned, base_model, partial)
-    save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
-    written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
-    summary["files"] = sorted({*written, output.REPORT})  # of which --overwrite replaces no more
+    save_recipe(pruned.recipe, partial / contents.RECIPE, shlex.join(command))
+    written = [name for name in contents.files_in(partial) if name.split("/")[0] not in contents.UNFINISHED]
+    summary["files"] = sorted({*written, contents.REPORT})  # of which --overwrite replaces no more
     facts.write_report(summary, partial)
     return summary
 
@@ -189,8 +188,8 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
     print(f"calibrated on {summary['calibration']['text']}")
     difference = summary["largest_logit_difference"]
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
-    if (folder / output.PAGE).exists():
-        print(f"in pictures: {folder / output.PAGE}")
+    if (folder / contents.PAGE).exists():
+        print(f"in pictures: {folder / contents.PAGE}")
     if recipe.push_to_hub is not None:
         run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
 
@@ -222,7 +221,7 @@ def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
 
 def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
-    own = folder / output.DENSE / str(ranks.rank())
+    own = folder / contents.DENSE / str(ranks.rank())
     return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
 
 

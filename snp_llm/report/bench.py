@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from snp_llm.checkpoint.output import BENCH, read_card, read_report
+from snp_llm.checkpoint.contents import BENCH, read_card, read_report
 from snp_llm.evaluate.cells import Cell
 from snp_llm.evaluate.remarks import MODELS
 from snp_llm.report.card import update_card

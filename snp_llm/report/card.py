@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from snp_llm.checkpoint.output import CARD, PAGE, REPORT, read_card
+from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card
 from snp_llm.models.layouts import needs_code
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.report.rows import markdown_table

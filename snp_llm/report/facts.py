@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snp_llm.checkpoint.output import REPORT
+from snp_llm.checkpoint.contents import REPORT
 from snp_llm.models.size import ModelSize
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.pruning.result import SiteResult

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from snp_llm.checkpoint.output import BENCH, PAGE, REPORT
+from snp_llm.checkpoint.contents import BENCH, PAGE, REPORT
 from snp_llm.pruning.widths.plan import FARTHEST_FROM_BUDGET
 from snp_llm.report import drawing, figures
 from snp_llm.report.compare import compare

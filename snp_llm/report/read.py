@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snp_llm.checkpoint.output import BENCH, REPORT, read_report
+from snp_llm.checkpoint.contents import BENCH, REPORT, read_report
 from snp_llm.report.parts import Table
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json

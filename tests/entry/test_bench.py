@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.checkpoint import output
+from snp_llm.checkpoint import contents
 from snp_llm.cli.parse import bench_main, prune_main
 from snp_llm.evaluate import remarks, speed, work
 from snp_llm.evaluate.cells import Cell
@@ -44,7 +44,7 @@ def test_one_table_one_json_one_card(folders, tmp_path, capsys):
     ):
         assert words in printed.out, words
     assert "┃" not in printed.out and "times as fast" in printed.err  # no terminal here
-    result = json.loads(Path(pruned, output.BENCH).read_text())
+    result = json.loads(Path(pruned, contents.BENCH).read_text())
     assert [c["cell"]["kind"] for c in result["cells"]] == ["prefill"] * 2 + ["decode"] * 2
     assert result["parameters"]["dense"] == model_size(small_opt(), 1).parameters > result["parameters"]["pruned"]
     assert result["memory"]["dense"]["host"] > result["memory"]["dense"]["libraries"] > 50e6

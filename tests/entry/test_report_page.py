@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from snp_llm import prune
-from snp_llm.checkpoint.output import PAGE, REPORT
+from snp_llm.checkpoint.contents import PAGE, REPORT
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import prune_main
 from snp_llm.cli.report import write_page
