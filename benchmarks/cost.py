@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedMod
 from snp_llm import Recipe, checkpoint, prune
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.evaluate.peak import resident_peak
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import run_without_blocks

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.families.decoders import find_family

@@ -22,7 +22,8 @@ from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli.layout import describe_layout
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
-from snp_llm.data.windows import BUNDLED, Windows, check_dataset, evaluation_windows
+from snp_llm.data.sources import BUNDLED, Dataset, check_dataset
+from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
@@ -66,9 +67,9 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
     usual = usual_text(recipe.model)
     calibration, eval_dataset = recipe.calibration or usual, recipe.eval_dataset or usual
     recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
-    check_dataset(calibration, recipe.calibration_split, recipe.text_column, evaluation=False)
+    check_dataset(Dataset(calibration, recipe.calibration_split, recipe.text_column), "calibration")
     if recipe.eval:
-        check_dataset(eval_dataset, recipe.eval_split, recipe.text_column, evaluation=True)
+        check_dataset(Dataset(eval_dataset, recipe.eval_split, recipe.text_column), "evaluation")
     if not recipe.dry_run:
         output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
@@ -122,14 +123,8 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     announce(dense, resolved, partial.parent, talk)
     windows: Windows | None = None
     if resolved.eval:  # read before pruning, so that a mistake in it costs seconds
-        windows = evaluation_windows(
-            tokenizer,
-            resolved.eval_dataset,
-            split=resolved.eval_split,
-            column=resolved.text_column,
-            seq_len=resolved.seq_len,
-            bos=resolved.bos,
-        )
+        dataset = Dataset(resolved.eval_dataset, resolved.eval_split, resolved.text_column)
+        windows = evaluation_windows(tokenizer, dataset, seq_len=resolved.seq_len, bos=resolved.bos)
         text.check_tokens(windows, dense)
     journal = Journal(partial / contents.JOURNAL, resolved.save_every)
     steps = (2 + visit_passes(resolved)) * dense.config.num_hidden_layers

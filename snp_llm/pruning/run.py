@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import Windows, calibration_windows
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
@@ -114,9 +115,7 @@ def read_calibration(
     """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
     windows = calibration_windows(
         tokenizer,
-        recipe.calibration,
-        split=recipe.calibration_split,
-        column=recipe.text_column,
+        Dataset(recipe.calibration, recipe.calibration_split, recipe.text_column),
         num_samples=recipe.num_samples + more,
         seq_len=recipe.seq_len,
         seed=recipe.seed,

@@ -279,17 +279,12 @@ def test_a_trained_model_stays_close(shared, tmp_path):
         arguments += ["--calibration", str(shared / "data/wikitext-2/wiki.valid.tokens")]
         assert prune_main(arguments) == 0
         from snp_llm import perplexity
+        from snp_llm.data.sources import Dataset
         from snp_llm.data.windows import evaluation_windows
 
         tokenizer = AutoTokenizer.from_pretrained(out)
-        windows = evaluation_windows(
-            tokenizer,
-            str(shared / "data/wikitext-2/wiki.test.raw"),
-            split=None,
-            column="text",
-            seq_len=128,
-            max_windows=64,
-        )
+        text = Dataset(str(shared / "data/wikitext-2/wiki.test.raw"))
+        windows = evaluation_windows(tokenizer, text, seq_len=128, max_windows=64)
         perplexities[ordering] = perplexity(AutoModelForCausalLM.from_pretrained(out), windows.tokens)
         perplexities["dense"] = perplexity(
             AutoModelForCausalLM.from_pretrained(shared / "models/opt-7m"), windows.tokens
