@@ -3,27 +3,17 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snp_llm.checkpoint.contents import BENCH, REPORT, read_report
-from snp_llm.report.parts import Table
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 
 SAME_PERPLEXITY = 0.01  # relative, of the dense model in runs that may be compared: dtypes and devices round
 
 UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff\\ufffe\\uffff]")
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """Foreign JSON in a form that can be shown: lines of name and value, tables, and sentences."""
-
-    lines: list[tuple[str, str]]
-    tables: list[Table]
-    sentences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
