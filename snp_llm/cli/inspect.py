@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.cli.layout import describe_layout
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy
+from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
@@ -39,7 +39,11 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
         print_inspection(facts)
 
 
-LAYOUTS: tuple[Layout, ...] = ("compact", "uniform", "padded")
+LAYOUTS: dict[Layout, str] = {
+    "compact": "their own in every block",
+    "uniform": "the same in every block",
+    "padded": "their own, filled up with zeros",
+}
 
 KINDS = ("embeddings", "attention", "FFN", "norms", "head", "other")
 
@@ -71,7 +75,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "flops_a_token": size.flops,
         "sparsity": sparsity_facts(anatomy, size, recipe),
         "layouts": {
-            layout: describe_layout(model, sites, layout, resolve(replace(recipe, layout=layout), model).round_to)
+            layout: layout_facts(anatomy, layout, resolve(replace(recipe, layout=layout), model).round_to)
             for layout in LAYOUTS
         },
         "prune": _resource_facts(needed, resolved),
@@ -153,6 +157,52 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
     }
 
 
+def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
+    """What a layout writes and what loads it, known before any calibration.
+
+    Args:
+        anatomy: of the dense model.
+        layout: one of `LAYOUTS`.
+        round_to: what FFN widths are multiples of.
+
+    Returns:
+        Widths, whether heads may go, the model_types that the config may have, what loads that, and what else does
+        where all heads stay.
+    """
+    dense, family = anatomy.model, anatomy.family
+    attentions = [site for site in anatomy.sites if site.heads is not None and site.prunable]
+    heads_go, types, engines = bool(attentions), [family.model_type], family.engines
+    if layout == "compact":
+        types, engines = [family.pruned_type], ("transformers with trust_remote_code",)
+    elif layout == "uniform" and attentions:
+        equal = uniform_widths(dense, family, attentions[0])
+        types += [str(plain_type(dense, family, attentions[0].heads_after(width))) for width in equal]
+        heads_go, engines = bool(equal), family.head_engines if equal else family.engines
+    return {
+        "widths": LAYOUTS[layout],
+        "round_to": round_to,
+        "heads": "go" if heads_go else "stay",
+        "saved_as": [*dict.fromkeys(types)],
+        "loads_in": [*engines],
+        "with_all_heads_also_in": [e for e in family.engines if layout == "uniform" and e not in engines],
+    }
+
+
+def layout_line(layout: str, facts: dict[str, Any]) -> str:
+    """What a layout writes and what loads it, on one line."""
+    also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
+    return (
+        f"layout {layout}: widths {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
+        f"{facts['heads']}; saved as {' or '.join(facts['saved_as'])}; loads in {', '.join(facts['loads_in'])}{also}"
+    )
+
+
+def _resolved_round(model: PreTrainedModel, recipe: Recipe, layout: Layout) -> int:
+    round_to = resolve(Recipe(model=recipe.model, layout=layout, round_to=recipe.round_to), model).round_to
+    assert round_to is not None
+    return round_to
+
+
 def _site_facts(site: Site) -> dict[str, Any]:
     return {
         "in_projections": [producer.path for producer in site.producers],
@@ -184,7 +234,7 @@ def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, A
         "flops": needed.flops,
         "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
         "breakdown": {place: {part.what: part.bytes for part in needed.parts(place)} for place in places},
-        "work": work,
+        "work": dict(work),
     }
 
 
@@ -213,8 +263,12 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print()
     print_sparsity(facts["sparsity"])
     print()
-    for text in facts["layouts"].values():
-        print(f"- {text}")
+    columns = ("layout", "widths", "FFN in multiples of", "heads", "saved as", "loads in", "with all heads also in")
+    rows = [
+        (layout, *(", ".join(v) if isinstance(v, list) else str(v) for v in values.values()))
+        for layout, values in facts["layouts"].items()
+    ]
+    print_table(table_of(columns, rows))
     print()
     prune = facts["prune"]
     print(f"A prune on {prune['windows']} windows of {prune['seq_len']:,} tokens, evaluation not counted:")

@@ -19,7 +19,6 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
 from snp_llm.cli import inspect as inspect_command
-from snp_llm.cli.layout import describe_layout
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
 from snp_llm.data.sources import BUNDLED, Dataset, check_dataset
@@ -27,8 +26,7 @@ from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
-from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.layouts import possible_types
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate
@@ -228,10 +226,10 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     """
     if ranks.rank():
         return {}
-    family, device = find_family(dense.config), compute_device(recipe.device)
+    device = compute_device(recipe.device)
     say = log.info if talk.json else partial(print, flush=True)
-    sites = find_sites(find_blocks(dense), family, recipe.head_unit)
-    say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
+    written = inspect_command.layout_facts(find_anatomy(dense, recipe.head_unit), recipe.layout, recipe.round_to)
+    say(inspect_command.layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)
     takes = inspect_command.estimate_facts(needed, device)
     say(inspect_command.estimate_line(takes, device.type))

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import Recipe, prune
 from snp_llm.checkpoint.saving import save
-from snp_llm.cli.inspect import inspect
+from snp_llm.cli.inspect import inspect, layout_facts, layout_line
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
+from snp_llm.models.anatomy import find_anatomy
 from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 
@@ -78,6 +79,28 @@ def test_the_largest_sparsity_can_be_had_and_no_more(opt_folder, tmp_path, capsy
     assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(most["both"])
     more = ["--ffn-sparsity", str(most["ffn"] + 0.1), "--head-sparsity", "0"]
     refuse(capsys, [*plan, *more], "the minimum is|Ask for")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layout", "expected"),
+    [
+        ("llama", "uniform", "heads go; saved as llama; loads in transformers, vLLM, llama.cpp"),
+        ("qwen2", "uniform", "loads in transformers, with --head-sparsity 0 also in vLLM, llama.cpp"),
+        ("opt", "uniform", "the same in every block, of the FFN in multiples of 8; heads stay; saved as opt; loads in"),
+        ("olmo2", "uniform", "heads stay"),
+        ("olmo2", "compact", "heads stay"),
+        ("llama", "compact", "heads go; saved as snp_llama; loads in transformers with trust_remote_code"),
+        ("gpt2", "padded", "filled up with zeros, of the FFN in multiples of 8; heads go; saved as gpt2; loads in"),
+    ],
+)
+def test_what_a_layout_writes_and_what_loads_it_is_said_before(model_type, layout, expected):
+    assert expected in layout_line(layout, layout_facts(find_anatomy(small_model(model_type)), layout, 8))
+
+
+def test_mistral_is_named_where_it_may_come_to_that():
+    odd = find_anatomy(small_model("llama", num_key_value_heads=6))
+    assert layout_facts(odd, "uniform", 8)["saved_as"] == ["llama", "mistral"]
+    assert layout_facts(find_anatomy(small_model("llama")), "uniform", 8)["saved_as"] == ["llama"]
 
 
 def test_pruned_folders_are_inspected_too(tokenizer, tmp_path, capsys):
