@@ -120,9 +120,9 @@ WRAPPERS: dict[str, tuple[dict, int]] = {
             "text_config": {**TEXT, "model_type": "mistral"},
             "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 8},
             "image_token_index": IMAGE,
-            "spatial_merge_size": 2,
+            "spatial_merge_size": 1,
         },
-        1,
+        4,
     ),
     "llama4": (
         {
@@ -132,7 +132,13 @@ WRAPPERS: dict[str, tuple[dict, int]] = {
                 "num_local_experts": 2,
                 "interleave_moe_layer_step": 2,
             },
-            "vision_config": {**TOWER, "vision_output_dim": 48, "projector_input_dim": 32, "projector_output_dim": 32},
+            "vision_config": {
+                **TOWER,
+                "intermediate_size": 128,
+                "vision_output_dim": 32,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
             "image_token_index": IMAGE,
         },
         1,
@@ -189,10 +195,10 @@ def small_wrapper(model_type: str, dtype: torch.dtype = torch.float32) -> PreTra
     config = AutoConfig.for_model(model_type, **WRAPPERS[model_type][0])
     model = auto_class(config).from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "layers" in name:
-            parameter.normal_(0, 0.3)
-        elif parameter.dim() == 1:
+        if parameter.dim() == 1:
             parameter.normal_(0.2 if "norm" in name else 0.0, 0.1)
+        else:  # towers and projectors too, some of which start with zeros
+            parameter.normal_(0, 0.3 if "layers" in name or "embed" not in name else 0.1)
     return model.to(dtype)
 
 
