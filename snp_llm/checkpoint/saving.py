@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.loading import explained, find_model
-from snp_llm.checkpoint.tokenizer import carry_over, find_tokenizer_files, without_code
+from snp_llm.checkpoint.tokenizer import carry_over, find_processor_files, find_tokenizer_files, without_code
 from snp_llm.models.anatomy import blocks_path, find_blocks
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.logits import logits_block_by_block
@@ -42,7 +42,8 @@ def save(
         model: pruned.
         tokenizer: its.
         folder: to write into.
-        tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
+        tokenizer_of: the model whose tokenizer and processor files are carried over as they are; None: the tokenizer's
+            are written anew.
     """
     folder = Path(folder)
     with warnings.catch_warnings():
@@ -54,7 +55,8 @@ def save(
         without_code(folder)
         _rewrite(folder / "tokenizer_config.json", tokenizer_for_both)
     else:
-        carry_over(find_tokenizer_files(find_model(tokenizer_of), tokenizer), folder)
+        source = find_model(tokenizer_of)
+        carry_over({**find_tokenizer_files(source, tokenizer), **find_processor_files(source)}, folder)
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
