@@ -124,25 +124,6 @@ WRAPPERS: dict[str, tuple[dict, int]] = {
         },
         4,
     ),
-    "llama4": (
-        {
-            "text_config": {
-                **TEXT,
-                "intermediate_size_mlp": 64,
-                "num_local_experts": 2,
-                "interleave_moe_layer_step": 2,
-            },
-            "vision_config": {
-                **TOWER,
-                "intermediate_size": 128,
-                "vision_output_dim": 32,
-                "projector_input_dim": 32,
-                "projector_output_dim": 32,
-            },
-            "image_token_index": IMAGE,
-        },
-        1,
-    ),
     "idefics3": (
         {"text_config": LLAMA, "vision_config": TOWER, "image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 1},
         1,

@@ -66,6 +66,11 @@ def find_processor_files(source: str) -> dict[str, Path]:
     return {name: Path(file) for name, file in cached.items() if file}
 
 
+def reader_of(folder: Path) -> str:
+    """The Auto class that reads inputs for the model in a folder: its processor's, where it has one."""
+    return "AutoProcessor" if any((folder / name).exists() for name in PROCESSORS) else "AutoTokenizer"
+
+
 def carry_over(files: dict[str, Path], folder: Path) -> None:
     """Copies files of tokenizer and processor, byte for byte but for the keys of their configs that name code."""
     for name, file in files.items():

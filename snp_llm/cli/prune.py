@@ -26,7 +26,7 @@ from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
-from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate

@@ -61,13 +61,24 @@ def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group") -> An
     return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit)))
 
 
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that texts go through, whether its head is in it or not; all where there is nothing else."""
+    return model if text_config(model.config) is model.config else model.get_decoder()
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """All modules that texts go through, those of the head included; not towers, nor what projects their features."""
+    head = model.get_output_embeddings()
+    return {*text_model(model).modules(), *(() if head is None else head.modules())}
+
+
 def blocks_path(model: PreTrainedModel) -> str:
     """Where the decoder blocks are: the list of modules of the text model that has most of the parameters.
 
     Raises:
         SnpError: the model has no such list.
     """
-    decoder = model.get_decoder() if text_config(model.config) is not model.config else model
+    decoder = text_model(model)
     inside = next((path for path, module in model.named_modules() if module is decoder), "")
     lists = {
         f"{inside}.{path}".removeprefix("."): module

@@ -1,5 +1,7 @@
 """The decoder families, one entry each; docs/adding_a_family.md is the recipe. Tables, and the look-up in them."""
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
 from snp_llm.models.families.family import Family
@@ -49,11 +51,15 @@ FFN_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner
 def find_family(config: PretrainedConfig) -> Family:
     """The family of a model's text, by its config's `model_type`, never by its name.
 
+    What loads it in other widths was looked up for models of text alone; with towers it is transformers.
+
     Raises:
         SnpError: no model that transformers lets write text has the config's type.
     """
     auto_class(config)
-    return family_of(text_config(config))
+    text = text_config(config)
+    family = family_of(text)
+    return family if text is config else replace(family, engines=("transformers",), head_engines=("transformers",))
 
 
 def family_of(config: PretrainedConfig) -> Family:
