@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy
+from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
+from snp_llm.models.families.family import PRUNED
 from snp_llm.models.layouts import plain_type, uniform_widths
 from snp_llm.models.projections import Projection
+from snp_llm.models.registry import dense_type
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
+from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import site_budget
@@ -65,8 +68,8 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "family": family.name,
         "model_type": model.config.model_type,
         "blocks": len(blocks),
-        "hidden_size": int(model.config.hidden_size),
-        "positions": int(getattr(model.config, "max_position_embeddings", 0)),
+        "hidden_size": int(text_config(model.config).hidden_size),
+        "positions": int(getattr(text_config(model.config), "max_position_embeddings", 0)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "units": [block_units(a, f) for a, f in zip(sites[::2], sites[1::2], strict=True)],
         "sites": {site.kind: _site_facts(site) for site in sites[:2]},
@@ -99,12 +102,13 @@ def parameters_by_kind(anatomy: Anatomy) -> dict[str, int]:
     model, prefix = anatomy.model, blocks_path(anatomy.model) + "."
     attentions = {site.module for site in anatomy.sites if site.heads is not None}
     head = model.get_output_embeddings()
-    seen: set[int] = set()
+    seen, inside = set[int](), text_modules(model)
     for name, module in model.named_modules():
+        kind = _kind(name, module, head, prefix, attentions) if module in inside else "other"
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[_kind(name, module, head, prefix, attentions)] += parameter.numel()
+                counts[kind] += parameter.numel()
     return {kind: counts[kind] for kind in KINDS}
 
 
@@ -171,12 +175,13 @@ def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, A
     """
     dense, family = anatomy.model, anatomy.family
     attentions = [site for site in anatomy.sites if site.heads is not None and site.prunable]
-    heads_go, types, engines = bool(attentions), [family.model_type], family.engines
+    own, alone = dense_type(dense.config), text_config(dense.config) is dense.config
+    heads_go, types, engines = bool(attentions), [own], family.engines
     if layout == "compact":
-        types, engines = [family.pruned_type], ("transformers with trust_remote_code",)
+        types, engines = [f"{PRUNED}{own}"], ("transformers with trust_remote_code",)
     elif layout == "uniform" and attentions:
         equal = uniform_widths(dense, family, attentions[0])
-        types += [str(plain_type(dense, family, attentions[0].heads_after(width))) for width in equal]
+        types += [str(plain_type(dense, family, attentions[0].heads_after(w))) for w in equal if alone]
         heads_go, engines = bool(equal), family.head_engines if equal else family.engines
     return {
         "widths": LAYOUTS[layout],

@@ -26,7 +26,7 @@ from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
-from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate
@@ -125,7 +125,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         windows = evaluation_windows(tokenizer, dataset, seq_len=resolved.seq_len, bos=resolved.bos)
         text.check_tokens(windows, dense)
     journal = Journal(partial / contents.JOURNAL, resolved.save_every)
-    steps = (2 + visit_passes(resolved)) * dense.config.num_hidden_layers
+    steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
     with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
@@ -192,7 +192,7 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     dense, tokenizer = load_on_disk(recipe, scratch)
     resolved = run.resolve(recipe, dense, tokenizer)
     takes = announce(dense, resolved, folder.absolute().parent, talk)
-    with progress(dense.config.num_hidden_layers) as on_step:
+    with progress(len(find_blocks(dense))) as on_step:
         plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)
     if talk.json:
         print_json({"estimate": takes, **plan_facts(dense, plan, resolved)})

@@ -15,6 +15,7 @@ from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.evaluate.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.models.size import model_size
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.recipe.recipe import usual_text
 from snp_llm.runtime.device import compute_device
@@ -58,7 +59,7 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
     positions = []
     for name in recipe.models:
         config = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code).config
-        positions.append(int(getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
+        positions.append(int(getattr(text_config(config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
         check_tokenizer(name)
     seq_len = window_length(recipe.seq_len, min(positions))
     if recipe.stride is not None and recipe.stride > seq_len:

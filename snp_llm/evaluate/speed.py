@@ -22,6 +22,7 @@ from snp_llm.evaluate.work import cell_flops, weights_read
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.models.size import model_size
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.commands import BenchRecipe
 from snp_llm.runtime.device import compute_device, synchronize, versions
 from snp_llm.runtime.errors import SnpError
@@ -98,7 +99,7 @@ def odd_widths(model: PreTrainedModel) -> int:
 
 def check_positions(name: str, config: PretrainedConfig, wanted: Sequence[Cell]) -> None:
     """Raises SnpError if a model has no positions for a prompt and what is decoded after it."""
-    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
+    positions = int(getattr(text_config(config), "max_position_embeddings", sys.maxsize))
     longest = max(cell.length + cell.new_tokens for cell in wanted)
     if longest > positions:
         raise SnpError(

@@ -24,6 +24,8 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         The config with more keys. What transformers 5 makes of it differs at most in keys that repeat others.
     """
     family = str(config.get("model_type", "")).removeprefix("snp_")
+    if isinstance(text := config.get("text_config"), dict):
+        config = {**config, "text_config": config_for_both(text)}
     more: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope:  # Gemma 3: one for every kind of layer, of which the local kind is never scaled in 4

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
 from snp_llm.models.families.decoders import FFN_KEYS, find_family
 from snp_llm.models.families.family import PRUNED, Family
 from snp_llm.models.offload import disk_index, read_tensor, wait_on_disk
-from snp_llm.models.registry import is_own, pruned_config_class
+from snp_llm.models.registry import auto_class, dense_type, is_own, pruned_config_class
 from snp_llm.models.site import Heads, Site, consumers_of, projecting
 from snp_llm.models.structure import find_attention, find_ffn
+from snp_llm.models.text_part import parts_of, text_config, text_values
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     """
     config = config_for(dense, family, pruned_blocks)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=dense.config._attn_implementation)
+        model = auto_class(config).from_config(config, attn_implementation=dense.config._attn_implementation)
     prefix = blocks_path(dense) + "."
     state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if not k.startswith(prefix)}
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
@@ -77,7 +78,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     if index:
         wait_on_disk(model, index)
         model.hf_device_map = {"": "disk", "-": "cpu"}  # for save_pretrained, which before 5.15 asks for two places
-    if dense.config.tie_word_embeddings and not model.config.tie_word_embeddings:
+    if _says_tied(dense) and not _says_tied(model):
         log.warning("the config says that the head is tied to the embeddings, the checkpoint has its own: it is kept")
     if dense.generation_config is not None:
         model.generation_config = _stock_generation(dense.generation_config)
@@ -94,7 +95,7 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
             return plain
     values, structure = _plain_values(dense), structure_of(dense)
     if family.head_dim_key and heads:
-        values[family.head_dim_key] = next(iter(heads)).size
+        text_values(dense.config, values)[family.head_dim_key] = next(iter(heads)).size
     overrides = {}
     for part in structure["parts"]:
         for index in part["of"]:
@@ -103,8 +104,13 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
             if changed := {key: count for key, count in new.items() if count != dense_widths[key]}:
                 overrides[str(index)] = changed
     overrides = {index: overrides[index] for index in sorted(overrides, key=int)}
-    described = {"pruned_layers": overrides, "pruned_structure": structure}
-    return pruned_config_class(family.model_type)(**{**values, **described})
+    described = {"pruned_layers": overrides, "pruned_structure": structure, "auto_map": _auto_map(dense)}
+    return pruned_config_class(dense_type(dense.config))(**{**values, **described})
+
+
+def _auto_map(dense: PreTrainedModel) -> dict[str, str]:
+    name = f"{modeling_snp.__name__.rpartition('.')[2]}.Snp{type(dense).__name__.removeprefix('Snp')}"
+    return dict.fromkeys(modeling_snp.auto_classes(dense_type(dense.config)), name)
 
 
 def structure_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def builds(config: PretrainedConfig, widths: Sequence[tuple[Heads | None, int | 
     """Whether transformers makes blocks of these widths of a config."""
     try:
         with torch.device("meta"):
-            blocks = find_blocks(AutoModelForCausalLM.from_config(config))
+            blocks = find_blocks(auto_class(config).from_config(config))
         return [block_widths(block) for block in blocks] == list(widths)
     except Exception:  # whatever the class says of values that do not fit together
         return False
@@ -175,15 +181,20 @@ def plain_config(
     model_type = family.model_type if heads is None else plain_type(dense, family, heads)
     if model_type is None or (family.ffn_key is None and ffn not in (None, *_dense_channels(dense))):
         return None
-    values = _plain_values(dense)
+    whole = _plain_values(dense)
+    values = text_values(dense.config, whole)
     if heads is not None and family.head_dim_key and _loses_heads(dense, family, heads):
         values[family.head_dim_key] = heads.size
     values.update({key: count for key, count in _keys(family, heads, ffn).items() if key in values})
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
-        values = {key: value for key, value in values.items() if key in known}
+        for key in values.keys() - known.keys():
+            del values[key]
         values["sliding_window"] = None
-    return AutoConfig.for_model(model_type, **values)
+    if values is whole:
+        return AutoConfig.for_model(model_type, **values)
+    values["model_type"] = model_type
+    return AutoConfig.for_model(dense_type(dense.config), **whole)
 
 
 def _dense_channels(dense: PreTrainedModel) -> set[int | None]:
@@ -199,17 +210,17 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     """
     if _loses_heads(dense, family, heads) and (family.head_dim_key is None or not family.checked):
         return None
-    if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
+    if not family.divides_hidden or text_config(dense.config).hidden_size % heads.query == 0:
         return family.model_type
     return None if _has_biases(dense, family) else family.substitute
 
 
 def possible_types(dense: PreTrainedModel, layout: str) -> tuple[str, ...]:
     """Every model_type that a pruned model's config may have in a layout."""
-    family = find_family(dense.config)
+    own, substitute = dense_type(dense.config), find_family(dense.config).substitute
     if layout == "compact":
-        return family.pruned_type, family.model_type
-    return (family.model_type, family.substitute) if family.substitute else (family.model_type,)
+        return f"{PRUNED}{own}", own
+    return (own, substitute) if substitute and text_config(dense.config) is dense.config else (own,)
 
 
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
@@ -227,13 +238,25 @@ def _plain_values(dense: PreTrainedModel) -> dict[str, Any]:
     Keys that no stock class declares may name code that a reader would fetch and run, which takes text: numbers among
     them are kept, since transformers reads some (a head dimension), all else is dropped.
     """
-    known = {*AutoConfig.for_model(find_family(dense.config).model_type).to_dict(), *KNOWN_WHEREVER}
+    known = AutoConfig.for_model(dense_type(dense.config))
+    return {**_known_values(dense.config, known), "tie_word_embeddings": _says_tied(dense) and _is_tied(dense)}
+
+
+def _known_values(config: PretrainedConfig, stock: PretrainedConfig) -> dict[str, Any]:
+    known = {*stock.to_dict(), *KNOWN_WHEREVER}
     values = {
         key: value
-        for key, value in dense.config.to_dict().items()
+        for key, value in config.to_dict().items()
         if key not in PRIVATE_KEYS and (key in known or value is None or isinstance(value, int | float))
     }
-    return {**values, "tie_word_embeddings": dense.config.tie_word_embeddings and _is_tied(dense)}
+    for key, part in parts_of(config).items():
+        values[key] = {**_known_values(part, type(part)()), "model_type": part.model_type}
+    return values
+
+
+def _says_tied(model: PreTrainedModel) -> bool:
+    """Whether a config says that the head is the embeddings."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def _stock_generation(config: GenerationConfig) -> GenerationConfig:
@@ -270,7 +293,8 @@ def _keys(family: Family, heads: Heads | None, ffn: int | None) -> dict[str, int
 
 
 def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
-    return any(getattr(dense.config, key, None) != count for key, count in _keys(family, heads, None).items())
+    text = text_config(dense.config)
+    return any(getattr(text, key, None) != count for key, count in _keys(family, heads, None).items())
 
 
 def _has_biases(dense: PreTrainedModel, family: Family) -> bool:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
+from snp_llm.models.text_part import text_config
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,18 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
         parameters=sum(p.numel() for p in unique),
         block_linear=sum(map(linear_weights, find_blocks(model))),
         bytes=sum(p.numel() * p.element_size() for p in unique),
-        flops=token_flops(linear_weights(model), attention_channels(model), mean_positions(seq_len)),
+        flops=token_flops(text_weights(model), attention_channels(model), mean_positions(seq_len)),
     )
 
 
 def linear_weights(module: nn.Module) -> int:
     """Weights of all linears in a module."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+
+
+def text_weights(model: PreTrainedModel) -> int:
+    """Weights of all linears that a token of a text goes through, LM head included."""
+    return sum(module.weight.numel() for module in text_modules(model) if isinstance(module, Projection))
 
 
 def attention_channels(model: PreTrainedModel) -> int:
@@ -75,12 +81,12 @@ def activation_bytes(model: PreTrainedModel, site: Site, batch: int, seq_len: in
         batch: windows at a time.
         seq_len: tokens a window has.
     """
-    hidden, item, tokens = int(model.config.hidden_size), model.dtype.itemsize, batch * seq_len
+    hidden, item, tokens = int(text_config(model.config).hidden_size), model.dtype.itemsize, batch * seq_len
     if site.heads is None:
         copies = 2 if site.parameters == 2 * hidden * site.channels else 4  # with a gate: it, up, activation, product
         return tokens * (3 * hidden + copies * site.channels) * item
     projections = 2 * site.channels + 2 * site.heads.key_value * site.heads.size
     alive = tokens * (2 * hidden + projections) * item
-    if model.config._attn_implementation == "eager":  # scores, in the weights' type and in float32
+    if text_config(model.config)._attn_implementation == "eager":  # scores, in the weights' type and in float32
         alive += batch * site.heads.query * seq_len**2 * (2 * item + 4)
     return alive

@@ -1,10 +1,12 @@
 """The decoder families, one entry each; docs/adding_a_family.md is the recipe. Tables, and the look-up in them."""
 
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from dataclasses import replace
 
-from snp_llm.models.families.family import PRUNED, Family
-from snp_llm.runtime.errors import SnpError
+from transformers import PretrainedConfig
+
+from snp_llm.models.families.family import Family
+from snp_llm.models.registry import auto_class, dense_type
+from snp_llm.models.text_part import text_config
 
 FAMILIES = (
     Family(
@@ -47,22 +49,28 @@ FFN_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner
 
 
 def find_family(config: PretrainedConfig) -> Family:
-    """The family of a model, by its config's `model_type`, never by its name.
+    """The family of a model's text, by its config's `model_type`, never by its name.
 
-    A type without an entry gets one from its config's keys; whether its blocks are known shows in its modules.
+    What loads it in other widths was looked up for models of text alone; with towers it is transformers.
 
     Raises:
-        SnpError: no causal language model of transformers has that type.
+        SnpError: no model that transformers lets write text has the config's type.
     """
-    model_type = str(config.model_type).removeprefix(PRUNED)
+    auto_class(config)
+    text = text_config(config)
+    family = family_of(text)
+    return family if text is config else replace(family, engines=("transformers",), head_engines=("transformers",))
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a text model, or of a part of one, by its own config.
+
+    A type without an entry gets one from its config's keys; whether its blocks are known shows in its modules.
+    """
+    model_type = dense_type(config)
     for family in FAMILIES:
         if model_type == family.model_type:
             return family
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise SnpError(
-            f"model_type {config.model_type!r} is not supported; expected a decoder-only model that transformers knows "
-            "as a causal language model. `snp-llm families` lists those that are tested."
-        )
     keys = config.to_dict()
 
     def first(names: tuple[str, ...]) -> str | None:

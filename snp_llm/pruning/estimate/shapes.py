@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
+from snp_llm.models.text_part import text_config
 from snp_llm.pruning.sensitivity import visit_windows
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.recipe.recipe import ResolvedRecipe
@@ -39,7 +40,7 @@ class Shapes:
     @property
     def hidden(self) -> int:
         """d, channels of the stream between blocks."""
-        return int(self.anatomy.model.config.hidden_size)
+        return int(text_config(self.anatomy.model.config).hidden_size)
 
     @property
     def device(self) -> str:
@@ -73,6 +74,6 @@ def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in anatomy.blocks]
     channels = max(site.channels for site in anatomy.sites)
     referred = enough_windows(channels, recipe.seq_len) if recipe.reference != "self" else 0
-    gone_back, visited = visit_windows(channels, int(model.config.hidden_size), recipe.seq_len, recipe)
+    gone_back, visited = visit_windows(channels, int(text_config(model.config).hidden_size), recipe.seq_len, recipe)
     counts = [min(count, recipe.num_samples) for count in (referred, visited, gone_back)]
     return Shapes(anatomy, recipe, size, max(blocks), size.bytes - sum(blocks), *counts)
