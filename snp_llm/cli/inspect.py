@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy
-from snp_llm.models.layouts import plain_type, uniform_widths
+from snp_llm.models.plain import plain_type, uniform_widths
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size

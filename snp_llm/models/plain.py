@@ -1,0 +1,163 @@
+"""Stock configs: which widths they can say, by which keys, and the config that says them. Knows no files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.families.decoders import FFN_KEYS, find_family
+from snp_llm.models.families.family import Family
+from snp_llm.models.offload import disk_index, read_tensor
+from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of, width_keys
+from snp_llm.models.site import Heads, Site, consumers_of, projecting
+from snp_llm.models.trial_config import as_text, says
+
+# Of a pruned or loaded model alone; they say nothing about the shapes.
+PRIVATE_KEYS = ("pruned_layers", "pruned_structure", "auto_map", "model_type", "architectures", "transformers_version")
+
+KNOWN_WHEREVER = ("layer_types",)  # what transformers reads of any config, whether its class declares it or not
+
+
+def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths]) -> PretrainedConfig | None:
+    """The stock config for these widths, by block, or None where there is none.
+
+    Blocks that were alike have to be alike still, and for what has changed there has to be a key.
+    """
+    parts = structure_of(dense)["parts"]
+    values, model_type = known_values(dense), family.model_type
+    values.pop("tie_word_embeddings", None)
+    heads = {(old, widths[i][0]) for part in parts if (old := part_widths(part)[0]) is not None for i in part["of"]}
+    if heads and (family.checked or any(old != new for old, new in heads)):
+        (_, new), *others = heads
+        found = None if others or new is None else plain_type(dense, family, new)
+        if found is None or new is None:
+            return None
+        model_type = found
+        if _loses_heads(dense, family, new):
+            values.update(_head_values(dense, family, new) or {})
+        values.update({key: count for key, count in width_keys(family, new, None).items() if key in values})
+    for kind in ffn_kinds(structure_of(dense)):
+        channels = {widths[index][1] for index in kind.blocks}
+        key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.checked else None
+        if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
+            return None
+        if key in values:
+            values[key] = channels.pop()
+    if model_type != family.model_type:
+        known = AutoConfig.for_model(model_type).to_dict()
+        values = {key: value for key, value in values.items() if key in known}
+        values["sliding_window"] = None
+    return AutoConfig.for_model(model_type, **values, tie_word_embeddings=stays_tied(dense))
+
+
+def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> str | None:
+    """The config key of the FFNs of a kind, and of nothing else; None: there is none, and they cannot change alike."""
+    if family.checked:
+        return family.ffn_key
+    width, values = facts["width"], known_values(dense)
+    half = width // 2 or 1
+    part = {"of": "ffn", "was": facts, "new": {facts["key"]: half}}
+    return next((key for key in FFN_KEYS if values.get(key) == width and _says(dense, {key: half}, part)), None)
+
+
+def _head_values(dense: PreTrainedModel, family: Family, heads: Heads) -> dict[str, int] | None:
+    """What a plain config needs beside head counts, so that heads stay as large as they are; None: nothing helps.
+
+    Of a type without an entry half as many are tried.
+    """
+    if family.checked:
+        return None if family.head_dim_key is None else {family.head_dim_key: heads.size}
+    of_parts = {old for part in structure_of(dense)["parts"] if (old := part_widths(part)[0]) is not None}
+    if len(of_parts) != 1:
+        return None
+    (old,) = of_parts
+    group = old.query // old.key_value
+    by_query = heads.key_value == old.key_value
+    kept = max(1, (group if by_query else old.key_value) // 2)
+    fewer = Heads(kept * old.key_value, old.key_value, old.size) if by_query else Heads(kept * group, kept, old.size)
+    part = {"of": "attention", "was": {"heads": [old.query, old.key_value]}, "new": width_keys(family, fewer, None)}
+    for more in ({}, {"head_dim": heads.size}):
+        counts = {key: n for key, n in width_keys(family, fewer, None).items() if hasattr(dense.config, key)}
+        if _says(dense, {**counts, **more}, part) and _takes(dense, {**width_keys(family, heads, None), **more}):
+            return more
+    return None
+
+
+def _says(dense: PreTrainedModel, changed: dict[str, int], part: dict[str, Any]) -> bool:
+    facts = (as_text(known_values(dense)), as_text(structure_of(dense)))
+    return says(find_family(dense.config).model_type, *facts, tuple(changed.items()), as_text(part))
+
+
+def _takes(dense: PreTrainedModel, changed: dict[str, int]) -> bool:
+    """Whether the class of a plain config accepts numbers that differ from the dense model's."""
+    try:
+        AutoConfig.for_model(find_family(dense.config).model_type, **{**known_values(dense), **changed})
+    except Exception:  # whatever its checks raise
+        return False
+    return True
+
+
+def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | None:
+    """The model_type of the stock config that can say these heads, or None.
+
+    A config that ties the head dimension to the number of heads cannot lose heads. One that wants head counts to divide
+    the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
+    unless there are biases, for which that has no place.
+    """
+    if _loses_heads(dense, family, heads) and _head_values(dense, family, heads) is None:
+        return None
+    if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
+        return family.model_type
+    return None if _has_biases(dense, family) else family.substitute
+
+
+def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
+    """The widths of an attention site that a plain config can hold in every block, ascending, without "all units"."""
+    return tuple(
+        width
+        for width in range(site.step, site.units, site.step)
+        if plain_type(dense, family, site.heads_after(width)) is not None
+    )
+
+
+def known_values(dense: PreTrainedModel) -> dict[str, Any]:
+    """What a stock config knows of the dense model's, but whether embeddings are tied.
+
+    Keys that no stock class declares may name code that a reader would fetch and run, which takes text: numbers among
+    them are kept, since transformers reads some (a head dimension), all else is dropped.
+    """
+    known = {*AutoConfig.for_model(find_family(dense.config).model_type).to_dict(), *KNOWN_WHEREVER}
+    return {
+        key: value
+        for key, value in dense.config.to_dict().items()
+        if key not in PRIVATE_KEYS and (key in known or value is None or isinstance(value, int | float))
+    }
+
+
+def stays_tied(dense: PreTrainedModel) -> bool:
+    return dense.config.tie_word_embeddings and _is_tied(dense)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embeddings: one tensor, or two that hold the same."""
+    head, embeddings = (next(find().parameters()) for find in (model.get_output_embeddings, model.get_input_embeddings))
+    if head is embeddings:
+        return True
+    index, names = disk_index(model), {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+    values = [read_tensor(index[names[id(p)]], p) if p.is_meta else p.detach() for p in (head, embeddings)]
+    return torch.equal(*values)
+
+
+def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
+    return any(getattr(dense.config, key, None) != count for key, count in width_keys(family, heads, None).items())
+
+
+def _has_biases(dense: PreTrainedModel, family: Family) -> bool:
+    block = find_blocks(dense)[0]
+    sites = find_sites(nn.ModuleList([block]), family)
+    made = [module for site in sites for _, module in projecting(block, site)]
+    read = [module for site in sites for module in consumers_of(block, site)]
+    return any(module.bias is not None for module in (*made, *read))
