@@ -45,7 +45,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
         if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
             return None
         if key in values:
-            values[key] = channels.pop()
+            values[key] = channels.pop() * _numbers_a_channel(values[key], kind.facts["width"])
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         values = {key: value for key, value in values.items() if key in known}
@@ -60,7 +60,16 @@ def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> st
     width, values = facts["width"], known_values(dense)
     half = width // 2 or 1
     part = {"of": "ffn", "was": facts, "new": {facts["key"]: half}}
-    return next((key for key in FFN_KEYS if values.get(key) == width and _says(dense, {key: half}, part)), None)
+    for key in FFN_KEYS:
+        times = _numbers_a_channel(values.get(key), width)
+        if values.get(key) == times * width and _says(dense, {key: times * half}, part):
+            return key
+    return None
+
+
+def _numbers_a_channel(said: Any, width: int) -> int:
+    """What a config counts for a channel of FFNs of a width: 2 where it says the rows of gate and up together."""
+    return 2 if said == 2 * width else 1
 
 
 def _head_values(dense: PreTrainedModel, family: Family, heads: Heads) -> dict[str, int] | None:

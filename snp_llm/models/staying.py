@@ -13,11 +13,11 @@ def what_stays(anatomy: Anatomy) -> list[str]:
     """A line about mixers (state spaces, convolutions, linear attention, attention that is not known), and one about
     experts that only some tokens come by, where there are any."""
     blocks, lines = anatomy.blocks, []
-    mixers: Counter[tuple[str, str]] = Counter()
-    for index, block in enumerate(blocks):
-        mixers.update((name, type(module).__name__) for name, module in _mixers(anatomy, index, block))
-    if mixers:
-        named = (f"{name} ({kind}) in {n} of {len(blocks)} blocks" for (name, kind), n in mixers.items())
+    found: Counter[tuple[str, str]] = Counter()
+    for index in range(len(blocks)):
+        found.update((name, type(module).__name__) for name, module in mixers(anatomy, index))
+    if found:
+        named = (f"{name} ({kind}) in {n} of {len(blocks)} blocks" for (name, kind), n in found.items())
         lines.append(f"neither an attention nor an FFN that is known, stays as it is: {', '.join(named)}")
     if experts := expert_parameters(blocks):
         share = experts / sum(parameter.numel() for parameter in anatomy.model.parameters())
@@ -35,16 +35,16 @@ def expert_parameters(blocks: nn.ModuleList) -> int:
 
 def has_more(anatomy: Anatomy, index: int) -> bool:
     """Whether a block adds more to the stream than its sites put out: what a mixer does, or experts."""
-    block = anatomy.blocks[index]
-    return bool(_mixers(anatomy, index, block) or any(of_experts(name) for name, _ in block.named_parameters()))
+    named = anatomy.blocks[index].named_parameters()
+    return bool(mixers(anatomy, index)) or any(of_experts(name) for name, _ in named)
 
 
-def _mixers(anatomy: Anatomy, index: int, block: nn.Module) -> list[tuple[str, nn.Module]]:
+def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:
     """The modules right below a block that project or convolve, and hold no site and no experts."""
     cut = {path for site in anatomy.sites if site.block == index for path in site.consumers}
     return [
         (name, child)
-        for name, child in block.named_children()
+        for name, child in anatomy.blocks[index].named_children()
         if not any(path == name or path.startswith(f"{name}.") for path in cut)
         and any(isinstance(module, Projection | nn.Conv1d) for module in child.modules())
         and not any(of_experts(f"{name}.{path}") for path, _ in child.named_modules())

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -282,13 +282,6 @@ def site_budgets(
             )
         )
     return found
-
-
-def site_budget(
-    anatomy: Anatomy, site: Site, recipe: ResolvedRecipe, curves: SiteCurves | None, costs: Tensor
-) -> SiteBudget:
-    """What the allocation may know of one site."""
-    return site_budgets(replace(anatomy, sites=(site,)), recipe, [curves], [costs])[0]
 
 
 def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
