@@ -28,6 +28,7 @@ from snp_llm.models import size as model_sizes
 from snp_llm.models import text
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
+from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
@@ -243,10 +244,13 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
     size = model_sizes.model_size(dense, recipe.seq_len)
     removed = sum((site.units - width) * site.cost for site, width in plan)
-    attention, ffn = plan[::2], plan[1::2]
     print("block  heads         FFN channels")
-    for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
-        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
+    blocks: dict[int, dict[str, str]] = {}
+    for site, width in plan:
+        kept, units = (width, site.units) if site.heads is None else (site.heads_after(width).query, site.heads.query)
+        blocks.setdefault(site.block, {})[site.kind] = f"{kept:,} of {units:,}"
+    for block, kinds in blocks.items():
+        print(f"{block:5d}  {kinds.get('attention', '-'):12s}  {kinds.get('ffn', '-')}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
         f"{removed / size.block_linear:.3f} ({asked(recipe.as_dict())} asked for); nothing was written"
@@ -262,6 +266,7 @@ def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
         "block_linear_before": size.block_linear,
         "block_linear_after": size.block_linear - removed,
         "sparsity": removed / size.block_linear,
+        "stays": what_stays(find_anatomy(dense)),
         "asked": asked(recipe.as_dict()),
         "sites": sites,
     }

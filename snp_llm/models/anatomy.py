@@ -11,7 +11,7 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.projections import Projection, projection, weight_of
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
-from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn
+from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn, nearly_attentions
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import HeadUnit
 from snp_llm.runtime.errors import SnpError
@@ -133,10 +133,14 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
             raise SnpError(f"block {index} {error}") from error
     if not sites:
         linear = [name for name, module in blocks[0].named_modules() if isinstance(module, Projection)]
+        near = "".join(
+            f" {path} has the projections of an attention, and {', '.join(others)} whose part in it is not known."
+            for path, others in nearly_attentions(blocks[0]).items()
+        )
         raise SnpError(
-            f"model_type {family.model_type!r} is not supported: expected blocks with an attention or an FFN whose "
-            f"projections have names that docs/adding_a_family.md lists; the first block has "
-            f"{', '.join(linear) or 'no projections'}."
+            f"model_type {family.model_type!r} is not supported: its {len(blocks)} blocks have no attention and no FFN "
+            "that is known; expected projections with names that docs/adding_a_family.md lists. The first block has "
+            f"{', '.join(linear) or 'no projections'}.{near}"
         )
     _check_apart(blocks, sites)
     return sites
@@ -153,7 +157,8 @@ def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
             if (owner := owners.setdefault(id(module.weight), name)) != name:
                 raise SnpError(
                     f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
-                    "the other. Untie them (copy the weights) and save the model first."
+                    "the other. Untie them (copy the weights) and save the model first; a type whose blocks share them "
+                    "by design, as Zamba's do, is not supported."
                 )
 
 

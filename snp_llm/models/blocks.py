@@ -4,13 +4,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+
+from snp_llm.runtime.errors import SnpError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,26 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
     Returns:
         Hidden states (batch, T, d) and one call per block, on the model's device.
     """
-    first: list[Tensor] = []
-    calls: list[BlockCall] = []
+    seen: list[tuple[int, Tensor, BlockCall]] = []
 
-    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not first:
-            first.append(hidden)
-        calls.append(BlockCall(args, kwargs))
+    def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((index, hidden, BlockCall(args, kwargs)))
         return hidden
+
+    def run() -> None:
+        seen.clear()
+        model.base_model(tokens.to(device), use_cache=False)
 
     home = next(model.get_input_embeddings().parameters()).device
     device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
-    with rest_on_device(model, blocks, device), _replaced_forwards(dict.fromkeys(blocks, identity)):
-        model.base_model(tokens.to(device), use_cache=False)
-    return first[0], calls
+    with rest_on_device(model, blocks, device):
+        _run_past(blocks, note, run)
+    if (order := [index for index, _, _ in seen]) != [*range(len(blocks))]:
+        raise SnpError(
+            f"{type(model).__name__}: expected blocks that run once each, one after the other, got blocks "
+            f"{', '.join(map(str, order))}. What cutting one changes is not known; this model is not supported."
+        )
+    return seen[0][1], [call for _, _, call in seen]
 
 
 @torch.no_grad()
@@ -67,8 +77,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
-    with _replaced_forwards(dict.fromkeys(blocks, _pass_on)):
-        model(tokens, use_cache=False)
+    _run_past(blocks, _pass_on, lambda: model(tokens, use_cache=False))
 
 
 def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -83,10 +92,12 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     Returns:
         (batch, T, vocabulary).
     """
-    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, _pass_on)
-    forwards[blocks[-1]] = lambda *_args, **_kwargs: hidden
-    with _replaced_forwards(forwards):
-        return model(tokens, use_cache=False).logits
+
+    def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden if index == len(blocks) - 1 else given
+
+    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, use_cache=False)).logits
+    return logits
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -332,5 +343,33 @@ def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterato
                 module.forward = forward
 
 
-def _pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+def _pass_on(_index: int, hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden
+
+
+def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callable[[], T]) -> T:
+    """Runs a model with another forward in place of its blocks', which gets the block's index before its arguments.
+
+    Blocks put out a tensor or a tuple that begins with it. Only the model knows which it expects: what breaks, or
+    takes the first window for all, with the one gets the other.
+    """
+
+    def given(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(hidden.shape)
+        if hidden.shape != shapes[0]:
+            raise ValueError(f"hidden states have the shape {[*hidden.shape]} after {[*shapes[0]]}")
+        return forward(index, hidden, *args, **kwargs)
+
+    def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return given(*args, **kwargs), None
+
+    failed: Exception | None = None
+    for form in (given, in_tuple):
+        shapes: list[torch.Size] = []
+        try:
+            with _replaced_forwards({block: partial(form, index) for index, block in enumerate(blocks)}):
+                return run()
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed

@@ -9,6 +9,7 @@ from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
+from snp_llm.models.structure import of_experts
 from snp_llm.models.text_part import text_config
 
 
@@ -18,7 +19,7 @@ class ModelSize:
 
     Attributes:
         parameters: all, tied ones once.
-        block_linear: weights of the decoder blocks' linears, which is what sparsity is a fraction of.
+        block_linear: weights of the decoder blocks' linears, experts not counted: what sparsity is a fraction of.
         bytes: of all parameters in their dtypes, tied ones once: the safetensors files less their headers.
         flops: a token at prefill, LM head included, `token_flops`.
     """
@@ -41,8 +42,9 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
 
 
 def linear_weights(module: nn.Module) -> int:
-    """Weights of all linears in a module."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+    """Weights of all linears in a module, but for those of experts that only some tokens come by."""
+    found = (child for path, child in module.named_modules() if not of_experts(path))
+    return sum(child.weight.numel() for child in found if isinstance(child, Projection))
 
 
 def text_weights(model: PreTrainedModel) -> int:

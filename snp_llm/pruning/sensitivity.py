@@ -114,7 +114,7 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
         run: of this phase; its journal keeps curves and gradients.
     """
     sites, gradients, curves = anatomy.sites, run.phase("gradients"), run.phase("curves")
-    widest, hidden = max(s.channels for s in sites), len(site_weight(anatomy.blocks[0], sites[0]))
+    widest, hidden = max(s.channels for s in sites), len(site_weight(anatomy.blocks[sites[0].block], sites[0]))
     read_back, read_once = visit_windows(widest, hidden, tokens.shape[1], run.recipe)
 
     def first_windows(count: int, run: Run) -> _Visit:

@@ -63,7 +63,7 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
                         f"like a layout that is known is another one: {anatomy.family.model_type} is not supported."
                     )
     log.warning(
-        "model_type %s has no entry in the table of families: its %s were told by the names and shapes of their "
+        "model_type %s has no entry in the table of families: sites (%s) were told by the names and shapes of their "
         "projections, and a cut of each was tried",
         anatomy.family.model_type,
         " and ".join(kinds),

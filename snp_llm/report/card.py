@@ -56,6 +56,7 @@ def model_card(
         "",
         "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
         "",
         *markdown_table(report),
         "",

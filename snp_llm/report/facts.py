@@ -71,6 +71,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "target": pruned.sparsity,
             "achieved": achieved_sparsity(dense, pruned),
         },
+        "stays": pruned.stays,
         "predicted_perplexity_ratio": predicted_ratio(pruned),
         "trials": [{"sparsity": sparsity, "perplexity_rise": rise} for sparsity, rise in pruned.trials],
         "dense": asdict(dense),

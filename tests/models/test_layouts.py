@@ -9,8 +9,10 @@ from snp_llm import SnpError, prune
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, run_block
 from snp_llm.models.families.decoders import FAMILIES, find_family
-from snp_llm.models.layouts import assemble, block_widths, needs_code, structure_of, uniform_widths
+from snp_llm.models.layouts import assemble, needs_code
 from snp_llm.models.modeling_snp import SnpOPTForCausalLM, resize_block
+from snp_llm.models.outline import block_widths, structure_of
+from snp_llm.models.plain import uniform_widths
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.run import resolve

@@ -45,7 +45,19 @@ FAMILIES = (
 # Config keys that a type without an entry may have, the first of each that is there counts.
 HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 KV_HEADS_KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-FFN_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner_dim", "d_ff", "dff")
+FFN_KEYS = (
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "inner_dim",
+    "d_ff",
+    "dff",
+)
 
 
 def find_family(config: PretrainedConfig) -> Family:

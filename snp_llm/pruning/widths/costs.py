@@ -43,13 +43,10 @@ class Costs:
         return f"{1000 * amount:,.4g} ms" if self.unit == "seconds" else f"{human_count(amount)} {self.unit}"
 
 
-def sparsity_costs(sites: Sequence[Site]) -> Costs:
-    """Costs in block-linear parameters, which sparsity is a fraction of."""
-    return Costs(
-        "block-linear parameters",
-        float(sum(site.parameters for site in sites)),
-        [linear_costs(site.units, site.cost) for site in sites],
-    )
+def sparsity_costs(sites: Sequence[Site], block_linear: int) -> Costs:
+    """Costs in block-linear parameters, of which a model has so many: sparsity is a fraction of them."""
+    costs = [linear_costs(site.units, site.cost) for site in sites]
+    return Costs("block-linear parameters", float(block_linear), costs)
 
 
 def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Costs:
