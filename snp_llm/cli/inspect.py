@@ -15,7 +15,7 @@ from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.outline import ffn_kinds, structure_of
-from snp_llm.models.plain import ffn_key, plain_type, uniform_widths
+from snp_llm.models.plain import ffn_key, uniform_types
 from snp_llm.models.projections import Projection
 from snp_llm.models.registry import dense_type
 from snp_llm.models.site import Site
@@ -191,8 +191,8 @@ def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, A
     if layout == "compact":
         types, engines = [f"{PRUNED}{own}"], ("transformers with trust_remote_code",)
     elif layout == "uniform" and attentions:
-        equal = uniform_widths(dense, family, attentions[0])
-        types += [str(plain_type(dense, family, attentions[0].heads_after(w))) for w in equal if alone]
+        equal = uniform_types(dense, family, attentions[0])
+        types += equal.values() if alone else []
         heads_go, engines = bool(equal), family.head_engines if equal else family.engines
     return {
         "widths": LAYOUTS[layout],

@@ -40,7 +40,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
             return None
         model_type = found
         if _loses_heads(dense, family, new):
-            values.update(_head_values(dense, family, new) or {})
+            values.update(_head_values(dense, family, by_query=_by_query(dense, new)) or {})
         values.update({key: count for key, count in width_keys(family, new, None).items() if key in values})
     for kind in ffn_kinds(structure_of(dense)):
         channels = {width for index in kind.blocks if (width := widths[index][1]) is not None}
@@ -78,28 +78,26 @@ def _numbers_a_channel(said: Any, width: int) -> int:
     return 2 if said == 2 * width else 1
 
 
-def _head_values(dense: PreTrainedModel, family: Family, heads: Heads) -> dict[str, int] | None:
+def _head_values(dense: PreTrainedModel, family: Family, *, by_query: bool) -> dict[str, int] | None:
     """What a plain config needs beside head counts, so that heads stay as large as they are; None: nothing helps.
 
-    Of a type without an entry half as many are tried.
+    Of a type without an entry half as many heads are tried.
     """
+    structure = structure_of(dense)
+    of_parts = {old for part in structure["parts"] if (old := part_widths(part)[0]) is not None}
+    size = next(iter(of_parts)).size if of_parts else 0
     if family.checked:
-        return None if family.head_dim_key is None else {family.head_dim_key: heads.size}
-    of_parts = {old for part in structure_of(dense)["parts"] if (old := part_widths(part)[0]) is not None}
+        return None if family.head_dim_key is None else {family.head_dim_key: size}
     if len(of_parts) != 1:
         return None
     (old,) = of_parts
     group = old.query // old.key_value
-    by_query = heads.key_value == old.key_value
     kept = max(1, (group if by_query else old.key_value) // 2)
-    fewer = Heads(kept * old.key_value, old.key_value, old.size) if by_query else Heads(kept * group, kept, old.size)
+    fewer = Heads(kept * old.key_value, old.key_value, size) if by_query else Heads(kept * group, kept, size)
     new, text = width_keys(family, fewer, None), text_config(dense.config)
     part = {"of": "attention", "was": {"heads": [old.query, old.key_value]}, "new": new}
-    for more in ({}, {"head_dim": heads.size}):
-        counts = {key: count for key, count in new.items() if hasattr(text, key)}
-        if _says(dense, {**counts, **more}, part) and _takes(dense, {**width_keys(family, heads, None), **more}):
-            return more
-    return None
+    counts = {key: count for key, count in new.items() if hasattr(text, key)}
+    return next((more for more in ({}, {"head_dim": size}) if _says(dense, {**counts, **more}, part)), None)
 
 
 def _says(dense: PreTrainedModel, changed: dict[str, int], part: dict[str, Any]) -> bool:
@@ -130,19 +128,42 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
     unless there are biases, for which that has no place.
     """
-    if _loses_heads(dense, family, heads) and _head_values(dense, family, heads) is None:
-        return None
+    if _loses_heads(dense, family, heads):
+        more = _head_values(dense, family, by_query=_by_query(dense, heads))
+        if more is None or not (family.checked or _takes(dense, {**width_keys(family, heads, None), **more})):
+            return None
     if not family.divides_hidden or text_config(dense.config).hidden_size % heads.query == 0:
         return family.model_type
     return None if _has_biases(dense, family) else family.substitute
 
 
+def uniform_types(dense: PreTrainedModel, family: Family, site: Site) -> dict[int, str]:
+    """The widths of an attention site that a plain config can hold in every block, ascending, without "all units", each
+    with the model_type of that config."""
+    if _head_values(dense, family, by_query=site.groups > 0) is None:
+        return {}
+    found = {}
+    for width in range(site.step, site.units, site.step):
+        heads = site.heads_after(width)
+        if family.checked:
+            kind = plain_type(dense, family, heads)
+        else:
+            kind = family.model_type if _takes(dense, width_keys(family, heads, None)) else None
+        if kind is not None:
+            found[width] = kind
+    return found
+
+
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
-    """The widths of an attention site that a plain config can hold in every block, ascending, without "all units"."""
-    return tuple(
-        width
-        for width in range(site.step, site.units, site.step)
-        if plain_type(dense, family, site.heads_after(width)) is not None
+    """The widths that `uniform_types` knows a type for."""
+    return tuple(uniform_types(dense, family, site))
+
+
+def _by_query(dense: PreTrainedModel, heads: Heads) -> bool:
+    """Whether these heads have lost query heads alone."""
+    return any(
+        old is not None and old.key_value == heads.key_value < old.query
+        for old in (part_widths(part)[0] for part in structure_of(dense)["parts"])
     )
 
 
