@@ -224,7 +224,7 @@ def test_bad_models(tmp_path, tokenizer, capsys):
     refuse(capsys, ["./nowhere"], "no such folder")
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     bert.save_pretrained(tmp_path / "bert")
-    refuse(capsys, [str(tmp_path / "bert")], "'bert' is not supported: expected blocks with an attention or an FFN")
+    refuse(capsys, [str(tmp_path / "bert")], "'bert' is not supported: its 1 blocks have no attention and no FFN")
     model = small_opt()
     model.model.decoder.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
     save_model(model, tokenizer, tmp_path / "inf")
