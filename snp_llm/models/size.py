@@ -12,6 +12,8 @@ from snp_llm.models.site import Site
 from snp_llm.models.structure import of_experts
 from snp_llm.models.text_part import text_config
 
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -48,8 +50,18 @@ def linear_weights(module: nn.Module) -> int:
 
 
 def text_weights(model: PreTrainedModel) -> int:
-    """Weights of all linears that a token of a text goes through, LM head included."""
-    return sum(module.weight.numel() for module in text_modules(model) if isinstance(module, Projection))
+    """Weights that a token of a text goes through: of all linears, LM head included, and of as many experts as it
+    comes by."""
+    linear = sum(module.weight.numel() for module in text_modules(model) if isinstance(module, Projection))
+    return linear + routed_weights(model)
+
+
+def routed_weights(model: PreTrainedModel) -> int:
+    """Weights of the experts that one token comes by, of those whose weights are one tensor, (experts, ...)."""
+    config = text_config(model.config)
+    each = next((n for key in EXPERTS_A_TOKEN if isinstance(n := getattr(config, key, None), int)), 0)
+    tensors = (p for name, p in find_blocks(model).named_parameters() if of_experts(name) and p.dim() == 3)
+    return sum(min(each, len(tensor)) * tensor[0].numel() for tensor in tensors)
 
 
 def attention_channels(model: PreTrainedModel) -> int:

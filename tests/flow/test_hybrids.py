@@ -192,6 +192,9 @@ def test_experts_are_neither_cut_nor_counted(tokenizer):
     share = sum(v.numel() for v in experts.values()) / sum(p.numel() for p in dense.parameters())
     assert pruned.stays == what_stays(find_anatomy(dense))
     assert f"experts stay as they are, {100 * share:.1f} % of all parameters" in pruned.stays[0]
+    # Two of four experts a token, and the head; routers are no linear layers here.
+    weights = model_size(dense, 31).block_linear + sum(v.numel() for v in experts.values()) / 2 + 2048 * 48
+    assert model_size(dense, 31).flops == 2 * weights + 4 * 3 * 96 * 16
     with pytest.raises(SnpError, match=r"--ffn-sparsity 0\.5: expected a model with an FFN"):
         prune(dense, tokenizer, small_recipe(ffn_sparsity=0.5, num_samples=2))
 

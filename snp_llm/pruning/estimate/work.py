@@ -7,7 +7,7 @@ import torch
 
 from snp_llm.linalg.gram import drift_flops, multiplied_as, triangle_flops
 from snp_llm.models.anatomy import embedding_rows
-from snp_llm.models.size import mean_positions, token_flops
+from snp_llm.models.size import mean_positions, routed_weights, token_flops
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.shapes import Shapes
 from snp_llm.pruning.factor import factor_flops, loss_curve_flops
@@ -38,7 +38,8 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     sums = torch.promote_types(dtype, torch.float32)
     wide = multiplied_as(dtype, sums, shapes.device)
     attended = sum(s.channels for s in sites if s.heads is not None)
-    forward = token_flops(shapes.size.block_linear, attended, mean_positions(recipe.seq_len))
+    weights = shapes.size.block_linear + routed_weights(shapes.anatomy.model)
+    forward = token_flops(weights, attended, mean_positions(recipe.seq_len))
     moments = sum(triangle_flops(s.channels) for s in sites)
     if gone_back:
         # Forwards, forwards once more, and back to a block's input alone; of the head back and forth.
