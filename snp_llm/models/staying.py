@@ -41,7 +41,9 @@ def has_more(anatomy: Anatomy, index: int) -> bool:
 
 def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:
     """The modules right below a block that project or convolve, and hold no site and no experts."""
-    cut = {path for site in anatomy.sites if site.block == index for path in site.consumers}
+    cut = {
+        path for site in anatomy.sites_of(index) for path in (*site.consumers, *(made.path for made in site.producers))
+    }
     return [
         (name, child)
         for name, child in anatomy.blocks[index].named_children()
