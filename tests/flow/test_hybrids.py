@@ -14,10 +14,10 @@ from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_widths
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.size import model_size
-from snp_llm.models.staying import what_stays
+from snp_llm.models.staying import has_more, what_stays
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
-from tests.conftest import small_recipe
+from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
 from tests.differing import DIFFERING, HYBRIDS, LATENTS, MIXTURES, differing_model
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -209,6 +209,12 @@ def test_experts_are_neither_cut_nor_counted(tokenizer):
 )
 def test_mixers_are_named(model_type, words):
     assert words in what_stays(find_anatomy(differing_model(model_type)))[0]
+
+
+@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+def test_where_all_is_cut_nothing_stays(model_type):
+    anatomy = find_anatomy(small_model(model_type))
+    assert what_stays(anatomy) == [] and not any(has_more(anatomy, index) for index in range(len(anatomy.blocks)))
 
 
 def test_what_has_no_site_or_shares_its_blocks_is_refused():
