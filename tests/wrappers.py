@@ -157,6 +157,21 @@ WRAPPERS: dict[str, tuple[dict, int]] = {
         },
         1,
     ),
+    # Its class has no sdpa, its text model has.
+    "got_ocr2": (
+        {
+            "text_config": {**TEXT, "model_type": "qwen2"},
+            "vision_config": {
+                **TOWER,
+                "output_channels": 16,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 48,
+            },
+            "image_token_id": IMAGE,
+        },
+        1,
+    ),
     "vipllava": (
         {
             "text_config": LLAMA,

@@ -14,7 +14,7 @@ from snp_llm.models.offload import disk_index, wait_on_disk
 from snp_llm.models.outline import block_widths, part_widths, structure_of, width_keys
 from snp_llm.models.plain import known_values, plain_config, says_tied, stays_tied
 from snp_llm.models.registry import auto_class, dense_type, is_own, pruned_config_class
-from snp_llm.models.text_part import text_config, text_values
+from snp_llm.models.text_part import parts_of, text_config, text_values
 from snp_llm.models.trial_config import builds
 from snp_llm.runtime.errors import SnpError
 
@@ -54,8 +54,11 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     Tensors are shared with the arguments, not copied; those on disk stay there.
     """
     config = config_for(dense, family, pruned_blocks)
+    parts = {key: part._attn_implementation for key, part in parts_of(dense.config).items()}
     with torch.device("meta"):
-        model = auto_class(config).from_config(config, attn_implementation=dense.config._attn_implementation)
+        model = auto_class(config).from_config(
+            config, attn_implementation={"": dense.config._attn_implementation, **parts}
+        )
     prefix = blocks_path(dense) + "."
     state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if not k.startswith(prefix)}
     state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
