@@ -161,6 +161,7 @@ def _site_facts(site: Site) -> dict[str, Any]:
         "unit": site.unit,
         "parameters_a_unit": site.cost,
         "prunable": site.prunable,
+        "stay": site.stay,
     }
 
 
@@ -197,7 +198,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"{human_bytes(facts['bytes'])} of weights"
     )
     for kind, site in facts["sites"].items():
-        stays = "" if site["prunable"] else "; they stay, since a norm over all of them at once would change"
+        stays = "" if site["prunable"] else f"; they stay: {site['stay']}"
         print(
             f"{kind} site: {site['unit']} of {', '.join(site['in_projections'])} and {site['out_projection']}, "
             f"{site['parameters_a_unit']:,} parameters each{stays}"

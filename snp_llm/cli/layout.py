@@ -19,9 +19,7 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
         round_to: what FFN widths are multiples of.
     """
     family = find_family(dense.config)
-    stuck = (
-        "" if sites[0].prunable else " Heads stay: a norm over all of them at once would change for those that stay."
-    )
+    stuck = "" if sites[0].prunable else f" Heads stay: {sites[0].stay}."
     if layout == "padded":
         return (
             f"layout padded: zeros in the dense shape, loads wherever the dense {family.name} model does "
@@ -33,11 +31,12 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
             f"FFN widths are multiples of {round_to}; {KERNEL_MULTIPLE} would be too coarse for {sites[1].units}."
         )
     if layout == "compact":
+        others = " or ".join(family.engines[1:])
+        elsewhere = f", not in {others} (--layout uniform for those)" if others else ""
         return (
             f"layout compact: widths of its own in every block, which no plain {family.name} config can hold; the "
-            "folder carries a modelling file and loads in transformers with trust_remote_code=True, not in vLLM or "
-            "llama.cpp (--layout uniform for those). Should all widths come out equal, a plain config is written where "
-            f"it can hold them. {rounding}{stuck}"
+            f"folder carries a modelling file and loads in transformers with trust_remote_code=True{elsewhere}. Should "
+            f"all widths come out equal, a plain config is written where it can hold them. {rounding}{stuck}"
         )
     widths = uniform_widths(dense, family, sites[0]) if sites[0].prunable else ()
     engines = family.head_engines if widths else family.engines
@@ -46,6 +45,8 @@ def describe_layout(dense: PreTrainedModel, sites: Sequence[Site], layout: str, 
     )
     if widths and (others := ", ".join(e for e in family.engines if e not in engines)):
         text += f" With --head-sparsity 0 also in {others}: they derive the head size from the number of heads."
+    if family.ffn_key is None:
+        return f"{text} A plain {family.name} config has no key for FFN widths: they stay.{stuck}"
     if stuck:
         text += stuck
     elif not widths:

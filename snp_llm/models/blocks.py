@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class BlockCall:
-    """All arguments that the model passed to a block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+from snp_llm.models.calls import BlockCall, PassedOn, first_tensor, for_windows, marked, move
+from snp_llm.runtime.errors import SnpError
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -47,28 +42,52 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
         if not first:
             first.append(hidden)
         calls.append(BlockCall(args, kwargs))
-        return hidden
+        return hidden.as_subclass(PassedOn)
 
     home = next(model.get_input_embeddings().parameters()).device
     device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
     with rest_on_device(model, blocks, device), _replaced_forwards(dict.fromkeys(blocks, identity)):
-        model.base_model(tokens.to(device), use_cache=False)
+        model.base_model(tokens.to(device), **_without_cache(model))
+    if len(calls) != len(blocks):
+        raise SnpError(
+            f"{type(model).__name__}: its {len(blocks)} blocks were called {len(calls)} times; expected once each. "
+            "Models with loops are not supported."
+        )
     return first[0], calls
+
+
+def capture_window(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """What `capture_calls` gives for one window, with arguments that hold for batches of any size.
+
+    Args:
+        model: on whatever device it is.
+        blocks: its decoder blocks.
+        tokens: one window, (1, T), int64.
+
+    Raises:
+        SnpError: blocks get something else for other tokens.
+    """
+    first, calls = capture_calls(model, blocks, tokens)
+    _, both = capture_calls(model, blocks, torch.cat([tokens, tokens.roll(1, 1)]))
+    return first, [
+        BlockCall(marked(one.args, two.args), marked(one.kwargs, two.kwargs))
+        for one, two in zip(calls, both, strict=True)
+    ]
 
 
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
     device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
-    output = block(move(hidden, device), *move(call.args, device), **move(call.kwargs, device))
-    return first_tensor(output)
+    call = move(for_windows(call, len(hidden)), device)
+    return first_tensor(block(move(hidden, device), *call.args, **call.kwargs))
 
 
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
     with _replaced_forwards(dict.fromkeys(blocks, _pass_on)):
-        model(tokens, use_cache=False)
+        model(tokens, **_without_cache(model))
 
 
 def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -84,9 +103,9 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
         (batch, T, vocabulary).
     """
     forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, _pass_on)
-    forwards[blocks[-1]] = lambda *_args, **_kwargs: hidden
+    forwards[blocks[-1]] = lambda *_args, **_kwargs: hidden.as_subclass(PassedOn)
     with _replaced_forwards(forwards):
-        return model(tokens, use_cache=False).logits
+        return model(tokens, **_without_cache(model)).logits
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -139,7 +158,8 @@ def input_gradient(
         output.register_hook(watch)
 
     with torch.enable_grad(), watch_outputs({module: partial(hook, watch) for module, watch in watchers.items()}):
-        output = first_tensor(block(leaf, *move(call.args, device), **move(call.kwargs, device)))
+        call = move(for_windows(call, len(leaf)), device)
+        output = first_tensor(block(leaf, *call.args, **call.kwargs))
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
@@ -273,29 +293,8 @@ def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             held[name] = tensor
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """A nested structure of tensors, with all of them on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, BlockCall):
-        return BlockCall(move(value.args, device), move(value.kwargs, device))
-    if isinstance(value, dict):
-        return {k: move(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(move(v, device) for v in value)
-    return value
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states in a module's output, which is a tensor or a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """`output` with its hidden states replaced and other tensors (attention weights), which nobody reads, dropped."""
-    if isinstance(output, Tensor):
-        return tensor
-    return (tensor, *(None if isinstance(value, Tensor) else value for value in output[1:]))
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
 
 def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
@@ -333,4 +332,4 @@ def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterato
 
 
 def _pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden
+    return hidden.as_subclass(PassedOn)

@@ -86,15 +86,14 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
 
 def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PretrainedConfig:
     """The config that describes the pruned blocks; a plain one wherever that can hold their widths."""
-    widths = [block_widths(block) for block in pruned_blocks]
-    heads, ffn = ({w for w in some if w is not None} for some in zip(*widths, strict=True))
-    if len(heads) <= 1 and len(ffn) <= 1:
-        plain = plain_config(dense, family, next(iter(heads), None), next(iter(ffn), None))
-        if plain is not None and (family.checked or builds(plain, widths)):
-            return plain
-    values, structure = _plain_values(dense), structure_of(dense)
-    if family.head_dim_key and heads:
-        values[family.head_dim_key] = next(iter(heads)).size
+    widths, structure = [block_widths(block) for block in pruned_blocks], structure_of(dense)
+    plain = plain_config(dense, family, widths)
+    if plain is not None and (family.checked or builds(plain, widths)):
+        return plain
+    values = _plain_values(dense)
+    sizes = {now[0].size for now in widths if now[0] is not None}
+    if family.head_dim_key and len(sizes) == 1:
+        values[family.head_dim_key] = sizes.pop()
     overrides = {}
     for part in structure["parts"]:
         for index in part["of"]:
@@ -169,16 +168,28 @@ def builds(config: PretrainedConfig, widths: Sequence[tuple[Heads | None, int | 
 
 
 def plain_config(
-    dense: PreTrainedModel, family: Family, heads: Heads | None, ffn: int | None
+    dense: PreTrainedModel, family: Family, widths: Sequence[tuple[Heads | None, int | None]]
 ) -> PretrainedConfig | None:
-    """The stock config for the same widths in every block that has such, or None where there is none."""
+    """The stock config that says the widths of all blocks, or None where there is none.
+
+    Widths that are still those of the dense model in every block may differ from block to block, as there.
+    """
+    was = {index: part_widths(part) for part in structure_of(dense)["parts"] for index in part["of"]}
+    some_heads = {now for now, _ in widths} if any(now != was[i][0] for i, (now, _) in enumerate(widths)) else {None}
+    some_ffn = {now for _, now in widths} if any(now != was[i][1] for i, (_, now) in enumerate(widths)) else {None}
+    if len(some_heads) > 1 or len(some_ffn) > 1:
+        return None
+    heads, ffn = some_heads.pop(), some_ffn.pop()
     model_type = family.model_type if heads is None else plain_type(dense, family, heads)
-    if model_type is None or (family.ffn_key is None and ffn not in (None, *_dense_channels(dense))):
+    if model_type is None or (family.ffn_key is None and ffn is not None):
         return None
     values = _plain_values(dense)
-    if heads is not None and family.head_dim_key and _loses_heads(dense, family, heads):
-        values[family.head_dim_key] = heads.size
-    values.update({key: count for key, count in _keys(family, heads, ffn).items() if key in values})
+    if heads is not None:
+        values |= _keys(family, heads, None)
+        if family.head_dim_key:
+            values[family.head_dim_key] = heads.size
+    if ffn is not None and family.ffn_key is not None:
+        values[family.ffn_key] = ffn * _values_a_channel(dense, family)
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         values = {key: value for key, value in values.items() if key in known}
@@ -186,8 +197,11 @@ def plain_config(
     return AutoConfig.for_model(model_type, **values)
 
 
-def _dense_channels(dense: PreTrainedModel) -> set[int | None]:
-    return {part_widths(part)[1] for part in structure_of(dense)["parts"]}
+def _values_a_channel(dense: PreTrainedModel, family: Family) -> int:
+    """What the config counts for a channel: 2 where it says the rows of gate and up together."""
+    said = getattr(dense.config, family.ffn_key or "", None) or 0
+    widths = {part_widths(part)[1] for part in structure_of(dense)["parts"]}
+    return 2 if any(width and said == 2 * width for width in widths) else 1
 
 
 def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | None:
@@ -197,7 +211,9 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     the hidden size (Llama) is replaced by one that computes the same and does not (Mistral, without a sliding window),
     unless there are biases, for which that has no place.
     """
-    if _loses_heads(dense, family, heads) and (family.head_dim_key is None or not family.checked):
+    if heads in _dense_heads(dense):
+        return family.model_type
+    if family.head_dim_key is None or not family.checked:
         return None
     if not family.divides_hidden or dense.config.hidden_size % heads.query == 0:
         return family.model_type
@@ -269,8 +285,8 @@ def _keys(family: Family, heads: Heads | None, ffn: int | None) -> dict[str, int
     return keys if ffn is None else {**keys, family.ffn_key or FFN_KEYS[0]: ffn}
 
 
-def _loses_heads(dense: PreTrainedModel, family: Family, heads: Heads) -> bool:
-    return any(getattr(dense.config, key, None) != count for key, count in _keys(family, heads, None).items())
+def _dense_heads(dense: PreTrainedModel) -> set[Heads | None]:
+    return {part_widths(part)[0] for part in structure_of(dense)["parts"]}
 
 
 def _has_biases(dense: PreTrainedModel, family: Family) -> bool:

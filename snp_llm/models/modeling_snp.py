@@ -25,7 +25,7 @@ DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the pac
 
 # Attributes of attention modules that hold head counts, and channels of all heads together.
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 GROUP_SIZES = ("num_key_value_groups", "n_rep")
 CHANNELS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "inner_dim")
 

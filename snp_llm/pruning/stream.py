@@ -11,7 +11,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import BlockCall, capture_calls, rest_on_device, run_block
+from snp_llm.models.blocks import capture_calls, capture_window, rest_on_device, run_block
+from snp_llm.models.calls import BlockCall
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import ONCE, Clock
@@ -98,7 +99,7 @@ def capture(
     mine, model, blocks = ranks.share(len(tokens)), anatomy.model, anatomy.blocks
     size = recipe.batch_size
     with clock.phase(ONCE), rest_on_device(model, blocks, torch.device("cpu")):
-        first, calls = capture_calls(model, blocks, tokens[:1])
+        first, calls = capture_window(model, blocks, tokens[:1])
         hidden = storage.empty(len(mine), *first.shape[1:], dtype=first.dtype)
         for start in range(0, len(mine), size):
             stop = min(start + size, len(mine))

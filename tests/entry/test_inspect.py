@@ -12,8 +12,9 @@ from snp_llm.checkpoint.saving import save
 from snp_llm.cli.inspect import inspect
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_recipe
+from tests.conftest import save_model, small_model, small_recipe
 from tests.entry.test_cli import QUICK, refuse
+from tests.families import FAMILY_CONFIGS, every_family
 
 LARGE = {
     "opt": {
@@ -57,7 +58,7 @@ def test_a_model_of_any_size_from_its_config_alone(model_type, tmp_path, capsys)
     assert takes["flops"] > 2 * sparsity["block_linear"] * 128 * 2048
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_parameters_by_kind_add_up_in_every_family(model_type):
     model = small_model(model_type, torch.float32)
     facts = inspect(model, Recipe("small", seq_len=32))
@@ -96,7 +97,7 @@ def test_pruned_folders_are_inspected_too(tokenizer, tmp_path, capsys):
 def test_heads_that_stay_are_said_to(tokenizer, tmp_path, capsys):
     save_model(small_model("olmo2", torch.float32), tokenizer, tmp_path)
     assert inspect_main([str(tmp_path)]) == 0
-    assert "they stay, since a norm over all of them" in capsys.readouterr().out
+    assert "they stay: a norm over all of them" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is here")

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from snp_llm import checkpoint, prune
 from snp_llm.data.windows import BUNDLED
-from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+from tests.conftest import small_model, small_recipe
 from tests.entry.test_readme import ROOT
+from tests.families import FAMILY_CONFIGS, every_family
 from tests.models.test_config_file import TYPES, rope_overrides
 
 PYTHON = ROOT / ".venv-transformers-4/bin/python"
@@ -96,7 +97,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_every_folder_computes_the_same_in_both(model_type, results):
     (four, said_by_four), (five, said_by_five) = results["4"], results["5"]
     names = [name for name in said_by_five if name.rpartition("-")[0].removesuffix("-tied") == model_type]

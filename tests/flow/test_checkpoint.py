@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 from snp_llm import checkpoint, prune
 from snp_llm.cli.parse import evaluate_main, prune_main
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
+from tests.conftest import OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
+from tests.families import FAMILY_CONFIGS
 
 
 @pytest.mark.slow

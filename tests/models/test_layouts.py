@@ -15,7 +15,8 @@ from snp_llm.models.modeling_snp import SnpOPTForCausalLM, resize_block
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.run import resolve
-from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, small_model, small_opt, small_recipe
+from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
+from tests.families import every_family
 
 FAMILY = FAMILIES[0]
 
@@ -175,7 +176,7 @@ def test_targets_that_round_badly_are_announced(tokenizer, caplog):
     assert not any(message.startswith("ffn:") for message in caplog.messages)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_a_block_of_other_widths_is_described_to_the_row(model_type):
     """A block that surgery has cut has the shapes that the file which travels with it gives to such a block."""
     model, other = small_model(model_type), small_model(model_type)

@@ -19,7 +19,7 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.layouts import plain_type, uniform_widths
+from snp_llm.models.layouts import plain_config, uniform_widths
 from snp_llm.models.site import Site
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
@@ -148,7 +148,11 @@ def fit_budget(
         SnpError: the budget asks for more than all units that may go.
     """
     uniform = recipe.layout == "uniform"
-    widths = [min(s.units for s in sites if s.kind == site.kind) if uniform else site.units for site in sites]
+    fewest = {site.kind: min(s.units for s in sites if s.kind == site.kind) for site in sites}
+    widths = [
+        fewest[site.kind] if uniform and budget.permitted != () else site.units
+        for site, budget in zip(sites, budgets, strict=True)
+    ]
     if removal == 0:
         return widths
     members = sites_to_cut(sites, budgets, removal, costs, recipe)
@@ -203,7 +207,8 @@ def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int,
         )
     options = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}
     option = options.get(kinds[0], "--sparsity") if len(kinds) == 1 else "--sparsity"
-    remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else "Use a smaller --round-to."
+    remedy = "Use --layout compact." if recipe.layout == "uniform" else "Use a smaller --round-to."
+    remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else remedy
     most = math.floor(1000 * prunable / whole) / 1000
     return (
         f"{option}: expected at most {most:g}, with which every unit is gone that may go {place}; got "
@@ -213,11 +218,12 @@ def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int,
 
 def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
-    model, family, sites = anatomy.model, anatomy.family, anatomy.sites
-    heads = {s.heads_after(w) for s, w in zip(sites, widths, strict=True) if s.heads}
-    ffn = {w for s, w in zip(sites, widths, strict=True) if s.kind == "ffn"}
-    if len(heads) > 1 or len(ffn) > 1 or plain_type(model, family, min(heads)) is None:
-        counts = ", ".join(sorted(f"{h.query} query and {h.key_value} key-value" for h in heads))
+    family = anatomy.family
+    heads = {s.block: s.heads_after(w) for s, w in zip(anatomy.sites, widths, strict=True) if s.heads}
+    ffn = {s.block: w for s, w in zip(anatomy.sites, widths, strict=True) if s.kind == "ffn"}
+    blocks = [(heads.get(index), ffn.get(index)) for index in range(len(anatomy.blocks))]
+    if plain_config(anatomy.model, family, blocks) is None:
+        counts = ", ".join(sorted(f"{h.query} query and {h.key_value} key-value" for h in {*heads.values()}))
         raise SnpError(
             f"layout uniform: expected head counts that one plain {family.name} config can hold in every block, got "
             f"{counts} heads. The model was pruned before, block by block. Use --layout compact."
@@ -236,6 +242,8 @@ def site_budget(
         permitted = (0,)
     elif recipe.layout == "uniform" and site.heads is not None:
         permitted = uniform_widths(anatomy.model, anatomy.family, site)
+    elif recipe.layout == "uniform" and anatomy.family.ffn_key is None:
+        permitted = ()
     return SiteBudget(
         kind=site.kind,
         units=site.units,
