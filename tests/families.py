@@ -39,6 +39,7 @@ FAMILY_CONFIGS = {
     "stablelm": {**GROUPED, "use_qkv_bias": True},
     "apertus": GROUPED,
     "apertus1p5_text": GROUPED,
+    "arcee": GROUPED,
     "beam": {**WIDE_HEADS, **TWO_KINDS, "mlp_layer_types": ["dense", "dense"]},
     "biogpt": MULTI_HEAD,
     "bloom": TINY,

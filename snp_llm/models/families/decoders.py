@@ -33,6 +33,7 @@ FAMILIES = (
     Family("StableLM", "stablelm", **TIED, engines=EVERYWHERE),
     Family("Apertus", "apertus"),
     Family("Apertus 1.5 text", "apertus1p5_text"),
+    Family("Arcee", "arcee", divides_hidden=True),
     Family("Beam", "beam", hybrid=True),
     Family("BioGPT", "biogpt", **TIED),
     Family("BLOOM", "bloom", **TIED, heads_stay=ALIBI),
