@@ -67,6 +67,7 @@ FAMILY_CONFIGS = {
     "gpt_neox_japanese": {**TINY, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gptj": {**TINY, **NO_DROPOUT, "n_inner": 64, "rotary_dim": 4},
     "granite_swa": {**GROUPED, **TWO_KINDS},
+    "helium": {**GROUPED, "head_dim": 8},
     "hunyuan_v1_dense": WIDE_HEADS,
     "hyperclovax": {**GROUPED, "head_dim": 8},
     "internlm3": WIDE_HEADS,

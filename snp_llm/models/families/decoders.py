@@ -57,6 +57,7 @@ FAMILIES = (
     Family("GPT-Neo", "gpt_neo", **TIED),
     Family("GPT-NeoX Japanese", "gpt_neox_japanese", **TIED),
     Family("Granite with sliding windows", "granite_swa"),
+    Family("Helium", "helium", **TIED),  # its out-projection is as wide as the model
     Family("HunYuan dense", "hunyuan_v1_dense"),
     Family("HyperCLOVA X", "hyperclovax", divides_hidden=True),
     Family("InternLM 3", "internlm3", divides_hidden=True),
