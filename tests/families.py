@@ -2,6 +2,8 @@
 shorter than the texts of the tests. A type that is new to the table needs a line here, and no other for its tests.
 """
 
+from collections.abc import Iterable
+
 import pytest
 
 TINY = {
@@ -120,8 +122,15 @@ IN_FLOAT32 = ("xglm",)  # transformers runs it in no wider type
 SAMPLE = ("opt", "llama", "gpt2", "gpt_neox", "gemma3_text", "phi3", "falcon", "cohere")  # as unlike as can be
 
 
-def every_family(*without: str, variants: bool = False) -> pytest.MarkDecorator:
+# Those whose configs are written so that transformers 4 reads them, too.
+IN_BOTH = (
+    *("opt", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox"),
+    *("smollm3", "olmo2", "granite", "stablelm"),
+)
+
+
+def every_family(*without: str, among: Iterable[str] = FAMILY_CONFIGS, variants: bool = False) -> pytest.MarkDecorator:
     """Parametrizes a test with `model_type`: a sample of the types, and all the others where they are asked for."""
-    names = [name for name in (*FAMILY_CONFIGS, *(VARIANTS if variants else ())) if name not in without]
+    names = [name for name in (*among, *(VARIANTS if variants else ())) if name not in without]
     marked = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
     return pytest.mark.parametrize("model_type", marked)

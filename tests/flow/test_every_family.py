@@ -66,7 +66,7 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
             large.bias.copy_(small.bias)
     assert removed["ffn"] > 0 and (removed["attention"] > 0) == bool(pruned.recipe.head_sparsity)
     torch.testing.assert_close(pruned.model(TOKENS).logits, masked(TOKENS).logits, **CLOSE)
-    assert (pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > 1e-3
+    assert (pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > CLOSE["atol"]
 
 
 @every_family(variants=True)
@@ -149,8 +149,8 @@ def test_padding_and_batch_do_not_change_logits(model_type, tokenizer):
 def test_changing_the_attention_implementation_reaches_every_block(model_type, tokenizer):
     model = cut(small_model(model_type), tokenizer).model
     before = model(TOKENS).logits
-    if model.config._attn_implementation == "eager":
-        pytest.skip("it has no other")
+    if model.config._attn_implementation == "eager" or not model._can_set_attn_implementation():
+        pytest.skip("it has one alone, or does not change it")
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(TOKENS).logits, before, **CLOSE)
 

@@ -12,6 +12,7 @@ from snp_llm.runtime.errors import SnpError
 # No config key keeps the size of heads when some go.
 TIED: dict[str, Any] = {"head_dim_key": None}
 ALIBI = "its ALiBi slopes belong to the number of heads"
+JOINT_NORM = "a norm over all of them at once would change"
 ALL: dict[str, Any] = {"engines": EVERYWHERE, "head_engines": EVERYWHERE}
 
 FAMILIES = (
@@ -28,7 +29,7 @@ FAMILIES = (
     Family("GPT-2", "gpt2", **TIED, engines=("transformers", "vLLM")),
     Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=EVERYWHERE),
     Family("SmolLM3", "smollm3", **ALL),
-    Family("OLMo 2", "olmo2", **ALL),
+    Family("OLMo 2", "olmo2", **ALL, heads_stay=JOINT_NORM),
     Family("Granite", "granite", **ALL),
     Family("StableLM", "stablelm", **TIED, engines=EVERYWHERE),
     Family("Apertus", "apertus"),
@@ -72,7 +73,7 @@ FAMILIES = (
     Family("NanoChat", "nanochat"),
     Family("Nemotron", "nemotron"),
     Family("OLMo", "olmo"),
-    Family("OLMo 3", "olmo3"),
+    Family("OLMo 3", "olmo3", heads_stay=JOINT_NORM),
     Family("OpenAI GPT", "openai-gpt", **TIED),
     Family("Persimmon", "persimmon", **TIED),
     Family("Phi", "phi"),
@@ -112,4 +113,6 @@ def find_family(config: PretrainedConfig) -> Family:
         for field, known in names.items()
         if getattr(family, field) == READ
     }
+    if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size
+        found["head_dim_key"] = None
     return replace(family, **found, heads_stay=family.heads_stay or (ALIBI if keys.get("alibi") else ""))
