@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snp_llm.runtime.errors import SnpError
 
@@ -97,4 +97,5 @@ def with_first_tensor(output: Any, tensor: Tensor) -> Any:
     if isinstance(output, Tensor):
         return tensor
     kind: type = list if isinstance(output, list) else tuple
-    return kind((tensor, *(None if isinstance(value, Tensor) else value for value in output[1:])))
+    dropped = (isinstance(value, Tensor) and not isinstance(value, nn.Parameter) for value in output[1:])
+    return kind((tensor, *(None if gone else value for value, gone in zip(output[1:], dropped, strict=True))))

@@ -32,7 +32,7 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         more["rope_local_base_freq"] = (
             None if scaled else local.get("rope_theta")
         )  # null makes 4 fail, not compute wrong
-        rope = rope["full_attention"]
+        rope = rope["full_attention"] or {}
     base, share = ROPE_KEYS.get(family, ("rope_theta", "partial_rotary_factor"))
     if "rope_theta" in rope:
         more[base] = rope["rope_theta"]

@@ -18,6 +18,7 @@ CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples":
 NORMALISED = (
     *("gemma2", "gemma3_text", "olmo2", "beam", "exaone4", "gemma4_text", "gemma4_unified_text", "glm4", "hyperclovax"),
     *("olmo3", "openai-gpt"),
+    "gpt_neox_japanese",  # its last block adds a bias of its own, which its FFN is taken to put out as well
 )
 STUCK = ("bloom", "mpt")  # all their heads stay
 
