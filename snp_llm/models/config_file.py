@@ -26,13 +26,15 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
     family = str(config.get("model_type", "")).removeprefix("snp_")
     more: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope and family != "gemma3_text":  # 4 has other keys for these, and 5 would read ours
+        return {**config, **more}
     if "full_attention" in rope:  # Gemma 3: one for every kind of layer, of which the local kind is never scaled in 4
         local = rope.get("sliding_attention") or {}
         scaled = local.get("rope_type", "default") != "default"
         more["rope_local_base_freq"] = (
             None if scaled else local.get("rope_theta")
         )  # null makes 4 fail, not compute wrong
-        rope = rope["full_attention"] or {}
+        rope = rope["full_attention"]
     base, share = ROPE_KEYS.get(family, ("rope_theta", "partial_rotary_factor"))
     if "rope_theta" in rope:
         more[base] = rope["rope_theta"]

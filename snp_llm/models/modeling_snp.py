@@ -143,14 +143,18 @@ def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | 
 
 @cache
 def __getattr__(name: str) -> type:
-    """The class of a config or a model, by its name: "Snp" and that of a class of transformers."""
-    base = getattr(transformers, name.removeprefix("Snp"), None) if name.startswith("Snp") else None
+    """The class of a config or a model, by its name: "Snp" and that of a class of transformers.
+
+    Types that share a model's class have one each, "Under" and the name of their config behind it.
+    """
+    stock, _, config = name.removeprefix("Snp").partition("Under")
+    base = getattr(transformers, stock, None) if name.startswith("Snp") else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
         return type(name, (base,), {"model_type": f"snp_{base.model_type}", "_auto_class": "AutoConfig"})
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         if name == "SnpGPTNeoXForCausalLM" and transformers.__version__.startswith("4."):
             # It calls the head by another name, and would leave it random.
             raise ImportError("GPT-NeoX with widths of its own in every block: expected transformers 5")
-        config_class = __getattr__(f"Snp{base.config_class.__name__}")
+        config_class = __getattr__(f"Snp{config or base.config_class.__name__}")
         return type(name, (Pruned, base), {"config_class": config_class, "_auto_class": "AutoModelForCausalLM"})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,7 @@
 """Pruned models' classes, made known to transformers' Auto classes. Imports none of them before it is asked for."""
 
+from collections import Counter
+
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,6 +17,7 @@ def register() -> None:
     with them the modelling code of all of transformers.
     """
     models = AutoModelForCausalLM._model_mapping
+    users = Counter(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str))
     for model_type, name in [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()]:
         config_name = CONFIG_MAPPING_NAMES.get(model_type)
         if not isinstance(name, str) or config_name is None or model_type.startswith(PRUNED):
@@ -23,7 +26,8 @@ def register() -> None:
         module = pruned.replace("-", "_")  # as transformers makes a module's name of it
         CONFIG_MAPPING._mapping[pruned] = models._config_mapping[pruned] = pruned_config
         models._reverse_config_mapping[pruned_config] = pruned
-        models._model_mapping[pruned] = f"Snp{name}"
+        shared = users[name] > 1 and not name.startswith(config_name.removesuffix("Config"))
+        models._model_mapping[pruned] = f"Snp{name}Under{config_name}" if shared else f"Snp{name}"
         CONFIG_MAPPING._modules[module] = models._modules[module] = modeling_snp
 
 
