@@ -32,14 +32,13 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedMod
 from snp_llm import Recipe, checkpoint, prune
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.evaluate.peak import resident_peak
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import run_without_blocks
 from snp_llm.pruning.estimate.estimate import estimate
-from snp_llm.pruning.estimate.work import matmul_rates
 from snp_llm.pruning.run import read_calibration, resolve
-from snp_llm.runtime.device import ONCE, PHASES, Clock, compute_device, synchronize
+from snp_llm.runtime.device import ONCE, PHASES, Clock, compute_device, matmul_rates, synchronize
 
 T = TypeVar("T")
 

@@ -16,8 +16,7 @@ from snp_llm import Recipe, checkpoint
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate
-from snp_llm.pruning.estimate.work import matmul_rates
-from snp_llm.runtime.device import compute_device
+from snp_llm.runtime.device import compute_device, matmul_rates
 from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
 
 
@@ -55,12 +54,12 @@ def main() -> None:
     for work in needed.work:
         print(f"  {work.what}: {human_flops(work.flops)}, {replace(needed, work=(work,)).seconds(rates):.1f} s")
     print("  " + ", ".join(f"{phase} {value:.1f} s" for phase, value in result.seconds.items()))
-    print(f"host memory: estimated {human_bytes(needed.host_bytes)}, peak {human_bytes(peak_bytes())}")
+    print(f"host memory: estimated {human_bytes(needed.peak('host'))}, peak {human_bytes(peak_bytes())}")
     for part in needed.parts("host"):
         print(f"  {part.what}: {human_bytes(part.bytes)}")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-        print(f"device memory: estimated {human_bytes(needed.device_bytes)}, peak {human_bytes(peak)}")
+        print(f"device memory: estimated {human_bytes(needed.peak('device'))}, peak {human_bytes(peak)}")
 
 
 def peak_bytes() -> int:

@@ -33,6 +33,7 @@ from peers.snp import PAPER, make_recipe
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint, perplexity
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
 from snp_llm.report.figures import Line, Panel, quality_figure
 from snp_llm.runtime.device import compute_device
@@ -168,21 +169,12 @@ def run(args: argparse.Namespace, work: Path) -> int:
 
 
 def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, name: str) -> Windows:
-    return evaluation_windows(
-        tokenizer, name, split=None, column="text", seq_len=args.seq_len, max_windows=args.max_windows
-    )
+    return evaluation_windows(tokenizer, Dataset(name), seq_len=args.seq_len, max_windows=args.max_windows)
 
 
 def read_calibration(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int) -> Windows:
-    return calibration_windows(
-        tokenizer,
-        args.calibration,
-        split=None,
-        column="text",
-        num_samples=args.num_samples,
-        seq_len=args.seq_len,
-        seed=seed,
-    )
+    draw = {"num_samples": args.num_samples, "seq_len": args.seq_len, "seed": seed}
+    return calibration_windows(tokenizer, Dataset(args.calibration), **draw)
 
 
 def package_settings(args: argparse.Namespace) -> dict[str, Any]:

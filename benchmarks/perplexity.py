@@ -22,6 +22,7 @@ import transformers
 import tyro
 
 from snp_llm import Recipe, checkpoint, perplexity, prune
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import evaluation_windows
 from snp_llm.pruning.run import resolve
 from snp_llm.report.figures import Line, Panel, quality_figure
@@ -43,9 +44,7 @@ def main() -> None:
     base = resolve(base, dense)
     windows = evaluation_windows(
         tokenizer,
-        base.eval_dataset or "wikitext2",
-        split=base.eval_split,
-        column=base.text_column,
+        Dataset(base.eval_dataset or "wikitext2", base.eval_split, base.text_column),
         seq_len=base.seq_len or 512,
         max_windows=args.max_windows,
     )

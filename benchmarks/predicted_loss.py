@@ -23,6 +23,7 @@ from torch import Tensor
 
 from snp_llm import Recipe, checkpoint, perplexity
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import evaluation_windows
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.pruning.cut import cut
@@ -49,9 +50,7 @@ def main() -> None:
         round_to=1,
     )
     recipe = resolve(recipe, model)
-    texts = evaluation_windows(
-        tokenizer, args.evaluation, split=None, column="text", seq_len=args.seq_len, max_windows=args.max_windows
-    )
+    texts = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)
     clock = Clock(compute_device("auto"))
     windows = read_calibration(tokenizer, recipe, model)
     run = Run(recipe, clock, Journal(), lambda line: print(line, flush=True))

@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe, checkpoint, perplexity, prune
 from snp_llm.checkpoint.output import finished_folder
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.models.anatomy import find_blocks, find_sites, read_heads
 from snp_llm.models.families.decoders import find_family
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace, work: Path) -> int:
     folder = dense_folder(source, work / NAME)
     dense, tokenizer = checkpoint.load(str(folder), "auto")
     windows = evaluation_windows(
-        tokenizer, args.evaluation, split=None, column="text", seq_len=args.seq_len, max_windows=args.max_windows
+        tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows
     )
     args.output.mkdir(parents=True, exist_ok=True)
     rows = [once(work / "dense.json", [windows.digest], lambda: dense_row(dense, windows, args.batch_size))]

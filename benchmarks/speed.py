@@ -25,6 +25,7 @@ from peers import NAMES, PEERS, make_methods
 from transformers import PreTrainedModel
 
 from snp_llm import checkpoint, perplexity
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import calibration_windows, evaluation_windows
 from snp_llm.evaluate.cells import Cell
 from snp_llm.evaluate.speed import quartiles, random_tokens, timed
@@ -97,11 +98,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> tuple[list[Row], str]:
     """All cells, and in one line what they were measured on. Pruning comes first: it would disturb the clock."""
     dense, tokenizer = checkpoint.load(args.model, args.dtype)
-    shared = {"split": None, "column": "text", "seq_len": args.seq_len}
-    text = evaluation_windows(tokenizer, args.evaluation, max_windows=args.max_windows, **shared)
-    calibration = calibration_windows(
-        tokenizer, args.calibration, num_samples=args.num_samples, seed=args.seed, **shared
-    )
+    evaluation = Dataset(args.evaluation)
+    text = evaluation_windows(tokenizer, evaluation, seq_len=args.seq_len, max_windows=args.max_windows)
+    draw = {"num_samples": args.num_samples, "seq_len": args.seq_len, "seed": args.seed}
+    calibration = calibration_windows(tokenizer, Dataset(args.calibration), **draw)
     settings: dict[str, Any] = {
         "model": Path(args.model).name,
         "calibration": args.calibration,

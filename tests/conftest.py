@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTCon
 
 from snp_llm import Recipe
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.widths.latency import LatencyTable, key

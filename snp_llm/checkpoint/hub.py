@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from snp_llm.checkpoint.output import CARD, PAGE, RECIPE, REPORT, read_report
+from snp_llm.checkpoint.contents import CARD, PAGE, RECIPE, REPORT, read_report
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 from snp_llm.runtime.version import __version__

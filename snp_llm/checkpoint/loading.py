@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,12 +18,14 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.offload import complete_index, in_two_files, other_shapes
+from snp_llm.models.registry import auto_class
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import TINY_OPT
 from snp_llm.runtime.errors import SnpError, reason
 
@@ -60,7 +61,7 @@ def load(
     check_config(name, config)
     check_own_code(name, config, trusted=trust_remote_code)
     with explained(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
@@ -135,21 +136,22 @@ def is_hub_id(name: str) -> bool:
 
 def check_config(name: str, config: PretrainedConfig) -> None:
     """Refuses what cannot be pruned, before any weight is read."""
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+    text = text_config(config)
+    if any(part.is_encoder_decoder or getattr(part, "add_cross_attention", False) for part in (config, text)):
         raise SnpError(f"model {name}: {config.model_type} is an encoder-decoder; expected a decoder-only model.")
-    if getattr(config, "quantization_config", None):
+    if any(getattr(part, "quantization_config", None) for part in (config, text)):
         raise SnpError(
             f"model {name}: the checkpoint is quantised; expected float weights. Prune the float model that it was "
             "made from, or dequantise it: from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)."
         )
-    if config.to_dict().get("per_layer_config"):  # as an attribute it is never empty
+    if text.to_dict().get("per_layer_config"):  # as an attribute it is never empty
         raise SnpError(
             f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
             f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
         )
     if not find_family(config).checked:  # whether its blocks are known shows in modules alone
         with torch.device("meta"):
-            find_anatomy(AutoModelForCausalLM.from_config(config))
+            find_anatomy(auto_class(config).from_config(config))
 
 
 def check_own_code(name: str, config: PretrainedConfig, *, trusted: bool) -> None:

@@ -4,12 +4,13 @@ of the package."""
 import sys
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-folder, given, result = sys.argv[1:]
+folder, given, result, auto_class = sys.argv[1:]
 # The weights stay on disk but for the layer that is being computed: a large model need not fit into memory for this.
-model = AutoModelForCausalLM.from_pretrained(
+model = getattr(transformers, auto_class).from_pretrained(
     folder, trust_remote_code=True, dtype="auto", device_map={"": "disk"}, offload_folder=f"{result}.offloaded"
 )
 model.eval()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.loading import explained, find_model
-from snp_llm.checkpoint.tokenizer import carry_over, find_tokenizer_files, without_code
+from snp_llm.checkpoint.tokenizer import carry_over, find_processor_files, find_tokenizer_files, without_code
 from snp_llm.models.anatomy import blocks_path, find_blocks
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
+from snp_llm.models.registry import auto_class
 from snp_llm.runtime.errors import SnpError
 
 LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
@@ -41,7 +42,8 @@ def save(
         model: pruned.
         tokenizer: its.
         folder: to write into.
-        tokenizer_of: the model whose tokenizer files are carried over as they are; None: they are written anew.
+        tokenizer_of: the model whose tokenizer and processor files are carried over as they are; None: the tokenizer's
+            are written anew.
     """
     folder = Path(folder)
     with warnings.catch_warnings():
@@ -53,7 +55,8 @@ def save(
         without_code(folder)
         _rewrite(folder / "tokenizer_config.json", tokenizer_for_both)
     else:
-        carry_over(find_tokenizer_files(find_model(tokenizer_of), tokenizer), folder)
+        source = find_model(tokenizer_of)
+        carry_over({**find_tokenizer_files(source, tokenizer), **find_processor_files(source)}, folder)
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -83,12 +86,13 @@ def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens
     """
     blocks = find_blocks(pruned)
     check_kept(dense, folder)
+    auto = auto_class(dense.config).__name__
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens.contiguous()}, given)
         # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
         process = subprocess.run(
-            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result)],
+            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result), auto],
             cwd=scratch,
             env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -111,7 +115,7 @@ def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens
 def check_kept(dense: PreTrainedModel, folder: Path) -> None:
     """Raises SnpError unless a folder holds every tensor outside the blocks as it was loaded, to the bit."""
     with tempfile.TemporaryDirectory() as scratch, explained(str(folder), "the saved model "):
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = auto_class(dense.config).from_pretrained(
             folder, dtype="auto", output_loading_info=True, device_map={"": "disk"}, offload_folder=scratch
         )
         saved, info = found

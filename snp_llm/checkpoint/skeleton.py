@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.checkpoint.loading import check_config, explained, find_model
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.registry import auto_class
+from snp_llm.models.text_part import text_config
 from snp_llm.runtime.errors import SnpError, reason, shown
 
 MOST_BLOCKS = 10_000  # that are built to look at their shapes
@@ -46,8 +48,9 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 def check_values(name: str, config: PretrainedConfig) -> None:
     """Refuses numbers that transformers takes and no model can have."""
+    unbounded = {key for key, value in _numbers(type(config)().to_dict()) if value == math.inf}  # as mixers have them
     for key, value in _numbers(config.to_dict()):
-        if not math.isfinite(value):
+        if not math.isfinite(value) and not (value == math.inf and key in unbounded):
             raise SnpError(f"model {name}: config {key}: expected a finite number, got {value}.")
         if ("dropout" in key or key.endswith("pdrop")) and not 0 <= value <= 1:
             raise SnpError(f"model {name}: config {key}: expected a probability from 0 to 1, got {shown(value)}.")
@@ -57,7 +60,7 @@ def check_values(name: str, config: PretrainedConfig) -> None:
         ("vocab_size", 1, math.inf),
         ("hidden_size", 1, math.inf),
     ):
-        value = getattr(config, key, least)
+        value = getattr(text_config(config), key, least)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             limit = f" to {most:,}" if most < math.inf else " up"
             raise SnpError(f"model {name}: config {key}: expected an integer from {least}{limit}, got {shown(value)}.")
@@ -82,11 +85,11 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
         SnpError: not found, unsupported, or a config that no model can be built from or saved with.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
-    wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    wanted = getattr(torch, dtype) if dtype != "auto" else config.dtype or text_config(config).dtype or torch.float32
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors without elements, which are refused below
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
         for path, parameter in model.named_parameters():
@@ -121,7 +124,7 @@ def run_dry(model: PreTrainedModel) -> None:
                 model.eval()(tokens, attention_mask=mask, use_cache=False)
             return
         except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
+            if not any(word in str(error) for word in ("meta", "mat_a")):  # grouped products of shapes want bfloat16
                 raise
         except (ValueError, TypeError, IndexError):
             if mask is None:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, carried over to a pruned model as they are. Knows no models and runs no code of theirs.
+"""Files of tokenizers and processors, carried over to a pruned model. Knows no models and runs no code of theirs.
 
 A tokenizer that is written anew is one of today's transformers: readers of another version, and other engines, read
 from the files as they were what they have always read.
@@ -26,6 +26,12 @@ NAMES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 
+# Of what turns images, videos and sounds into a model's inputs.
+PROCESSORS = (
+    *("processor_config.json", "preprocessor_config.json", "image_processor_config.json"),
+    *("video_preprocessor_config.json", "audio_tokenizer_config.json"),
+)
+
 TEMPLATES = "additional_chat_templates"
 
 CODE_KEYS = ("auto_map", "custom_pipelines")  # name code that a reader would fetch and run
@@ -51,8 +57,22 @@ def find_tokenizer_files(source: str, tokenizer: PreTrainedTokenizerBase) -> dic
     return {name: Path(file) for name, file in cached.items() if file}
 
 
+def find_processor_files(source: str) -> dict[str, Path]:
+    """Where the files of a processor are, where a model has one: by name, as of `find_tokenizer_files`."""
+    folder = Path(source)
+    if folder.is_dir():
+        return {name: folder / name for name in PROCESSORS if (folder / name).is_file()}
+    cached = {name: cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSORS}
+    return {name: Path(file) for name, file in cached.items() if file}
+
+
+def reader_of(folder: Path) -> str:
+    """The Auto class that reads inputs for the model in a folder: its processor's, where it has one."""
+    return "AutoProcessor" if any((folder / name).exists() for name in PROCESSORS) else "AutoTokenizer"
+
+
 def carry_over(files: dict[str, Path], folder: Path) -> None:
-    """Copies a tokenizer's files, byte for byte but for the keys of its config that name code."""
+    """Copies files of tokenizer and processor, byte for byte but for the keys of their configs that name code."""
     for name, file in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +81,21 @@ def carry_over(files: dict[str, Path], folder: Path) -> None:
 
 
 def without_code(folder: Path) -> None:
-    """Takes the keys that name code out of the tokenizer config in a folder; without any it stays as it is."""
-    file = folder / CONFIG
-    if not file.exists():
-        return
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if key not in CODE_KEYS}
-    if kept != values:
-        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
+    """Takes the keys that name code out of the configs in a folder; without any they stay as they are."""
+    for file in (folder / name for name in (CONFIG, *PROCESSORS)):
+        if not file.exists():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if (kept := _without_keys(values)) != values:
+            text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON has them
+
+
+def _without_keys(values: Any) -> Any:
+    """Nested values without the keys that name code: a processor's config has those of its parts in it."""
+    if isinstance(values, dict):
+        return {key: _without_keys(value) for key, value in values.items() if key not in CODE_KEYS}
+    return [_without_keys(value) for value in values] if isinstance(values, list) else values
 
 
 def check_carried(name: str, files: dict[str, Path], tokenizer: PreTrainedTokenizerBase, types: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from snp_llm.checkpoint.output import check_own_folder
+from snp_llm.checkpoint.contents import check_own_folder
 from snp_llm.cli.report import write_page
 from snp_llm.evaluate import speed
 from snp_llm.recipe.commands import BenchRecipe, Talk
@@ -25,7 +25,7 @@ def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
     else:
         print(bench_report.headline(result))
         print_table(bench_report.bench_table(result))
-        for line in result["remarks"]:
+        for line in bench_report.width_warning(result):
             print(line)
     if recipe.save:  # last: what was measured is not lost on a disk that is full by now
         bench_report.save(result, Path(recipe.pruned))

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from snp_llm.checkpoint import output
-from snp_llm.checkpoint.output import check_own_folder
+from snp_llm.checkpoint import contents
+from snp_llm.checkpoint.contents import check_own_folder
 from snp_llm.cli.report import write_page
 from snp_llm.evaluate import side_by_side
 from snp_llm.evaluate.side_by_side import Evaluated
@@ -65,7 +65,7 @@ def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
 
 def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     """Measure perplexity and tasks, and print them with everything needed to repeat the numbers."""
-    own = [name for name in recipe.models if (Path(name) / output.REPORT).is_file()]
+    own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
     for name in own if recipe.save else []:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +12,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.cli.layout import describe_layout
-from snp_llm.linalg.allocation import linear_costs
-from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy
+from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
+from snp_llm.models.families.family import PRUNED
+from snp_llm.models.outline import ffn_kinds, structure_of
+from snp_llm.models.plain import ffn_key, uniform_types
 from snp_llm.models.projections import Projection
+from snp_llm.models.registry import dense_type
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
+from snp_llm.models.staying import mixers, what_stays
+from snp_llm.models.structure import of_experts
+from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
-from snp_llm.pruning.estimate.work import matmul_rates
 from snp_llm.pruning.run import resolve
-from snp_llm.pruning.widths.plan import site_budget
+from snp_llm.pruning.widths.costs import sparsity_costs
+from snp_llm.pruning.widths.plan import site_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe
-from snp_llm.runtime.device import device_name, devices_here
+from snp_llm.runtime.device import device_name, devices_here, matmul_rates
 from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
 from snp_llm.runtime.terminal import print_json, print_table, table_of
 
@@ -40,9 +45,13 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
         print_inspection(facts)
 
 
-LAYOUTS: tuple[Layout, ...] = ("compact", "uniform", "padded")
+LAYOUTS: dict[Layout, str] = {
+    "compact": "their own in every block",
+    "uniform": "the same in every block",
+    "padded": "their own, filled up with zeros",
+}
 
-KINDS = ("embeddings", "attention", "FFN", "norms", "head", "other")
+KINDS = ("embeddings", "attention", "FFN", "mixers", "experts", "norms", "head", "other")
 
 
 def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
@@ -53,7 +62,8 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         recipe: of the prune whose resources are estimated; not resolved.
     """
     anatomy = find_anatomy(model, recipe.head_unit)
-    family, blocks, sites = anatomy.family, anatomy.blocks, anatomy.sites
+    family, blocks = anatomy.family, anatomy.blocks
+    firsts = {site.kind: site for site in reversed(anatomy.sites)}
     resolved = resolve(recipe, model)
     size = model_size(model, resolved.seq_len)
     needed = estimate(model, resolved)
@@ -62,31 +72,32 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "family": family.name,
         "model_type": model.config.model_type,
         "blocks": len(blocks),
-        "hidden_size": int(model.config.hidden_size),
-        "positions": int(getattr(model.config, "max_position_embeddings", 0)),
+        "hidden_size": int(text_config(model.config).hidden_size),
+        "positions": int(getattr(text_config(model.config), "max_position_embeddings", 0)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "units": [block_units(a, f) for a, f in zip(sites[::2], sites[1::2], strict=True)],
-        "sites": {site.kind: _site_facts(site) for site in sites[:2]},
+        "units": [block_units(anatomy.sites_of(index)) for index in range(len(blocks))],
+        "sites": {kind: _site_facts(firsts[kind]) for kind in ("attention", "ffn") if kind in firsts},
+        "stays": what_stays(anatomy),
         "parameters": {"all": size.parameters, **parameters_by_kind(anatomy)},
         "bytes": size.bytes,
         "flops_a_token": size.flops,
         "sparsity": sparsity_facts(anatomy, size, recipe),
         "layouts": {
-            layout: describe_layout(model, sites, layout, resolve(replace(recipe, layout=layout), model).round_to)
+            layout: layout_facts(anatomy, layout, resolve(replace(recipe, layout=layout), model).round_to)
             for layout in LAYOUTS
         },
         "prune": _resource_facts(needed, resolved),
     }
 
 
-def block_units(attention: Site, ffn: Site) -> dict[str, int]:
-    """Heads, KV groups and channels of a block."""
-    assert attention.heads is not None
+def block_units(sites: Sequence[Site]) -> dict[str, int | None]:
+    """Heads, KV groups and channels of a block, from its sites; None where it has none."""
+    heads = next((site.heads for site in sites if site.heads is not None), None)
     return {
-        "heads": attention.heads.query,
-        "kv_groups": attention.heads.key_value,
-        "head_size": attention.heads.size,
-        "channels": ffn.units,
+        "heads": None if heads is None else heads.query,
+        "kv_groups": None if heads is None else heads.key_value,
+        "head_size": None if heads is None else heads.size,
+        "channels": next((site.units for site in sites if site.kind == "ffn"), None),
     }
 
 
@@ -94,30 +105,35 @@ def parameters_by_kind(anatomy: Anatomy) -> dict[str, int]:
     """Parameters of each of `KINDS`, tied ones once; a head that is tied to the embeddings has none of its own."""
     counts: Counter[str] = Counter()
     model, prefix = anatomy.model, blocks_path(anatomy.model) + "."
-    attentions = {site.module for site in anatomy.sites if site.heads is not None}
+    inside = {f"{prefix}{site.block}.{site.module}.": "attention" for site in anatomy.sites if site.heads is not None}
+    inside |= {
+        f"{prefix}{index}.{name}.": "mixers"
+        for index in range(len(anatomy.blocks))
+        for name, _ in mixers(anatomy, index)
+    }
     head = model.get_output_embeddings()
-    seen: set[int] = set()
+    seen, text = set[int](), text_modules(model)
     for name, module in model.named_modules():
+        kind = _kind(name, module, prefix, inside) if module in text else "other"
+        kind = "head" if module is head else kind
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[_kind(name, module, head, prefix, attentions)] += parameter.numel()
+                counts[kind] += parameter.numel()
     return {kind: counts[kind] for kind in KINDS}
 
 
-def _kind(name: str, module: nn.Module, head: nn.Module | None, prefix: str, attentions: set[str | None]) -> str:
-    if module is head:
-        return "head"
+def _kind(name: str, module: nn.Module, prefix: str, inside: dict[str, str]) -> str:
     if "norm" in type(module).__name__.lower():
         return "norms"
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if name.startswith(prefix):
-        path = name.removeprefix(prefix).partition(".")[2]
-        if any(path.startswith(f"{attention}.") or path == attention for attention in attentions):
-            return "attention"
-        return "FFN" if isinstance(module, Projection) else "other"
-    return "other"
+    if not name.startswith(prefix):
+        return "other"
+    if of_experts(name):
+        return "experts"
+    found = next((kind for path, kind in inside.items() if f"{name}.".startswith(path)), None)
+    return found or ("FFN" if isinstance(module, Projection) else "other")
 
 
 def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[str, Any]:
@@ -129,20 +145,19 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
     """
     sparsity = recipe.sparsity_of("ffn")
     removed = sparsity * size.block_linear
-    largest = {}
+    largest, sites = {}, anatomy.sites
+    costs = sparsity_costs(sites, size.block_linear)
     for layout in ("compact", "uniform"):
         shaped = resolve(replace(recipe, layout=layout), anatomy.model)
-        gone = {"attention": 0.0, "ffn": 0.0}
-        whole = {"attention": 0.0, "ffn": 0.0}
-        for site, count in Counter(replace(site, block=0) for site in anatomy.sites).items():  # most blocks are alike
-            costs = linear_costs(site.units, site.cost)
-            least = site_budget(anatomy, site, shaped, None, costs).widths()[0]
-            gone[site.kind] += count * float(costs[-1] - costs[least])
-            whole[site.kind] += count * site.parameters
+        gone, whole = dict.fromkeys(("attention", "ffn"), 0.0), dict.fromkeys(("attention", "ffn"), 0.0)
+        budgets = site_budgets(anatomy, shaped, [None] * len(sites), costs.sites)
+        for site, budget in zip(sites, budgets, strict=True):
+            gone[site.kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
+            whole[site.kind] += site.parameters
         largest[layout] = {
-            "ffn": gone["ffn"] / whole["ffn"],
-            "heads": gone["attention"] / whole["attention"],
-            "both": sum(gone.values()) / sum(whole.values()),
+            "ffn": gone["ffn"] / (whole["ffn"] or 1),
+            "heads": gone["attention"] / (whole["attention"] or 1),
+            "both": sum(gone.values()) / size.block_linear,
         }
     return {
         "block_linear": size.block_linear,
@@ -152,6 +167,53 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
         "parameters_after": round(size.parameters - removed),
         "largest": largest,
     }
+
+
+def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
+    """What a layout writes and what loads it, known before any calibration.
+
+    Args:
+        anatomy: of the dense model.
+        layout: one of `LAYOUTS`.
+        round_to: what FFN widths are multiples of.
+
+    Returns:
+        Widths, whether heads and FFN channels may go, the model_types that the config may have, what loads that, and
+        what else does where all heads stay.
+    """
+    dense, family = anatomy.model, anatomy.family
+    attentions = [site for site in anatomy.sites if site.heads is not None and site.prunable]
+    own, alone = dense_type(dense.config), text_config(dense.config) is dense.config
+    heads_go, types, engines = bool(attentions), [own], family.engines
+    kinds = ffn_kinds(structure_of(dense))
+    going = [kind for kind in kinds if layout != "uniform" or ffn_key(dense, family, kind.facts) is not None]
+    blocks = sum(len(kind.blocks) for kind in going)
+    if layout == "compact":
+        types, engines = [f"{PRUNED}{own}"], ("transformers with trust_remote_code",)
+    elif layout == "uniform" and attentions:
+        equal = uniform_types(dense, family, attentions[0])
+        types += equal.values() if alone else []
+        heads_go, engines = bool(equal), family.head_engines if equal else family.engines
+    return {
+        "widths": LAYOUTS[layout],
+        "round_to": round_to,
+        "heads": "go" if heads_go else "stay",
+        "channels": "stay" if not going else "go" if len(going) == len(kinds) else f"go in {blocks} blocks",
+        "saved_as": [*dict.fromkeys(types)],
+        "loads_in": [*engines],
+        "with_all_heads_also_in": [e for e in family.engines if layout == "uniform" and e not in engines],
+    }
+
+
+def layout_line(layout: str, facts: dict[str, Any]) -> str:
+    """What a layout writes and what loads it, on one line."""
+    also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
+    channels = "" if facts["channels"] == "go" else f"FFN channels {facts['channels']}; "
+    return (
+        f"layout {layout}: widths {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
+        f"{facts['heads']}; {channels}saved as {' or '.join(facts['saved_as'])}; loads in "
+        f"{', '.join(facts['loads_in'])}{also}"
+    )
 
 
 def _site_facts(site: Site) -> dict[str, Any]:
@@ -177,16 +239,16 @@ def _resource_facts(needed: Estimate, recipe: Recipe) -> dict[str, Any]:
 
 def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, Any]:
     """An estimate ready for JSON, with a rough time for this device; without one that is here, without a time."""
+    places = ("device", "host", "disk")
+    work: dict[str, float] = {}
+    for step in needed.work:
+        work[step.what] = work.get(step.what, 0.0) + step.flops
     return {
-        "device_bytes": needed.device_bytes,
-        "host_bytes": needed.host_bytes,
-        "disk_bytes": needed.disk_bytes,
+        **{f"{place}_bytes": needed.peak(place) for place in places},
         "flops": needed.flops,
         "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
-        "breakdown": {
-            place: {part.what: part.bytes for part in needed.parts(place)} for place in ("device", "host", "disk")
-        },
-        "work": {work.what: work.flops for work in needed.work},
+        "breakdown": {place: {part.what: part.bytes for part in needed.parts(place)} for place in places},
+        "work": dict(work),
     }
 
 
@@ -198,11 +260,13 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"{human_bytes(facts['bytes'])} of weights"
     )
     for kind, site in facts["sites"].items():
-        stays = "" if site["prunable"] else f"; they stay: {site['stay']}"
+        stays = "" if site["prunable"] else f"; they stay, since {site['stay']}"
         print(
             f"{kind} site: {site['unit']} of {', '.join(site['in_projections'])} and {site['out_projection']}, "
             f"{site['parameters_a_unit']:,} parameters each{stays}"
         )
+    for line in facts["stays"]:
+        print(line)
     print()
     print_table(table_of(("blocks", "heads", "KV groups", "channels a head", "FFN channels"), [*_unit_rows(facts)]))
     print()
@@ -215,8 +279,21 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print()
     print_sparsity(facts["sparsity"])
     print()
-    for text in facts["layouts"].values():
-        print(f"- {text}")
+    columns = (
+        "layout",
+        "widths",
+        "FFN in multiples of",
+        "heads",
+        "FFN",
+        "saved as",
+        "loads in",
+        "with all heads also in",
+    )
+    rows = [
+        (layout, *(", ".join(v) if isinstance(v, list) else str(v) for v in values.values()))
+        for layout, values in facts["layouts"].items()
+    ]
+    print_table(table_of(columns, rows))
     print()
     prune = facts["prune"]
     print(f"A prune on {prune['windows']} windows of {prune['seq_len']:,} tokens, evaluation not counted:")
@@ -231,9 +308,10 @@ def print_sparsity(facts: dict[str, Any]) -> None:
         f"{100 * facts['whole_model_reduction']:.1f} % smaller: {facts['parameters_after']:,} parameters."
     )
     for layout, most in facts["largest"].items():
-        ffn, heads, both = (f"{math.floor(1000 * most[key]) / 1000:.3f}" for key in ("ffn", "heads", "both"))
-        alone = f"of the heads alone {heads}" if most["heads"] else "heads stay"
-        print(f"Largest sparsity, layout {layout}: of the FFN alone {ffn}, {alone}, of both {both}.")
+        shares = {key: f"{math.floor(1000 * share) / 1000:.3f}" for key, share in most.items()}
+        ffn = f"of the FFN alone {shares['ffn']}" if most["ffn"] else "FFN channels stay"
+        heads = f"of the heads alone {shares['heads']}" if most["heads"] else "heads stay"
+        print(f"Largest sparsity, layout {layout}: {ffn}, {heads}, of both {shares['both']}.")
 
 
 def estimate_line(facts: dict[str, Any], device: str) -> str:
@@ -263,7 +341,8 @@ def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows of blocks with their units, neighbours of the same widths in one."""
     at = 0
     for units, group in itertools.groupby(facts["units"]):
-        count = len([*group])
-        name = f"{at}" if count == 1 else f"{at} to {at + count - 1}"
-        yield (name, *(f"{units[key]:,}" for key in ("heads", "kv_groups", "head_size", "channels")))
-        at += count
+        length = len([*group])
+        name = f"{at}" if length == 1 else f"{at} to {at + length - 1}"
+        counts = (units[key] for key in ("heads", "kv_groups", "head_size", "channels"))
+        yield (name, *("-" if count is None else f"{count:,}" for count in counts))
+        at += length

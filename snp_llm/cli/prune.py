@@ -14,22 +14,21 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint import hub, output
+from snp_llm.checkpoint import contents, hub, output
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.output import RECIPE
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
 from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
 from snp_llm.cli import inspect as inspect_command
-from snp_llm.cli.layout import describe_layout
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
-from snp_llm.data.windows import BUNDLED, Windows, check_dataset, evaluation_windows
+from snp_llm.data.sources import BUNDLED, Dataset, check_dataset
+from snp_llm.data.windows import Windows, evaluation_windows
 from snp_llm.evaluate import perplexity, prefill
 from snp_llm.models import size as model_sizes
 from snp_llm.models import text
-from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
+from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
@@ -67,9 +66,9 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
     usual = usual_text(recipe.model)
     calibration, eval_dataset = recipe.calibration or usual, recipe.eval_dataset or usual
     recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
-    check_dataset(calibration, recipe.calibration_split, recipe.text_column, evaluation=False)
+    check_dataset(Dataset(calibration, recipe.calibration_split, recipe.text_column), "calibration")
     if recipe.eval:
-        check_dataset(eval_dataset, recipe.eval_split, recipe.text_column, evaluation=True)
+        check_dataset(Dataset(eval_dataset, recipe.eval_split, recipe.text_column), "evaluation")
     if not recipe.dry_run:
         output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
@@ -123,17 +122,11 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     announce(dense, resolved, partial.parent, talk)
     windows: Windows | None = None
     if resolved.eval:  # read before pruning, so that a mistake in it costs seconds
-        windows = evaluation_windows(
-            tokenizer,
-            resolved.eval_dataset,
-            split=resolved.eval_split,
-            column=resolved.text_column,
-            seq_len=resolved.seq_len,
-            bos=resolved.bos,
-        )
+        dataset = Dataset(resolved.eval_dataset, resolved.eval_split, resolved.text_column)
+        windows = evaluation_windows(tokenizer, dataset, seq_len=resolved.seq_len, bos=resolved.bos)
         text.check_tokens(windows, dense)
-    journal = Journal(partial / output.JOURNAL, resolved.save_every)
-    steps = (2 + visit_passes(resolved)) * dense.config.num_hidden_layers
+    journal = Journal(partial / contents.JOURNAL, resolved.save_every)
+    steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
     with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
     compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
@@ -164,9 +157,9 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     summary = facts.build_report(pruned, before, after, more)
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     model_cards.write_card(summary, pruned, base_model, partial)
-    save_recipe(pruned.recipe, partial / RECIPE, shlex.join(command))
-    written = [name for name in output.files_in(partial) if name.split("/")[0] not in output.UNFINISHED]
-    summary["files"] = sorted({*written, output.REPORT})  # of which --overwrite replaces no more
+    save_recipe(pruned.recipe, partial / contents.RECIPE, shlex.join(command))
+    written = [name for name in contents.files_in(partial) if name.split("/")[0] not in contents.UNFINISHED]
+    summary["files"] = sorted({*written, contents.REPORT})  # of which --overwrite replaces no more
     facts.write_report(summary, partial)
     return summary
 
@@ -189,8 +182,8 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
     print(f"calibrated on {summary['calibration']['text']}")
     difference = summary["largest_logit_difference"]
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
-    if (folder / output.PAGE).exists():
-        print(f"in pictures: {folder / output.PAGE}")
+    if (folder / contents.PAGE).exists():
+        print(f"in pictures: {folder / contents.PAGE}")
     if recipe.push_to_hub is not None:
         run_push(PushRecipe(str(folder), recipe.push_to_hub, recipe.private), talk)
 
@@ -200,7 +193,7 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     dense, tokenizer = load_on_disk(recipe, scratch)
     resolved = run.resolve(recipe, dense, tokenizer)
     takes = announce(dense, resolved, folder.absolute().parent, talk)
-    with progress(dense.config.num_hidden_layers) as on_step:
+    with progress(len(find_blocks(dense))) as on_step:
         plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)
     if talk.json:
         print_json({"estimate": takes, **plan_facts(dense, plan, resolved)})
@@ -222,7 +215,7 @@ def inputs_of(recipe: Recipe, config: str | None) -> dict[str, Path]:
 
 def load_on_disk(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model, its weights in their files; `folder` takes those that are in no safetensors file."""
-    own = folder / output.DENSE / str(ranks.rank())
+    own = folder / contents.DENSE / str(ranks.rank())
     return checkpoint.load(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code, on_disk=own)
 
 
@@ -234,16 +227,16 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     """
     if ranks.rank():
         return {}
-    family, device = find_family(dense.config), compute_device(recipe.device)
+    device = compute_device(recipe.device)
     say = log.info if talk.json else partial(print, flush=True)
-    sites = find_sites(find_blocks(dense), family, recipe.head_unit)
-    say(describe_layout(dense, sites, recipe.layout, recipe.round_to))
+    written = inspect_command.layout_facts(find_anatomy(dense, recipe.head_unit), recipe.layout, recipe.round_to)
+    say(inspect_command.layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)
     takes = inspect_command.estimate_facts(needed, device)
     say(inspect_command.estimate_line(takes, device.type))
     if recipe.dry_run and not talk.json:
         inspect_command.print_estimate(takes, device.type)
-    refuse_what_cannot_fit(needed, device, recipe.hidden_device, place)
+    refuse_what_cannot_fit(needed, device, place)
     return takes
 
 
@@ -251,10 +244,13 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
     size = model_sizes.model_size(dense, recipe.seq_len)
     removed = sum((site.units - width) * site.cost for site, width in plan)
-    attention, ffn = plan[::2], plan[1::2]
     print("block  heads         FFN channels")
-    for (a, heads), (f, channels) in zip(attention, ffn, strict=True):
-        print(f"{a.block:5d}  {f'{a.heads_after(heads).query} of {a.heads.query}':12s}  {channels:,} of {f.units:,}")
+    blocks: dict[int, dict[str, str]] = {}
+    for site, width in plan:
+        kept, units = (width, site.units) if site.heads is None else (site.heads_after(width).query, site.heads.query)
+        blocks.setdefault(site.block, {})[site.kind] = f"{kept:,} of {units:,}"
+    for block, kinds in blocks.items():
+        print(f"{block:5d}  {kinds.get('attention', '-'):12s}  {kinds.get('ffn', '-')}")
     print(
         f"block-linear parameters: {size.block_linear:,} to {size.block_linear - removed:,}, sparsity "
         f"{removed / size.block_linear:.3f} ({asked(recipe.as_dict())} asked for); nothing was written"
@@ -270,6 +266,7 @@ def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
         "block_linear_before": size.block_linear,
         "block_linear_after": size.block_linear - removed,
         "sparsity": removed / size.block_linear,
+        "stays": what_stays(find_anatomy(dense)),
         "asked": asked(recipe.as_dict()),
         "sites": sites,
     }

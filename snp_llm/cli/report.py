@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from snp_llm.checkpoint import output
+from snp_llm.checkpoint import contents
 from snp_llm.recipe.commands import ReportRecipe, Talk
 from snp_llm.report import page
 from snp_llm.runtime.errors import SnpError
@@ -18,17 +18,17 @@ def write_page(folder: Path) -> None:
     try:
         page.write_page(folder)
     except KeyboardInterrupt:
-        raise SnpError(f"interrupted; {folder} is complete but for {output.PAGE}: snp-llm report {folder}") from None
+        raise SnpError(f"interrupted; {folder} is complete but for {contents.PAGE}: snp-llm report {folder}") from None
     except Exception as error:  # matplotlib, jinja2, fonts, a full disk
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning(f"{folder} is complete but for {output.PAGE} ({reason}); later: snp-llm report {folder}")
+        log.warning(f"{folder} is complete but for {contents.PAGE} ({reason}); later: snp-llm report {folder}")
 
 
 def run_report(recipe: ReportRecipe, talk: Talk) -> None:
     """Write the page of every folder, each beside the others."""
     folders = list(dict.fromkeys(Path(folder) for folder in recipe.folders))
     texts = [page.page_of(folder, [other for other in folders if other != folder]) for folder in folders]
-    pages = [folder / output.PAGE for folder in folders]
+    pages = [folder / contents.PAGE for folder in folders]
     for file, text in zip(pages, texts, strict=True):  # all of them, or none
         write_text(file, text)
     if talk.json:

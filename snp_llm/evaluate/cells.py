@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+MODELS = ("dense", "pruned")
+
 
 @dataclass(frozen=True)
 class Cell:

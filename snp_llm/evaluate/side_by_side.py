@@ -9,11 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
-from snp_llm.data.windows import BOS_REMARKS, Windows, check_dataset, evaluation_text, evaluation_windows
+from snp_llm.data.sources import Dataset, check_dataset
+from snp_llm.data.windows import BOS_REMARKS, evaluation_text, evaluation_windows
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.evaluate.tasks import Tasks, check_harness, find_tasks, run_tasks
 from snp_llm.models.size import model_size
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.recipe.recipe import usual_text
 from snp_llm.runtime.device import compute_device
@@ -51,13 +53,13 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
     """
     device = compute_device(recipe.device)
     if recipe.perplexity:
-        check_dataset(dataset_of(recipe), recipe.split, recipe.text_column, evaluation=True)
+        check_dataset(dataset_of(recipe), "evaluation")
     if recipe.include_path is not None and not Path(recipe.include_path).is_dir():
         raise SnpError(f"--include-path {recipe.include_path}: no such folder; expected one with task files (.yaml).")
     positions = []
     for name in recipe.models:
         config = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code).config
-        positions.append(int(getattr(config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
+        positions.append(int(getattr(text_config(config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
         check_tokenizer(name)
     seq_len = window_length(recipe.seq_len, min(positions))
     if recipe.stride is not None and recipe.stride > seq_len:
@@ -84,9 +86,9 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
     return results
 
 
-def dataset_of(recipe: EvaluationRecipe) -> str:
+def dataset_of(recipe: EvaluationRecipe) -> Dataset:
     """Dataset that perplexity is measured on."""
-    return recipe.dataset or usual_text(recipe.models[0])
+    return Dataset(recipe.dataset or usual_text(recipe.models[0]), recipe.split, recipe.text_column)
 
 
 def measure_perplexity(
@@ -100,24 +102,19 @@ def measure_perplexity(
     dataset = dataset_of(recipe)
     bos = resolve_bos(recipe.bos, model, tokenizer)
     if recipe.stride is None:
-        windows: Windows = evaluation_windows(
-            tokenizer,
-            dataset,
-            split=recipe.split,
-            column=recipe.text_column,
-            seq_len=seq_len,
-            max_windows=recipe.max_windows,
-            bos=bos,
-        )
+        windows = evaluation_windows(tokenizer, dataset, seq_len=seq_len, max_windows=recipe.max_windows, bos=bos)
         check_tokens(windows, model)
         value = perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
         return value, f"{windows.description}, {windows.tokens.numel():,} tokens", windows.digest
     if bos == "always" and recipe.stride == seq_len:
         raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
-    text = evaluation_text(tokenizer, dataset, split=recipe.split, column=recipe.text_column, bos=bos)
+    text = evaluation_text(tokenizer, dataset, bos=bos)
+    check_tokens(text, model)
+    text = evaluation_text(tokenizer, dataset, bos=bos)
     check_tokens(text, model)
     before = tokenizer.bos_token_id if bos == "always" else None
     sliding = Sliding(seq_len, recipe.stride, before, recipe.max_windows)
+    value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     protocol = (
         f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "

@@ -16,12 +16,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
-from snp_llm.evaluate.cells import Cell, Comparison, Timing
+from snp_llm.evaluate.cells import MODELS, Cell, Comparison, Timing
 from snp_llm.evaluate.memory import peak_memory
-from snp_llm.evaluate.remarks import MODELS, remarks
 from snp_llm.evaluate.work import cell_flops, weights_read
-from snp_llm.models.anatomy import embedding_rows
+from snp_llm.models.anatomy import embedding_rows, find_anatomy
+from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.models.size import model_size
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.commands import BenchRecipe
 from snp_llm.runtime.device import compute_device, synchronize, versions
 from snp_llm.runtime.errors import SnpError
@@ -87,13 +88,18 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
         "disk": dict(zip(MODELS, disks, strict=True)),
         "memory": dict(zip(MODELS, memory, strict=True)) if recipe.memory else None,
         "cells": [asdict(result) for result in results],
-        "remarks": remarks(results, models, sizes),
+        "odd_widths": odd_widths(models[1]),
     }
+
+
+def odd_widths(model: PreTrainedModel) -> int:
+    """Blocks whose FFN width is no multiple of what kernels like."""
+    return sum(site.kind == "ffn" and site.units % KERNEL_MULTIPLE > 0 for site in find_anatomy(model).sites)
 
 
 def check_positions(name: str, config: PretrainedConfig, wanted: Sequence[Cell]) -> None:
     """Raises SnpError if a model has no positions for a prompt and what is decoded after it."""
-    positions = int(getattr(config, "max_position_embeddings", sys.maxsize))
+    positions = int(getattr(text_config(config), "max_position_embeddings", sys.maxsize))
     longest = max(cell.length + cell.new_tokens for cell in wanted)
     if longest > positions:
         raise SnpError(

@@ -3,19 +3,17 @@
 from transformers import PreTrainedModel
 
 from snp_llm.evaluate.cells import Cell
-from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
-from snp_llm.models.size import model_size
+from snp_llm.models.anatomy import text_modules
+from snp_llm.models.size import attention_channels, mean_positions, text_weights, token_flops
 
 
 def cell_flops(model: PreTrainedModel, cell: Cell) -> float:
     """FLOPs of a prompt or of one step, for one sequence; the head runs on one token of either."""
     head = head_weights(model)
-    linear = model_size(model, 1).flops - 4.0 * attention_channels(model) - 2.0 * head
-    attended = 4.0 * attention_channels(model)
+    weights, attended = text_weights(model) - head, attention_channels(model)
     if cell.kind == "prefill":
-        return cell.length * (linear + attended * (cell.length + 1) / 2) + 2.0 * head
-    return linear + attended * (cell.length + cell.new_tokens / 2) + 2.0 * head
+        return cell.length * token_flops(weights, attended, mean_positions(cell.length)) + 2.0 * head
+    return token_flops(weights + head, attended, cell.length + cell.new_tokens / 2)
 
 
 def head_weights(model: PreTrainedModel) -> int:
@@ -24,18 +22,10 @@ def head_weights(model: PreTrainedModel) -> int:
     return 0 if head is None else int(head.weight.numel())
 
 
-def attention_channels(model: PreTrainedModel) -> int:
-    """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
-    family = find_family(model.config)
-    sites = find_sites(find_blocks(model), family)
-    return sum(site.channels for site in sites if site.heads is not None)
-
-
 def weights_read(model: PreTrainedModel) -> float:
-    """Bytes of weights that one step reads: all, without an embedding that is only looked up."""
-    size = model_size(model, 1)
-    tied = model.get_output_embeddings() is not None and (
-        model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    )
-    looked_up = 0 if tied else sum(p.numel() for p in model.get_input_embeddings().parameters())
-    return size.bytes * (1 - looked_up / size.parameters)
+    """Bytes of weights that one step reads: all that texts go through, without an embedding that is only looked up."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    modules = text_modules(model) - (set() if tied else {*embeddings.modules()})
+    read = {id(p): p for module in modules for p in module.parameters(recurse=False)}
+    return float(sum(p.numel() * p.element_size() for p in read.values()))

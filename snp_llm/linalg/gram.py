@@ -127,6 +127,11 @@ def column_blocks(n: int, multiple: int = 1) -> list[tuple[int, int]]:
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
+def triangle_flops(n: int) -> float:
+    """FLOPs that one row takes in a product with one triangle of an (n, n) matrix, or one token in `add_product`."""
+    return sum(2.0 * (n - start) * (stop - start) for start, stop in column_blocks(n))
+
+
 def random_signs(rows: int, columns: int, like: Tensor) -> Tensor:
     """Entries 1 and -1, always the same, (rows, columns); products keep norms on average (Achlioptas, 2003)."""
     return (2 * torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(0)) - 1).to(like)
@@ -198,6 +203,11 @@ def drift_from(sums: OutputSums, moments: Moments, W: Tensor, bias: Tensor | Non
         sums.cross.addr_(bias, moments.first.to(bias), alpha=-1)
         sums.first.sub_(bias, alpha=moments.tokens)
     return sums
+
+
+def drift_flops(d: int, n: int) -> float:
+    """FLOPs of `drift_from` for d outputs and n inputs; `add_reference` takes `2 d n` a token before."""
+    return 2.0 * d * n * n
 
 
 def gram_matrix(moments: Moments, *, centred: bool, dtype: torch.dtype = torch.float64) -> Tensor:

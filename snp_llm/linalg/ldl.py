@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.gram import column_blocks
+from snp_llm.linalg.gram import column_blocks, triangle_flops
 from snp_llm.runtime.errors import SnpError
 
 ESCALATIONS = 4  # times that dampening is raised tenfold before giving up
@@ -100,6 +100,11 @@ def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     return factor, info
+
+
+def cholesky_flops(n: int) -> float:
+    """FLOPs of the Cholesky factor of an (n, n) matrix; its inverse takes twice as many from there."""
+    return n**3 / 3
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,12 @@ def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
         within = shares[start:]
         added[start:stop] += (2 * within.triu(1).sum(1, dtype=torch.float64)).add_(within.diagonal())
     return torch.cat([added.flip(0).cumsum(0).flip(0), added.new_zeros(1)])
+
+
+def held_out_curve_flops(d: int, n: int) -> float:
+    """FLOPs of `held_out_curve` for d outputs and n inputs: a solve with the whole matrix, one with a triangle of it,
+    and two products with triangles."""
+    return n**3 + n**3 / 3 + 2 * d * triangle_flops(n)
 
 
 def solve_lower(L: Tensor, right: Tensor) -> Tensor:

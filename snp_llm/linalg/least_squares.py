@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.linalg.gram import OutputSums, column_blocks
-from snp_llm.linalg.ldl import SOLVE_TOLERANCE, probe, solve_error, try_cholesky
+from snp_llm.linalg.ldl import SOLVE_TOLERANCE, cholesky_flops, probe, solve_error, try_cholesky
 from snp_llm.runtime.errors import SnpError
 
 
@@ -35,6 +35,11 @@ def repair(gram: Tensor, cross: Tensor, dampening: float) -> Tensor:
     return _solve(factor, cross)
 
 
+def repair_flops(d: int, k: int) -> float:
+    """FLOPs of a repair of d outputs on k kept channels: a factor, and two solves with it."""
+    return cholesky_flops(k) + 2 * d * k * k
+
+
 def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
     """The `repair` of a cut, read off the factorisation of the whole site at the same dampening.
 
@@ -59,6 +64,11 @@ def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
     kept, gone = slice(None, width), slice(width, None)
     half = W[:, gone] @ L[gone, kept]
     return torch.linalg.solve_triangular(L[kept, kept], half, upper=False, left=False, unitriangular=True)
+
+
+def factored_repair_flops(d: int, n: int, k: int) -> float:
+    """FLOPs of `factored_repair` for d outputs, k of n channels kept."""
+    return 2 * d * (n - k) * k + d * k * k
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,12 @@ def choose_repair(fit: KeptSums, held: KeptSums, dampenings: Sequence[float]) ->
         return 2 * alpha * gain - alpha**2 * size, Choice(dampening, drift_dampening, alpha)
 
     return max(map(saved, drifts), key=itemgetter(0))[1]
+
+
+def choose_repair_flops(d: int, k: int, candidates: int, repairs: int) -> float:
+    """FLOPs of `choose_repair` between so many dampenings, of d outputs on k kept channels: for each a factor, and for
+    each of the repairs that share it two solves and a product."""
+    return candidates * (cholesky_flops(k) + repairs * 4 * d * k * k)
 
 
 def _candidates(fit: KeptSums, dampenings: Sequence[float]) -> tuple[dict[float, Tensor], dict[float, Tensor]]:

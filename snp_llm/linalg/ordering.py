@@ -1,6 +1,6 @@
 """Which units matter most: one score per unit, larger = more important. Knows a site's matrices, not its layer.
 
-To add an ordering: write one function from `OrderingProblem` to scores, add one line to `ORDERINGS`, one test.
+To add an ordering: one function from `OrderingProblem` to scores, a line in `ORDERINGS` and in `FLOPS`, one test.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
-from snp_llm.linalg.quadrature import zca_quadrature
+from snp_llm.linalg.quadrature import quadrature_flops, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
 
@@ -247,6 +247,22 @@ ORDERINGS: dict[str, Callable[[OrderingProblem], Tensor]] = {
     "obs": obs,
     "greedy": greedy,
     "random": random,
+}
+
+
+# FLOPs of those that take more than a look at the factored matrix: of n channels with d outputs, k of them kept for
+# certain. An inverse takes 2 n^3 / 3, an eigendecomposition 9 n^3 and a product 2 n^3.
+FLOPS: dict[str, Callable[[int, int, int], float]] = {
+    "zca": lambda n, d, k: 11 * n**3 if n <= ZCA_EXACT_UP_TO else quadrature_flops(n),
+    "zca-exact": lambda n, d, k: 11 * n**3,
+    "residual": lambda n, d, k: 2 * n**3 / 3,
+    "obs": lambda n, d, k: 2 * n**3 / 3,
+    "greedy": lambda n, d, k: (
+        2 * n**3 / 3
+        + 2 * (n**3 - k**3) / 3
+        + d * (n * n - k * k)  # inverse and weights brought up to date for all that goes
+        + sum((n >> halvings) ** 3 for halvings in range(1, n.bit_length()) if n >> halvings >= k)  # inverses anew
+    ),
 }
 
 

@@ -50,6 +50,11 @@ def zca_quadrature(definite: DefiniteGram, unit_size: int) -> Tensor:
     return per_unit(torch.cat(scores), unit_size)
 
 
+def quadrature_flops(n: int) -> float:
+    """FLOPs of `zca_quadrature`, of n channels: columns of the inverse factor, and two products with random signs."""
+    return n**3 / 3 + 2 * n * n * max(LEAST_SIGNS, n // 32)
+
+
 def _unit_spectra(columns: Tensor, unit_size: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues, (b,), and eigenvectors, (units, unit_size, unit_size), of `C_u^T C_u` for every unit's columns."""
     if unit_size == 1:

@@ -12,7 +12,8 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.projections import Projection, projection, weight_of
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
-from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn
+from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn, nearly_attentions
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import HeadUnit
 from snp_llm.runtime.errors import SnpError
 
@@ -61,13 +62,30 @@ def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group") -> An
     return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit)))
 
 
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that texts go through, whether its head is in it or not; all where there is nothing else."""
+    return model if text_config(model.config) is model.config else model.get_decoder()
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """All modules that texts go through, those of the head included; not towers, nor what projects their features."""
+    head = model.get_output_embeddings()
+    return {*text_model(model).modules(), *(() if head is None else head.modules())}
+
+
 def blocks_path(model: PreTrainedModel) -> str:
-    """Where the decoder blocks are: the list of modules that has most of the parameters.
+    """Where the decoder blocks are: the list of modules of the text model that has most of the parameters.
 
     Raises:
         SnpError: the model has no such list.
     """
-    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    decoder = text_model(model)
+    inside = next((path for path, module in model.named_modules() if module is decoder), "")
+    lists = {
+        f"{inside}.{path}".removeprefix("."): module
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
     outer = {path: m for path, m in lists.items() if not any(path.startswith(f"{p}.") for p in lists)}
     if not outer:
         raise SnpError(f"{type(model).__name__} does not have a list of blocks; expected a decoder-only model.")
@@ -116,10 +134,14 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
             raise SnpError(f"block {index} {error}") from error
     if not sites:
         linear = [name for name, module in blocks[0].named_modules() if isinstance(module, Projection)]
+        near = "".join(
+            f" {path} has the projections of an attention, and {', '.join(others)} whose part in it is not known."
+            for path, others in nearly_attentions(blocks[0]).items()
+        )
         raise SnpError(
-            f"model_type {family.model_type!r} is not supported: expected blocks with an attention or an FFN whose "
-            f"projections have names that docs/adding_a_family.md lists; the first block has "
-            f"{', '.join(linear) or 'no projections'}."
+            f"model_type {family.model_type!r} is not supported: its {len(blocks)} blocks have no attention and no FFN "
+            "that is known; expected projections with names that docs/adding_a_family.md lists. The first block has "
+            f"{', '.join(linear) or 'no projections'}.{near}"
         )
     _check_apart(blocks, sites)
     return sites
@@ -136,7 +158,8 @@ def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
             if (owner := owners.setdefault(id(module.weight), name)) != name:
                 raise SnpError(
                     f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
-                    "the other. Untie them (copy the weights) and save the model first."
+                    "the other. Untie them (copy the weights) and save the model first; a type whose blocks share them "
+                    "by design, as Zamba's do, is not supported."
                 )
 
 

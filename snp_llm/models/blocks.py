@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import ModelHook
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from snp_llm.models.calls import BlockCall, PassedOn, first_tensor, for_windows, marked, move
+from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move
 from snp_llm.runtime.errors import SnpError
+
+T = TypeVar("T")
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -35,44 +37,26 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
     Returns:
         Hidden states (batch, T, d) and one call per block, on the model's device.
     """
-    first: list[Tensor] = []
-    calls: list[BlockCall] = []
+    seen: list[tuple[int, Tensor, BlockCall]] = []
 
-    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not first:
-            first.append(hidden)
-        calls.append(BlockCall(args, kwargs))
-        return hidden.as_subclass(PassedOn)
+    def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((index, hidden, BlockCall(args, kwargs)))
+        return hidden
+
+    def run() -> None:
+        seen.clear()
+        model.base_model(tokens.to(device), **_without_cache(model))
 
     home = next(model.get_input_embeddings().parameters()).device
     device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
-    with rest_on_device(model, blocks, device), _replaced_forwards(dict.fromkeys(blocks, identity)):
-        model.base_model(tokens.to(device), **_without_cache(model))
-    if len(calls) != len(blocks):
+    with rest_on_device(model, blocks, device):
+        _run_past(blocks, note, run)
+    if (order := [index for index, _, _ in seen]) != [*range(len(blocks))]:
         raise SnpError(
-            f"{type(model).__name__}: its {len(blocks)} blocks were called {len(calls)} times; expected once each. "
-            "Models with loops are not supported."
+            f"{type(model).__name__}: expected blocks that run once each, one after the other, got blocks "
+            f"{', '.join(map(str, order))}. What cutting one changes is not known; this model is not supported."
         )
-    return first[0], calls
-
-
-def capture_window(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """What `capture_calls` gives for one window, with arguments that hold for batches of any size.
-
-    Args:
-        model: on whatever device it is.
-        blocks: its decoder blocks.
-        tokens: one window, (1, T), int64.
-
-    Raises:
-        SnpError: blocks get something else for other tokens.
-    """
-    first, calls = capture_calls(model, blocks, tokens)
-    _, both = capture_calls(model, blocks, torch.cat([tokens, tokens.roll(1, 1)]))
-    return first, [
-        BlockCall(marked(one.args, two.args), marked(one.kwargs, two.kwargs))
-        for one, two in zip(calls, both, strict=True)
-    ]
+    return seen[0][1], [call for _, _, call in seen]
 
 
 @torch.no_grad()
@@ -86,8 +70,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
-    with _replaced_forwards(dict.fromkeys(blocks, _pass_on)):
-        model(tokens, **_without_cache(model))
+    _run_past(blocks, _pass_on, lambda: model(tokens, **_without_cache(model)))
 
 
 def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -102,10 +85,12 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     Returns:
         (batch, T, vocabulary).
     """
-    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(blocks, _pass_on)
-    forwards[blocks[-1]] = lambda *_args, **_kwargs: hidden.as_subclass(PassedOn)
-    with _replaced_forwards(forwards):
-        return model(tokens, **_without_cache(model)).logits
+
+    def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden if index == len(blocks) - 1 else given
+
+    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **_without_cache(model))).logits
+    return logits
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -293,10 +278,6 @@ def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             held[name] = tensor
 
 
-def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-
-
 def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
     try:
         run_block(block, hidden, call)
@@ -331,5 +312,37 @@ def _replaced_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterato
                 module.forward = forward
 
 
-def _pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden.as_subclass(PassedOn)
+def _pass_on(_index: int, hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden
+
+
+def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callable[[], T]) -> T:
+    """Runs a model with another forward in place of its blocks', which gets the block's index before its arguments.
+
+    Blocks put out a tensor or a tuple that begins with it. Only the model knows which it expects: what breaks, or
+    takes the first window for all, with the one gets the other.
+    """
+
+    def given(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes.append(hidden.shape)
+        if hidden.shape != shapes[0]:
+            raise ValueError(f"hidden states have the shape {[*hidden.shape]} after {[*shapes[0]]}")
+        return forward(index, hidden, *args, **kwargs)
+
+    def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return given(*args, **kwargs), None
+
+    failed: Exception | None = None
+    for form in (given, in_tuple):
+        shapes: list[torch.Size] = []
+        try:
+            with _replaced_forwards({block: partial(form, index) for index, block in enumerate(blocks)}):
+                return run()
+        except (ValueError, IndexError, TypeError, AttributeError) as error:
+            failed = failed or error
+    assert failed is not None
+    raise failed
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}

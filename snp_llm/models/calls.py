@@ -31,15 +31,6 @@ class PerWindow:
         return self.tensor.repeat(windows, *(1,) * (self.tensor.dim() - 1))
 
 
-class PassedOn(Tensor):
-    """What stands for a block's output where no block runs: the hidden states, or a tuple that starts with them."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.as_subclass(Tensor) if index == 0 else super().__getitem__(index)
-
-
 def move(value: Any, device: torch.device) -> Any:
     """The same nested structure with its tensors on `device`."""
     return _changed(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)

@@ -24,10 +24,12 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         The config with more keys. What transformers 5 makes of it differs at most in keys that repeat others.
     """
     family = str(config.get("model_type", "")).removeprefix("snp_")
+    if isinstance(text := config.get("text_config"), dict):
+        config = {**config, "text_config": config_for_both(text)}
     more: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope = config.get("rope_parameters") or {}
-    if "full_attention" in rope and family != "gemma3_text":  # 4 has other keys for these, and 5 would read ours
-        return {**config, **more}
+    if "full_attention" in rope and family != "gemma3_text":
+        return {**config, **more}  # 4 does not know the family, and 5 would take `rope_scaling` for all kinds of layer
     if "full_attention" in rope:  # Gemma 3: one for every kind of layer, of which the local kind is never scaled in 4
         local = rope.get("sliding_attention") or {}
         scaled = local.get("rope_type", "default") != "default"

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, logits_of, on_device, rest_on_device, run_block
+from snp_llm.models.text_part import text_config
 
 HIDDEN_BYTES = 2**29  # of hidden states that are held while perplexity is measured
 
@@ -39,7 +40,7 @@ def logits_by_window(
     """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
     model.eval()
     blocks = find_blocks(model)
-    bytes_a_token = model.config.hidden_size * model.dtype.itemsize
+    bytes_a_token = text_config(model.config).hidden_size * model.dtype.itemsize
     at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
     for chunk in windows.split(at_once):
         with rest_on_device(model, blocks, device):

@@ -2,10 +2,11 @@
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-needs nothing but transformers. `config.json` carries the widths under `pruned_layers`, in the schema of transformers'
-`per_layer_config`: a map from block index to the config keys that differ there. All other keys keep their dense values;
-where there is a `head_dim` it is explicit, since it must stay what it was when the number of heads changes. What a head
-or a channel is in the tensors of a block stands under `pruned_structure`.
+needs nothing but transformers; models that read images as well have an Auto class of their own, which `config.json`
+names. It carries the widths under `pruned_layers`, in the schema of transformers' `per_layer_config`: a map from block
+index to the config keys that differ there. All other keys keep their dense values; where there is a `head_dim` it is
+explicit, since it must stay what it was when the number of heads changes. What a head or a channel is in the tensors of
+a block stands under `pruned_structure`.
 
 The classes have the names of those in transformers with "Snp" in front, and come about when they are asked for:
 `SnpLlamaForCausalLM` is `LlamaForCausalLM` with other blocks, and its config, `SnpLlamaConfig`, is a `LlamaConfig`.
@@ -20,6 +21,9 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+# In the order in which they are looked up: the whole model before its text alone.
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
 
 DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the package is
 
@@ -141,6 +145,17 @@ def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | 
             setattr(old, key, nn.Parameter(tensor.new_empty(rows, *tensor.shape[1:]), requires_grad=False))
 
 
+def auto_classes(model_type: str) -> list[str]:
+    """The Auto classes that make a whole model of a type; the first is the one to load it with.
+
+    Some types have a class for their text alone as well, which the causal Auto class would load without the towers.
+    """
+    known = {auto: getattr(transformers, auto, None) for auto in AUTO_CLASSES}
+    names = {auto: kind._model_mapping._model_mapping.get(model_type) for auto, kind in known.items() if kind}
+    whole = next((name for name in names.values() if name is not None), None)
+    return [auto for auto, name in names.items() if name == whole is not None]
+
+
 @cache
 def __getattr__(name: str) -> type:
     """The class of a config or a model, by its name: "Snp" and that of a class of transformers.
@@ -156,5 +171,6 @@ def __getattr__(name: str) -> type:
             # It calls the head by another name, and would leave it random.
             raise ImportError("GPT-NeoX with widths of its own in every block: expected transformers 5")
         config_class = __getattr__(f"Snp{config or base.config_class.__name__}")
-        return type(name, (Pruned, base), {"config_class": config_class, "_auto_class": "AutoModelForCausalLM"})
+        auto = next(iter(auto_classes(config_class.model_type.removeprefix("snp_"))), "AutoModelForCausalLM")
+        return type(name, (Pruned, base), {"config_class": config_class, "_auto_class": auto})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

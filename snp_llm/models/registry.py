@@ -1,13 +1,37 @@
-"""Pruned models' classes, made known to transformers' Auto classes. Imports none of them before it is asked for."""
+"""The Auto class that loads a model, and pruned models' classes made known to all. Imports none before it is asked."""
 
 from collections import Counter
+from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from snp_llm.models import modeling_snp
 from snp_llm.models.families.family import PRUNED
+from snp_llm.runtime.errors import SnpError
+
+AUTO_CLASSES: tuple[Any, ...] = tuple(getattr(transformers, name) for name in modeling_snp.AUTO_CLASSES)
+
+
+def dense_type(config: PretrainedConfig) -> str:
+    """The `model_type` of the dense model that a config, of a pruned model or not, is made for."""
+    return str(config.model_type).removeprefix(PRUNED)
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class that loads a whole model of a config, towers included.
+
+    Raises:
+        SnpError: no model that transformers lets write text has that type.
+    """
+    names = modeling_snp.auto_classes(dense_type(config))
+    if not names:
+        raise SnpError(
+            f"model_type {config.model_type!r} is not supported; expected a decoder-only model that transformers knows "
+            "as a causal language model, alone or with towers. `snp-llm families` lists those that are tested."
+        )
+    return getattr(transformers, names[0])
 
 
 def register() -> None:
@@ -16,25 +40,32 @@ def register() -> None:
     They look classes up by name, in a module that they import then. `register` of theirs would want the classes, and
     with them the modelling code of all of transformers.
     """
-    models = AutoModelForCausalLM._model_mapping
-    users = Counter(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if isinstance(name, str))
-    for model_type, name in [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()]:
-        config_name = CONFIG_MAPPING_NAMES.get(model_type)
-        if not isinstance(name, str) or config_name is None or model_type.startswith(PRUNED):
-            continue
-        pruned, pruned_config = f"{PRUNED}{model_type}", f"Snp{config_name}"
-        module = pruned.replace("-", "_")  # as transformers makes a module's name of it
-        CONFIG_MAPPING._mapping[pruned] = models._config_mapping[pruned] = pruned_config
-        models._reverse_config_mapping[pruned_config] = pruned
-        shared = users[name] > 1 and not name.startswith(config_name.removesuffix("Config"))
-        models._model_mapping[pruned] = f"Snp{name}Under{config_name}" if shared else f"Snp{name}"
-        CONFIG_MAPPING._modules[module] = models._modules[module] = modeling_snp
+    for auto in AUTO_CLASSES:
+        models = auto._model_mapping
+        users = Counter(name for name in models._model_mapping.values() if isinstance(name, str))
+        for model_type, name in [*models._model_mapping.items()]:
+            config_name = CONFIG_MAPPING_NAMES.get(model_type)
+            if not isinstance(name, str) or config_name is None or model_type.startswith(PRUNED):
+                continue
+            pruned, pruned_config = f"{PRUNED}{model_type}", f"Snp{config_name}"
+            module = pruned.replace("-", "_")  # as transformers makes a module's name of it
+            CONFIG_MAPPING._mapping[pruned] = models._config_mapping[pruned] = pruned_config
+            models._reverse_config_mapping[pruned_config] = pruned
+            shared = users[name] > 1 and not name.startswith(config_name.removesuffix("Config"))
+            models._model_mapping[pruned] = f"Snp{name}Under{config_name}" if shared else f"Snp{name}"
+            CONFIG_MAPPING._modules[module] = models._modules[module] = modeling_snp
 
 
 def pruned_config_class(model_type: str) -> type[PretrainedConfig]:
     """The config class of pruned models of a type."""
     found: type[PretrainedConfig] = CONFIG_MAPPING[f"{PRUNED}{model_type}"]
     return found
+
+
+def pruned_class_name(config: PretrainedConfig) -> str:
+    """The name of the class of pruned models of a config's type."""
+    name: str = auto_class(config)._model_mapping._model_mapping[f"{PRUNED}{dense_type(config)}"]
+    return name
 
 
 def is_own(kind: type[PreTrainedModel] | type[PretrainedConfig]) -> bool:

@@ -1,13 +1,18 @@
-"""What a model takes up: parameters, bytes, FLOPs a token. Runs nothing."""
+"""What a model takes up: parameters, bytes, FLOPs, activations. Runs nothing."""
 
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import Projection
+from snp_llm.models.site import Site
+from snp_llm.models.structure import of_experts
+from snp_llm.models.text_part import text_config
+
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,9 @@ class ModelSize:
 
     Attributes:
         parameters: all, tied ones once.
-        block_linear: weights of the decoder blocks' linears, which is what sparsity is a fraction of.
+        block_linear: weights of the decoder blocks' linears, experts not counted: what sparsity is a fraction of.
         bytes: of all parameters in their dtypes, tied ones once: the safetensors files less their headers.
-        flops: a token at prefill: two for every weight of a linear, LM head included, and four for every attention
-            channel and position attended to, of which a causal window of T tokens has (T + 1) / 2 on average.
+        flops: a token at prefill, LM head included, `token_flops`.
     """
 
     parameters: int
@@ -30,18 +34,73 @@ class ModelSize:
 
 def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
     """Sizes of a model of a supported family; works on the meta device too."""
-    family = find_family(model.config)
-    blocks = find_blocks(model)
     unique = {id(p): p for p in model.parameters()}.values()
-    linear = sum(linear_weights(block) for block in blocks)
-    attended = sum(s.channels for s in find_sites(blocks, family) if s.heads is not None)
     return ModelSize(
         parameters=sum(p.numel() for p in unique),
-        block_linear=linear,
+        block_linear=sum(map(linear_weights, find_blocks(model))),
         bytes=sum(p.numel() * p.element_size() for p in unique),
-        flops=2.0 * linear_weights(model) + 4.0 * attended * (seq_len + 1) / 2,
+        flops=token_flops(text_weights(model), attention_channels(model), mean_positions(seq_len)),
     )
 
 
 def linear_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, Projection))
+    """Weights of all linears in a module, but for those of experts that only some tokens come by."""
+    found = (child for path, child in module.named_modules() if not of_experts(path))
+    return sum(child.weight.numel() for child in found if isinstance(child, Projection))
+
+
+def text_weights(model: PreTrainedModel) -> int:
+    """Weights that a token of a text goes through: of all linears, LM head included, and of as many experts as it
+    comes by."""
+    linear = sum(module.weight.numel() for module in text_modules(model) if isinstance(module, Projection))
+    return linear + routed_weights(model)
+
+
+def routed_weights(model: PreTrainedModel) -> int:
+    """Weights of the experts that one token comes by, of those whose weights are one tensor, (experts, ...)."""
+    config = text_config(model.config)
+    each = next((n for key in EXPERTS_A_TOKEN if isinstance(n := getattr(config, key, None), int)), 0)
+    tensors = (p for name, p in find_blocks(model).named_parameters() if of_experts(name) and p.dim() == 3)
+    return sum(min(each, len(tensor)) * tensor[0].numel() for tensor in tensors)
+
+
+def attention_channels(model: PreTrainedModel) -> int:
+    """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
+    family = find_family(model.config)
+    return sum(s.channels for s in find_sites(find_blocks(model), family) if s.heads is not None)
+
+
+def token_flops(weights: float, attended: float, positions: float) -> float:
+    """FLOPs of one token in a forward pass: `2 w + 4 a p`.
+
+    Args:
+        weights: w, of all linears that it goes through: a product and a sum each.
+        attended: a, attention channels: as much for the score of each position, and again for its value.
+        positions: p, that it attends to.
+    """
+    return 2.0 * weights + 4.0 * attended * positions
+
+
+def mean_positions(seq_len: int) -> float:
+    """Positions that a token of a causal window attends to, on average: `(T + 1) / 2`."""
+    return (seq_len + 1) / 2
+
+
+def activation_bytes(model: PreTrainedModel, site: Site, batch: int, seq_len: int) -> int:
+    """Bytes that are alive at once inside the attention or FFN of a site, with a batch on its way.
+
+    Args:
+        model: its config and dtype.
+        site: of a block.
+        batch: windows at a time.
+        seq_len: tokens a window has.
+    """
+    hidden, item, tokens = int(text_config(model.config).hidden_size), model.dtype.itemsize, batch * seq_len
+    if site.heads is None:
+        copies = 2 if site.parameters == 2 * hidden * site.channels else 4  # with a gate: it, up, activation, product
+        return tokens * (3 * hidden + copies * site.channels) * item
+    projections = 2 * site.channels + 2 * site.heads.key_value * site.heads.size
+    alive = tokens * (2 * hidden + projections) * item
+    if text_config(model.config)._attn_implementation == "eager":  # scores, in the weights' type and in float32
+        alive += batch * site.heads.query * seq_len**2 * (2 * item + 4)
+    return alive

@@ -147,6 +147,21 @@ def find_attention(block: nn.Module) -> Attention | None:
     return _read_attention(block.get_submodule(path), path, names)
 
 
+def of_experts(path: str) -> bool:
+    """Whether what is at a path of a model belongs to experts that only some tokens come by."""
+    return "experts" in path.split(".")
+
+
+def nearly_attentions(block: nn.Module) -> dict[str, list[str]]:
+    """Modules of a block with the projections of an attention, and what else is in them, whose part is not known."""
+    found = {}
+    for path, module in block.named_modules():
+        names = next((names for names in ATTENTIONS if _is(module, names)), None)
+        if names is not None and (strangers := _strangers(module, names)):
+            found[path] = strangers
+    return found
+
+
 def find_ffn(block: nn.Module) -> Ffn | None:
     """The FFN of a block, or None where it has none.
 
@@ -155,7 +170,7 @@ def find_ffn(block: nn.Module) -> Ffn | None:
     """
     found = {}
     for path, module in block.named_modules():
-        if "experts" in path.split("."):
+        if of_experts(path):
             continue  # they stay as they are
         names = next((names for names in FFNS if _has(module, *names[0], names[1])), None)
         children = [name for name, child in module.named_children() if isinstance(child, Projection)]

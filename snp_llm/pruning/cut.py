@@ -5,15 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snp_llm.linalg.gram import triangle_flops
 from snp_llm.linalg.ldl import energy_curve, error_curve
-from snp_llm.linalg.least_squares import Cut, absorb_mean, output_energy
+from snp_llm.linalg.least_squares import Cut, absorb_mean, factored_repair_flops, output_energy
 from snp_llm.models.site import Site, site_bias
 from snp_llm.models.surgery import prune_site
-from snp_llm.pruning.factor import DAMPENING, factor_site
-from snp_llm.pruning.repair import repair_is_open, repair_site
+from snp_llm.pruning.factor import DAMPENING, factor_flops, factor_site
+from snp_llm.pruning.repair import repair_is_open, repair_site, repair_site_flops
 from snp_llm.pruning.result import Curve, SiteResult, sample_curve
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Statistics
+from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.errors import SnpError
 
 
@@ -99,3 +101,11 @@ def factored_cut(block: nn.Module, site: Site, statistics: Statistics, width: in
         lost=output_energy(W[:, gone], gram[gone[:, None], gone]),
         curve=sample_curve(subspace.D, errors, factored.tokens, channels),
     )
+
+
+def cut_flops(d: int, site: Site, width: int, recipe: Recipe) -> float:
+    """FLOPs of `cut` for a site with d outputs of which `width` units are kept: a factor, a repair, and the errors."""
+    n, k = site.channels, width * site.unit_size
+    flops = factor_flops(d, n, recipe, 0 if site.groups else k) + repair_site_flops(d, n, k, recipe)
+    flops += 2 * d * triangle_flops(n) + d * triangle_flops(n - k)
+    return flops if recipe.holds_out else flops + factored_repair_flops(d, n, k)

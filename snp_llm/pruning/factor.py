@@ -12,19 +12,21 @@ from snp_llm.linalg.ldl import (
     DefiniteGram,
     Subspace,
     build_subspace,
+    cholesky_flops,
     error_curve,
     held_out_curve,
+    held_out_curve_flops,
     make_definite,
     metric_root,
     probe,
     solve_error,
 )
 from snp_llm.linalg.least_squares import Cut, factored_repair
-from snp_llm.linalg.ordering import OrderingProblem, order_units
+from snp_llm.linalg.ordering import FLOPS, OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.projections import weight_of
 from snp_llm.models.site import Site, projecting, site_bias, site_weight
-from snp_llm.pruning.statistics import SINGLE_PRECISION_FROM, Statistics
+from snp_llm.pruning.statistics import ALGEBRA_MATRICES, Statistics, algebra_dtype
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
@@ -145,6 +147,29 @@ def factor_site(
         raise SnpError(f"{site.name}: {error}") from error
 
 
+def factor_flops(d: int, n: int, recipe: Recipe, keep: int = 0) -> float:
+    """FLOPs of `factor_site` for d outputs and n channels, of which some are kept for certain: a factor before the
+    ordering and one after it, and that of the metric."""
+    flops = 2 * cholesky_flops(n)
+    if recipe.ordering in FLOPS:
+        flops += FLOPS[recipe.ordering](n, d, keep)
+    if recipe.needs_gradients:
+        flops += cholesky_flops(d) + (2 * d * d * n if recipe.metric == "loss" else 0)
+    return flops
+
+
+def loss_curve_flops(d: int, n: int) -> float:
+    """FLOPs of a site's `loss_curve` on held-out windows, for d outputs and n channels."""
+    return 2 * d * d * n + held_out_curve_flops(d, n)
+
+
+def algebra_bytes(d: int, n: int, weights: torch.dtype, recipe: Recipe) -> int:
+    """Bytes that a site of n channels and d outputs takes while it is factored, cut and repaired: matrices as wide as
+    it, weights (W, weighted, W L, W'), and the metric with its root."""
+    entries = ALGEBRA_MATRICES * n * n + 4 * d * n + (3 * d * d if recipe.needs_gradients else 0)
+    return entries * algebra_dtype(n, weights).itemsize
+
+
 def _definite(site: Site, statistics: Statistics, wanted: float, centred: bool) -> DefiniteGram:
     """The site's dampened Gram matrix, in float32 where it is large and that will do."""
 
@@ -154,7 +179,7 @@ def _definite(site: Site, statistics: Statistics, wanted: float, centred: bool) 
         return make_definite(gram, wanted)
 
     second = statistics.moments.second
-    if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32:
+    if algebra_dtype(len(second), second.dtype) == torch.float32:
         definite = damped(torch.float32)
         if definite.dampening == wanted and solve_error(definite.spare[0], probe(definite.gram)) <= SOLVE_TOLERANCE:
             return definite

@@ -1,5 +1,6 @@
 """From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
+from snp_llm.models.staying import what_stays
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
@@ -28,6 +30,8 @@ from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class PrunedModel:
@@ -41,6 +45,7 @@ class PrunedModel:
         calibration: the windows that were used.
         seconds: by phase.
         sparsity: of all sites together, asked for or found by a search; None where the budget was another.
+        stays: what of the blocks is no site, in a line each.
         trials: sparsities that a search tried, and the relative rise of perplexity at each; empty without a search.
     """
 
@@ -51,6 +56,7 @@ class PrunedModel:
     calibration: Windows
     seconds: dict[str, float]
     sparsity: float | None
+    stays: list[str]
     trials: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -95,13 +101,14 @@ def prune(
             return predicted_rise(visited, replace(resolved, sparsity=sparsity, max_perplexity_increase=None))
 
         found = largest_sparsity(model, allowed, measure, attempt, predicted)
-        facts = (windows, clock.seconds, found.sparsity, found.trials)
+        facts = (windows, clock.seconds, found.sparsity, what_stays(visited.anatomy), found.trials)
         return PrunedModel(found.model, tokenizer, resolved, found.results, *facts)
     windows = read_calibration(tokenizer, resolved, model)
     journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
-    pruned, results = cut_once(visit(model, windows, run.phase("visit")), windows.tokens, run.phase("cut"))
-    sparsity = None if resolved.separate else resolved.sparsity
-    return PrunedModel(pruned, tokenizer, resolved, results, windows, clock.seconds, sparsity)
+    visited = visit(model, windows, run.phase("visit"))
+    pruned, results = cut_once(visited, windows.tokens, run.phase("cut"))
+    sparsity, stays = None if resolved.separate else resolved.sparsity, what_stays(visited.anatomy)
+    return PrunedModel(pruned, tokenizer, resolved, results, windows, clock.seconds, sparsity, stays)
 
 
 def plan(
@@ -164,6 +171,8 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
         try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
     announce_heads(anatomy.sites, run.recipe)
+    for line in what_stays(anatomy):
+        log.warning("%s", line)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
     if windows is not None and visit_passes(run.recipe):
         curves = visit_dense(anatomy, windows.tokens, run)

@@ -17,6 +17,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import run_block, watch_outputs
 from snp_llm.models.projections import projection
 from snp_llm.models.site import Site
+from snp_llm.models.staying import has_more
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.pruning.stream import Stream, check_finite, in_batches
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 # Relative distance between what a block adds to its stream and its sites' outputs, up to which they are the same: in
 # bfloat16 an update of a stream a hundred times its size is only known to a few percent.
 SAME_STREAM = 0.25
+
+SCALES = ("residual_multiplier", "residual_scale")  # attributes of blocks: what outputs are multiplied with when added
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class DenseStream:
         run: of the phase.
         stream: before the block that comes next; None where no site is repaired to give anything but its own output.
         residual: whether blocks add to their stream, which sites are then repaired to give; None: not known yet.
+            Blocks that add more than their sites put out are never asked for that.
     """
 
     anatomy: Anatomy
@@ -89,6 +93,13 @@ class DenseStream:
         wanted = run.recipe.reference
         if wanted == "self":
             return cls(anatomy, run, None, False)
+        if wanted == "residual" and (others := [i for i in range(len(anatomy.blocks)) if has_more(anatomy, i)]):
+            log.warning(
+                "reference residual: %d of %d blocks add more than their sites put out, mixers or experts; reference "
+                "dense there",
+                len(others),
+                len(anatomy.blocks),
+            )
         widest = max(site.channels for site in anatomy.sites)
         first = stream.first(enough_windows(widest, stream.hidden.shape[1]))
         return cls(anatomy, run, first, None if wanted == "residual" else False)
@@ -126,9 +137,10 @@ class DenseStream:
         block, dense = self.anatomy.blocks[index], self.stream.before(index)
         sites = [site for site in self.anatomy.sites_of(index) if site.has_reference]
         with self.run.clock.phase("forward passes"):
-            if self.residual is None and sites:
+            only_sites = bool(sites) and not has_more(self.anatomy, index)
+            if self.residual is None and only_sites:
                 self.residual = adds_to_stream(block, sites, dense)
-            residual = bool(self.residual and sites)
+            residual = bool(self.residual and only_sites)
             found = block_reference(block, sites, dense, residual=residual, device=self.run.clock.device)
         if entered:
             for site in self.anatomy.stages(index)[0]:
@@ -186,7 +198,7 @@ def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bo
 
 
 def _stream_scale(block: nn.Module) -> float:
-    return float(getattr(block, "residual_multiplier", 1.0))
+    return float(next((getattr(block, name) for name in SCALES if hasattr(block, name)), 1.0))
 
 
 def _outputs(

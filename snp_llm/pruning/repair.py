@@ -6,8 +6,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.gram import ROWS_AT_ONCE, OutputSums, alive_channels, random_signs
-from snp_llm.linalg.least_squares import Choice, Cut, KeptSums, choose_repair, output_energy, repair
+from snp_llm.linalg.gram import ROWS_AT_ONCE, OutputSums, alive_channels, random_signs, triangle_flops
+from snp_llm.linalg.least_squares import (
+    Choice,
+    Cut,
+    KeptSums,
+    choose_repair,
+    choose_repair_flops,
+    output_energy,
+    repair,
+    repair_flops,
+)
 from snp_llm.pruning.statistics import Statistics, TokenSums
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.storage import Files, let_go
@@ -87,6 +96,18 @@ def chosen_repair(cut: Cut, statistics: Statistics, recipe: Recipe) -> Choice:
         fit, judged = fit.seen_by(view), judged.seen_by(view)
     choice = choose_repair(fit, judged, DAMPENINGS if recipe.dampening is None else [cut.dampening])
     return choice if recipe.reference_weight is None else replace(choice, alpha=recipe.reference_weight)
+
+
+def repair_site_flops(d: int, n: int, k: int, recipe: Recipe) -> float:
+    """FLOPs of `repair_site` for d outputs, k of n channels kept."""
+    drifting = recipe.reference != "self"
+    sums = 2 * d * (n - k) * k
+    flops = sums + d * triangle_flops(k) + drifting * repair_flops(d, k)
+    if recipe.holds_out:
+        candidates, rows = len(DAMPENINGS) if recipe.dampening is None else 1, VIEWS if d >= 2 * VIEWS else d
+        flops += 2 * sums + repair_flops(d, k) + choose_repair_flops(rows, k, candidates, 1 + drifting)
+        flops += 4 * d * rows * k * (1 + drifting) if recipe.needs_gradients or rows < d else 0
+    return flops
 
 
 def viewed(root: Tensor | None, W: Tensor) -> Tensor | None:

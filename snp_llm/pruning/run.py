@@ -9,12 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import Windows, calibration_windows
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
@@ -52,7 +54,7 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             of its own; hidden states are to wait where no blocks are run.
     """
     check_code(model)
-    positions = int(getattr(model.config, "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
+    positions = int(getattr(text_config(model.config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if recipe.hidden_device not in ("cpu", "disk", kind):
@@ -114,9 +116,7 @@ def read_calibration(
     """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
     windows = calibration_windows(
         tokenizer,
-        recipe.calibration,
-        split=recipe.calibration_split,
-        column=recipe.text_column,
+        Dataset(recipe.calibration, recipe.calibration_split, recipe.text_column),
         num_samples=recipe.num_samples + more,
         seq_len=recipe.seq_len,
         seed=recipe.seed,

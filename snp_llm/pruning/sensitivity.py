@@ -76,6 +76,19 @@ def visit_passes(recipe: Recipe) -> int:
     return recipe.needs_gradients + (recipe.allocation in NEEDS_CURVES)
 
 
+def visit_windows(widest: int, hidden: int, seq_len: int, recipe: Recipe) -> tuple[int, int]:
+    """Windows that a visit reads gradients from, and curves; none where the recipe does not need them.
+
+    Args:
+        widest: inputs of the widest site.
+        hidden: channels that a block puts out.
+        seq_len: tokens a window has.
+        recipe: what is needed.
+    """
+    gradients = gradient_windows(hidden, seq_len) if recipe.needs_gradients else 0
+    return gradients, enough_windows(widest, seq_len) if recipe.allocation in NEEDS_CURVES else 0
+
+
 def gradient_windows(hidden: int, seq_len: int) -> int:
     """Windows that gradients are read from: of these there are moments over pairs of a block's output channels alone.
 
@@ -100,19 +113,18 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
         tokens: calibration windows, (windows, T), int64.
         run: of this phase; its journal keeps curves and gradients.
     """
-    recipe, sites, blocks = run.recipe, anatomy.sites, anatomy.blocks
-    gradients, curves = run.phase("gradients"), run.phase("curves")
+    sites, gradients, curves = anatomy.sites, run.phase("gradients"), run.phase("curves")
+    widest, hidden = max(s.channels for s in sites), len(site_weight(anatomy.blocks[sites[0].block], sites[0]))
+    read_back, read_once = visit_windows(widest, hidden, tokens.shape[1], run.recipe)
 
     def first_windows(count: int, run: Run) -> _Visit:
         return _Visit(anatomy, tokens[: max(count, ranks.rank_count())], run)
 
     with frozen(anatomy.model):
-        if recipe.needs_gradients:
-            hidden = len(site_weight(blocks[0], sites[0]))
-            _read_gradients(first_windows(gradient_windows(hidden, tokens.shape[1]), gradients))
-        if recipe.allocation in NEEDS_CURVES:
-            widest = max(site.channels for site in sites)
-            _read_curves(first_windows(enough_windows(widest, tokens.shape[1]), curves), gradients.journal)
+        if read_back:
+            _read_gradients(first_windows(read_back, gradients))
+        if read_once:
+            _read_curves(first_windows(read_once, curves), gradients.journal)
     return [
         SiteCurves(
             energy=curves.journal.get(site.block, f"{site.path} energy"),

@@ -137,8 +137,8 @@ def empty_sums(
         some_unreferred: whether sums over windows without a reference are.
     """
     (d_out, n), dtype = W.shape, W.dtype
-    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_unreferred * n * (n + 1)
-    device = _where(name, "sums", entries * torch.promote_types(dtype, torch.float32).itemsize, device)
+    parts = {"drifting": drifting, "holding_out": holding_out, "some_unreferred": some_unreferred}
+    device = _where(name, "sums", sums_bytes(n, d_out, dtype, **parts), device)
 
     def empty() -> TokenSums:
         outputs = empty_output_sums(d_out, n, dtype, device) if drifting else None
@@ -146,8 +146,20 @@ def empty_sums(
 
     unreferred = empty_moments(n, dtype, device) if some_unreferred else None
     sums = Sums(empty(), empty() if holding_out else None, unreferred)
-    in_files = storage.device is None and device.type == "cpu" and n >= FILES_FROM
-    return _in_files(sums, storage) if in_files else sums
+    return _in_files(sums, storage) if wants_files(n, storage.device, device.type) else sums
+
+
+def sums_bytes(
+    n: int, d_out: int, dtype: torch.dtype, *, drifting: bool, holding_out: bool, some_unreferred: bool = False
+) -> int:
+    """Bytes of `empty_sums` for a site with n inputs and d_out outputs, whose weights are of a type."""
+    entries = (1 + holding_out) * (n * (n + 1) + drifting * d_out * (n + 1)) + some_unreferred * n * (n + 1)
+    return entries * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def wants_files(n: int, storage: torch.device | None, summed_on: str) -> bool:
+    """Whether sums over n channels are worth a file: where a storage is in files (None), and the CPU sums."""
+    return storage is None and summed_on == "cpu" and n >= FILES_FROM
 
 
 def _in_files(sums: Sums, storage: Storage) -> Sums:
@@ -233,8 +245,8 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
     trim_host_memory()
     statistics = _with_each(statistics, lambda part: completed(part) if isinstance(part, Moments) else part)
     second = statistics.moments.second
-    wide = 4 if len(second) >= SINGLE_PRECISION_FROM and second.dtype == torch.float32 else 8
-    if _where(name, "algebra", ALGEBRA_MATRICES * second.numel() * wide, second.device) == second.device:
+    size = ALGEBRA_MATRICES * second.numel() * algebra_dtype(len(second), second.dtype).itemsize
+    if _where(name, "algebra", size, second.device) == second.device:
         return statistics
 
     @cache  # all tokens and those with a reference may be the same
@@ -248,6 +260,12 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
 
     gradient = statistics.gradient
     return replace(_with_each(statistics, with_moved), gradient=None if gradient is None else gradient.cpu())
+
+
+def algebra_dtype(n: int, weights: torch.dtype) -> torch.dtype:
+    """The type in which a site of n channels is ordered and factored, unless that solves badly; weights are of a type,
+    or sums are."""
+    return torch.float32 if n >= SINGLE_PRECISION_FROM and weights != torch.float64 else torch.float64
 
 
 def _where(name: str, what: str, size: int, device: torch.device) -> torch.device:

@@ -1,15 +1,18 @@
 """A cut in each kind of block before the work: whether the units that stay compute what they did. Keeps nothing."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import capture_calls, on_device
 from snp_llm.models.calls import BlockCall
+from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import prune_site
@@ -37,9 +40,12 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
         kinds: of site that may be cut.
 
     Raises:
-        SnpError: the units of a site are not what they were taken for.
+        SnpError: the units of a site are not what they were taken for; blocks cannot be run one at a time.
     """
+    if not kinds:
+        return
     model, blocks, seen = anatomy.model, anatomy.blocks, set[str]()
+    _try_blocks(model, tokens[:1, :TOKENS])
     hidden, calls = capture_calls(model, blocks, tokens[:1, :TOKENS])
     for index, block in enumerate(blocks):
         here = [site for site in anatomy.sites_of(index) if site.prunable and site.kind in kinds]
@@ -58,11 +64,31 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
                         f"like a layout that is known is another one: {anatomy.family.model_type} is not supported."
                     )
     log.warning(
-        "model_type %s has no entry in the table of families: its %s were told by the names and shapes of their "
+        "model_type %s has no entry in the table of families: sites (%s) were told by the names and shapes of their "
         "projections, and a cut of each was tried",
         anatomy.family.model_type,
         " and ".join(kinds),
     )
+
+
+def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:
+    """Raises SnpError if blocks run one at a time, on two texts, do not compute what the model does.
+
+    Some are given more than hidden states: embeddings of the text for every block, or keys and values of earlier ones.
+    """
+    texts = torch.cat([window, window.flip(1)])
+    home = next(model.get_input_embeddings().parameters()).device
+    wanted = model(texts.to("cpu" if home.type == "meta" else home), use_cache=False).logits.cpu().double()
+    try:
+        difference = float((logits_block_by_block(model, texts) - wanted).abs().max() / wanted.abs().max())
+        said = f"differ by {difference:.1e} of the largest"
+    except Exception as error:  # shapes that are not those of hidden states
+        difference, said = math.inf, f"cannot be computed ({reason(error)})"
+    if not difference <= TOLERANCE[model.dtype]:
+        raise SnpError(
+            f"model_type {model.config.model_type!r} is not supported: with its blocks run one at a time, logits "
+            f"{said}; expected the same. Its blocks depend on more than what the one before puts out."
+        )
 
 
 def _try(block: nn.Module, site: Site, hidden: Tensor, call: BlockCall) -> float:

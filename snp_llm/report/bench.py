@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from snp_llm.checkpoint.output import BENCH, read_card, read_report
-from snp_llm.evaluate.cells import Cell
-from snp_llm.evaluate.remarks import MODELS
+from snp_llm.checkpoint.contents import BENCH, read_card, read_report
+from snp_llm.evaluate.cells import MODELS, Cell
+from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.report.card import update_card
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.files import write_text
@@ -18,7 +18,7 @@ from snp_llm.runtime.terminal import table_of
 
 
 def bench_table(result: dict[str, Any]) -> Table:
-    """Table of both models side by side, measured ratios beside that of the FLOPs."""
+    """Table of both models side by side, measured ratios beside those of the FLOPs and of the bytes of weights."""
     rows = []
     for cell in result["cells"]:
         named = Cell(**cell["cell"])
@@ -28,10 +28,10 @@ def bench_table(result: dict[str, Any]) -> Table:
             spread = 50 * (timing["high"] - timing["low"]) / timing["seconds"]
             shown.append(f"{1000 * timing['seconds']:,.1f} ms ± {spread:.0f} %, {timing['tokens_per_second']:,.0f}/s")
         ratio = f"{cell['speedup']:.2f} ({cell['speedup_low']:.2f} to {cell['speedup_high']:.2f})"
-        rows.append((named.name, *shown, ratio, f"{cell['flops_ratio']:.2f}"))
+        rows.append((named.name, *shown, ratio, f"{cell['flops_ratio']:.2f}", f"{cell['bytes_ratio']:.2f}"))
 
     def row(name: str, values: Sequence[float], form: str) -> None:
-        rows.append((name, *(format(v, form) for v in values), f"{values[0] / values[1]:.2f}", ""))
+        rows.append((name, *(format(v, form) for v in values), f"{values[0] / values[1]:.2f}", "", ""))
 
     if result["memory"]:
         memory = [result["memory"][model] for model in MODELS]
@@ -41,7 +41,13 @@ def bench_table(result: dict[str, Any]) -> Table:
             row("peak device memory, MB", [m["device"] / 1e6 for m in memory], ",.0f")
     row("size on disk, MB", [result["disk"][model] / 1e6 for model in MODELS], ",.2f")
     row("parameters", [result["parameters"][model] for model in MODELS], ",")
-    return table_of(("", "dense", "pruned", "dense / pruned", "FLOPs"), rows)
+    return table_of(("", "dense", "pruned", "dense / pruned", "FLOPs", "weights read"), rows)
+
+
+def width_warning(result: dict[str, Any]) -> list[str]:
+    """A line where FFN widths of the pruned model are such as kernels do not like."""
+    odd = result["odd_widths"]
+    return [f"{odd} FFN widths are no multiples of {KERNEL_MULTIPLE}, which kernels like less."] if odd else []
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -71,4 +77,4 @@ def save(result: dict[str, Any], folder: Path) -> None:
     head = "| " + " | ".join(str(column.header) for column in table.columns) + " |"
     rule = "|---|" + "---:|" * (len(columns) - 1)
     rows = ["| " + " | ".join(str(cell).strip() for cell in row) + " |" for row in zip(*columns, strict=True)]
-    update_card(folder, "Speed", [f"{headline(result)}.", "", head, rule, *rows, "", *result["remarks"]])
+    update_card(folder, "Speed", [f"{headline(result)}.", "", head, rule, *rows, "", *width_warning(result)])

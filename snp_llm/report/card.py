@@ -6,15 +6,36 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from snp_llm.checkpoint.output import CARD, PAGE, REPORT, read_card
+from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card
+from snp_llm.checkpoint.tokenizer import reader_of
 from snp_llm.models.layouts import needs_code
+from snp_llm.models.registry import auto_class
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.report.rows import markdown_table
 from snp_llm.runtime.files import write_text
 
+# By the Auto class of a model, where the Hub calls what it does something else than the generation of text.
+PIPELINES = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForMultimodalLM": "any-to-any"}
 
-def model_card(report: dict[str, Any], base_model: str | None, *, model_type: str, has_code: bool) -> str:
-    """The folder's README.md: front matter for the hub, then what was done and how to load it."""
+
+def model_card(
+    report: dict[str, Any],
+    base_model: str | None,
+    *,
+    model_type: str,
+    has_code: bool,
+    classes: tuple[str, str] = ("AutoModelForCausalLM", "AutoTokenizer"),
+) -> str:
+    """The folder's README.md: front matter for the hub, then what was done and how to load it.
+
+    Args:
+        report: as in `prune_report.json`.
+        base_model: on the Hub, if it is there.
+        model_type: of the config.
+        has_code: whether the folder needs `trust_remote_code`.
+        classes: Auto classes that load the model and what reads its inputs.
+    """
+    auto, reader = classes
     trust = ", trust_remote_code=True" if has_code else ""
     if has_code:
         loads = [
@@ -30,21 +51,22 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
     made = f" Made with `{report['command']}`." if "command" in report else ""
     removed = 100 * report["sparsity"]["achieved"]
     lines = [
-        *("---", front_matter(report, base_model, has_code=has_code), "---", ""),
+        *("---", front_matter(report, base_model, has_code=has_code, auto=auto), "---", ""),
         f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
         "",
         "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
         "",
         *markdown_table(report),
         "",
         *(_measured_on(report), ""),
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, {reader}",
         "",
         'folder = "path/to/this/folder"  # or user/name on the Hub',
-        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        f"model = {auto}.from_pretrained(folder{trust})",
+        f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained(folder{trust})",
         "```",
         "",
         *(*loads, ""),
@@ -55,7 +77,7 @@ def model_card(report: dict[str, Any], base_model: str | None, *, model_type: st
     return "\n".join(lines)
 
 
-def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bool) -> str:
+def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bool, auto: str) -> str:
     """What the Hub reads of a card: tags, the dense model, and perplexity where it was measured; YAML."""
     name = f"{Path(report['recipe']['model']).name} pruned"
     result = EvalResult(
@@ -69,7 +91,7 @@ def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bo
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=PIPELINES.get(auto, "text-generation"),
         tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
         metrics=["perplexity"] if measured else None,
         model_name=name if measured else None,
@@ -93,7 +115,8 @@ def _measured_on(report: dict[str, Any]) -> str:
 def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
     """Writes the model card of a pruned model into its folder."""
     config = pruned.model.config
-    card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config))
+    classes = auto_class(config).__name__, reader_of(folder)
+    card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config), classes=classes)
     write_text(folder / CARD, card)
 
 

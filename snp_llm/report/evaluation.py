@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from snp_llm.checkpoint.output import REPORT, read_report
+from snp_llm.checkpoint.contents import REPORT, read_report
 from snp_llm.evaluate.side_by_side import Evaluated
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.report.facts import write_report

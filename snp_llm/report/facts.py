@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snp_llm.checkpoint.output import REPORT
+from snp_llm.checkpoint.contents import REPORT
 from snp_llm.models.size import ModelSize
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.pruning.result import SiteResult
@@ -71,6 +71,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "target": pruned.sparsity,
             "achieved": achieved_sparsity(dense, pruned),
         },
+        "stays": pruned.stays,
         "predicted_perplexity_ratio": predicted_ratio(pruned),
         "trials": [{"sparsity": sparsity, "perplexity_rise": rise} for sparsity, rise in pruned.trials],
         "dense": asdict(dense),

@@ -11,30 +11,16 @@ from typing import Any
 
 import jinja2
 
-from snp_llm.checkpoint.output import BENCH, PAGE, REPORT
+from snp_llm.checkpoint.contents import BENCH, PAGE, REPORT
 from snp_llm.pruning.widths.plan import FARTHEST_FROM_BUDGET
-from snp_llm.report import drawing, figures
+from snp_llm.report import pictures
 from snp_llm.report.compare import compare
-from snp_llm.report.figures import SitePoint
-from snp_llm.report.parts import Picture, Table, as_picture
-from snp_llm.report.read import Measurements, Run, model_name, read_run
+from snp_llm.report.measurements import bench_measurements, measurements
+from snp_llm.report.read import Run, model_name, read_run
 from snp_llm.report.rows import summary
-from snp_llm.report.words import (
-    asked,
-    brief,
-    brief_count,
-    change_words,
-    count,
-    flattened,
-    percent,
-    said_of,
-    setting_words,
-    title_of,
-)
+from snp_llm.report.words import asked, brief, brief_count, change_words, count, percent, said_of, setting_words
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.files import write_text
-
-KINDS = {"attention": "Attention", "ffn": "FFN"}
 
 
 def write_page(folder: Path, others: Sequence[Path] = ()) -> Path:
@@ -82,10 +68,10 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "said": said_of(report),
             "arguments": str(report.get("command", "")).split(),
             "quoted": json.dumps(f"path/to/{run.name}", ensure_ascii=False),
-            "widths": [*_widths(report)],
-            "predictions": [*_predictions(report)],
-            "curves": [*_curves(report)],
-            "repairs": [*_repairs(report)],
+            "widths": pictures.widths(report),
+            "predictions": pictures.predictions(report),
+            "curves": pictures.curves(report),
+            "repairs": pictures.repairs(report),
             "sites": report["sites"],
             "phases": _phases(report),
             "settings": {name: setting_words(value) for name, value in report["recipe"].items() if value is not None},
@@ -181,181 +167,9 @@ def limits(run: Run) -> list[str]:
     return found
 
 
-def _widths(report: Mapping[str, Any]) -> list[Picture]:
-    found = []
-    for kind, title in KINDS.items():
-        sites = [s for s in report["sites"] if s["kind"] == kind]
-        if not sites:
-            continue
-        kept, before = [s["units_after"] for s in sites], [s["units_before"] for s in sites]
-        unit = sites[0]["unit"]
-        note = f"{count(sum(kept))} of {count(sum(before))} {unit} kept; the faint bar is what there was."
-        said = ", ".join(f"block {block} {k}" for block, k in enumerate(kept))
-        figure = figures.widths_figure(kind, kept, before, unit)
-        found.append(as_picture(figure, title, note, f"{unit} kept in every block: {said}", f"widths{kind}"))
-    return found
-
-
-def _predictions(report: Mapping[str, Any]) -> list[Picture]:
-    sites, found = report["sites"], []
-    known = [(s, s.get("predicted_error"), s.get("relative_error")) for s in sites]
-    known = [(s, p, m) for s, p, m in known if p is not None and m is not None]
-    places = _blocks(sites)
-    points = [
-        (SitePoint(places[s["site"]], s["kind"], p), SitePoint(places[s["site"]], s["kind"], m)) for s, p, m in known
-    ]
-    positive = [pair for pair in points if pair[0].value > 0 and pair[1].value > 0]
-    if positive:
-        figure = figures.prediction_figure(*zip(*positive, strict=True))
-        none = len(known) - len(positive)
-        note = "Relative squared error of a site's output. On the line, measured is what was predicted."
-        if none:
-            note += f" {none} uncut site{'s have' if none > 1 else ' has'} no error and no place here."
-        ratios = sorted(m.value / p.value for p, m in positive)
-        said = (
-            f"measured against predicted error of {len(positive)} sites; their ratio is {ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}, {ratios[len(ratios) // 2]:.2f} in the middle"
-        )
-        found.append(as_picture(figure, "Reconstruction error", note, said, "prediction"))
-    losses = [
-        SitePoint(places[s["site"]], s["kind"], s["predicted_loss"])
-        for s in sites
-        if s.get("predicted_loss") is not None
-    ]
-    if losses and any(p.value for p in losses):
-        worst = max(losses, key=lambda p: p.value)
-        total = sum(p.value for p in losses)
-        note = f"Rise of the mean loss, in nats a token, on held-out calibration windows; {total:.4f} in all."
-        said = (
-            f"predicted rise of the loss at every site, {total:.4f} in all, the largest {worst.value:.4f} at block "
-            f"{worst.block} {drawing.NAMES[worst.kind]}"
-        )
-        found.append(as_picture(figures.loss_figure(losses), "Predicted loss", note, said, "loss"))
-    return found
-
-
-def chosen_sites(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each kind the first, middle and last site that were cut, and the one of largest error; in their order."""
-    found: list[dict[str, Any]] = []
-    for kind in KINDS:
-        own = [s for s in report["sites"] if s["kind"] == kind and s.get("curve")]
-        own = [s for s in own if s["units_after"] < s["units_before"]]
-        if own:
-            worst = max(own, key=lambda s: s["relative_error"])
-            names = {s["site"] for s in (own[0], own[len(own) // 2], own[-1], worst)}
-            found += [s for s in own if s["site"] in names]
-    return found
-
-
-def _curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for place, site in enumerate(chosen_sites(report)):
-        curve, kind = site["curve"], site["kind"]
-        channels, cut = curve["channels"], curve["cut"]
-        kept = f"{count(site['units_after'])} of {count(site['units_before'])} {site['unit']} kept"
-        positive = [v for v in curve["spectrum"] if v > 0]
-        spread = f", from {positive[0]:.2g} down to {positive[-1]:.2g}" if positive else ""
-        pictures = [
-            as_picture(
-                figures.spectrum_figure(kind, channels, curve["variance"], curve["spectrum"], cut),
-                "Latent spectrum",
-                "",
-                f"variances of the {channels[-1]:,} latents of {site['site']}{spread}; cut at {cut:,}",
-                f"spectrum{place}",
-            ),
-            as_picture(
-                figures.error_figure(kind, channels, curve["error"], cut, site["relative_error"]),
-                "Error at every width",
-                "",
-                f"relative reconstruction error of {site['site']} against channels kept; "
-                f"{site['predicted_error']:.2e} predicted at the cut, {site['relative_error']:.2e} measured",
-                f"error{place}",
-            ),
-        ]
-        found.append({"site": site["site"], "kept": kept, "error": site["relative_error"], "pictures": pictures})
-    return found
-
-
-def _repairs(report: Mapping[str, Any]) -> list[Picture]:
-    places, found = _blocks(report["sites"]), []
-    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or s.get("reference_weight")]
-    for key, title, note, log in (
-        ("dampening", "Dampening", "Of the repair, relative to each channel's energy, where there was one.", True),
-        ("reference_weight", "Share of the drift repaired", "Of what earlier cuts had spoilt at this site.", False),
-    ):
-        points = _site_points(done, places, key)
-        if points and any(p.value > 0 for p in points):
-            values = [p.value for p in points]
-            said = f"{title.lower()} at every site, from {min(values):.3g} to {max(values):.3g}"
-            figure = figures.site_figure(points, title.split()[0].lower(), log=log)
-            found.append(as_picture(figure, title, note, said, key.replace("_", "")))
-    return found
-
-
 def _phases(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     seconds = report["seconds"]
     whole = sum(seconds.values())
     return [
         {"name": name, "seconds": value, "share": value / whole if whole else 0.0} for name, value in seconds.items()
     ]
-
-
-def _blocks(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The block of every site, by name: sites of a kind come in the order of their blocks."""
-    seen: dict[str, int] = {}
-    found = {}
-    for site in sites:
-        found[site["site"]] = seen.get(site["kind"], 0)
-        seen[site["kind"]] = found[site["site"]] + 1
-    return found
-
-
-def _site_points(sites: Sequence[Mapping[str, Any]], places: Mapping[str, int], key: str) -> list[SitePoint]:
-    """A value of every site that has it."""
-    return [SitePoint(places[s["site"]], s["kind"], s[key]) for s in sites if s.get(key) is not None]
-
-
-def bench_measurements(value: Any) -> Measurements | None:
-    """What `bench.json` holds, as a table of cells, dense beside pruned; whatever else has that name, key by key."""
-    if not isinstance(value, dict) or not isinstance(cells := value.get("cells"), list):
-        return measurements(value)
-    rest = measurements({name: inner for name, inner in value.items() if name not in ("cells", "remarks")})
-    columns = ["", "dense, tokens a second", "pruned", "times as fast", "quartiles", "FLOPs", "weights"]
-    rows = []
-    for c in cells:
-        what, shape = c["cell"]["kind"], f"{c['cell']['batch']} \N{MULTIPLICATION SIGN} {count(c['cell']['length'])}"
-        speeds = [count(c[model]["tokens_per_second"]) for model in ("dense", "pruned")]
-        quartiles = f"{c['speedup_low']:.2f} to {c['speedup_high']:.2f}"
-        ratios = [f"{c[ratio]:.3f}" for ratio in ("flops_ratio", "bytes_ratio")]
-        rows.append([f"{what}, {shape}", *speeds, f"{c['speedup']:.2f}", quartiles, *ratios])
-    caption = "Batch and prompt length; FLOPs and weights of the pruned model over those of the dense one"
-    return Measurements(
-        rest.lines if rest else [], [Table(caption, columns, rows)], [str(r) for r in value.get("remarks") or []]
-    )
-
-
-def measurements(value: Any) -> Measurements | None:
-    """Whatever another command measured, without knowing its keys; None where there is nothing.
-
-    Args:
-        value: JSON. Lists of objects become tables, all else lines.
-    """
-    if not value:
-        return None
-    lines: list[tuple[str, str]] = []
-    tables: list[Table] = []
-
-    def walk(inner: Any, path: tuple[str, ...]) -> None:
-        if isinstance(inner, dict):
-            for key, below in inner.items():
-                walk(below, (*path, str(key)))
-        elif isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
-            flat = [dict(flattened(row)) for row in inner]
-            columns = list(dict.fromkeys(column for row in flat for column in row))
-            rows = [[setting_words(row[column]) if column in row else "" for column in columns] for row in flat]
-            tables.append(Table(title_of(path), [column.replace("_", " ") for column in columns], rows))
-        else:
-            lines.append((title_of(path), setting_words(inner)))
-
-    walk(value, ())
-    return Measurements(lines, tables)

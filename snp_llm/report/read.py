@@ -3,27 +3,20 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snp_llm.checkpoint.output import BENCH, REPORT, read_report
-from snp_llm.report.parts import Table
+from snp_llm.checkpoint.contents import BENCH, REPORT, read_report
+from snp_llm.checkpoint.tokenizer import reader_of
+from snp_llm.models.families.family import PRUNED
+from snp_llm.models.modeling_snp import auto_classes
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 
 SAME_PERPLEXITY = 0.01  # relative, of the dense model in runs that may be compared: dtypes and devices round
 
 UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f\\ud800-\\udfff\\ufffe\\uffff]")
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """Foreign JSON in a form that can be shown: lines of name and value, tables, and sentences."""
-
-    lines: list[tuple[str, str]]
-    tables: list[Table]
-    sentences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -35,12 +28,14 @@ class Run:
         report: of `prune_report.json`.
         bench: of `bench.json`, or None.
         has_code: whether the folder needs `trust_remote_code`.
+        classes: Auto classes that load the model and what reads its inputs.
     """
 
     name: str
     report: dict[str, Any]
     bench: Any
     has_code: bool
+    classes: tuple[str, str]
 
 
 def read_run(folder: Path) -> Run:
@@ -54,7 +49,10 @@ def read_run(folder: Path) -> Run:
     report = _clean(read_report(folder))
     config = _read_json(folder / "config.json")
     name = folder.name or folder.absolute().name
-    return Run(name, report, _read_json(folder / BENCH), has_code=isinstance(config, dict) and "auto_map" in config)
+    values = config if isinstance(config, dict) else {}
+    auto = next(iter(auto_classes(str(values.get("model_type")).removeprefix(PRUNED))), "AutoModelForCausalLM")
+    bench, has_code = _read_json(folder / BENCH), "auto_map" in values
+    return Run(name, report, bench, has_code=has_code, classes=(auto, reader_of(folder)))
 
 
 def _read_json(path: Path) -> Any:

@@ -35,8 +35,9 @@ def summary(report: Mapping[str, Any]) -> list[Row]:
         rows.append((attention[0]["unit"], *_units(attention), ",.0f"))
     if key_value[0] != query[0]:
         rows.append(("key-value heads", *key_value, ",.0f"))
+    if ffn:
+        rows.append(("FFN channels", *_units(ffn), ",.0f"))
     rows += [
-        ("FFN channels", *_units(ffn), ",.0f"),
         ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
         ("MFLOPs a token", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
         ("perplexity", dense["perplexity"], pruned["perplexity"], ",.2f"),

@@ -1,12 +1,14 @@
-"""Where a run computes, and how long each phase of it takes. Knows torch only."""
+"""Where a run computes, what is free there and how fast it is, and how long each phase takes. Knows torch only."""
 
 import ctypes
+import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,6 +21,8 @@ PHASES = (
     *("loading", ONCE, "forward passes", "Gram matrices", "ordering", "factorisation", "reconstruction", "surgery"),
     "saving",
 )
+
+PROBE_SECONDS = 0.2
 
 
 def devices_here() -> list[str]:
@@ -59,6 +63,19 @@ def has_room(device: torch.device, size: int) -> bool:
     return size <= torch.cuda.mem_get_info(device)[0] + reserved
 
 
+def free_host_bytes() -> int:
+    """Memory that a process may still take, without swapping where the system says so, within its control group."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
 def trim_host_memory() -> None:
     """Hands memory that was freed back to the system, where the C library (glibc) would keep it.
 
@@ -72,6 +89,27 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device, so that a clock read next to it tells the truth."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def matmul_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[torch.dtype, float]:
+    """FLOPs a second of a large product, by dtype, probed for a fifth of a second in all."""
+    wanted = list(dtypes)
+    rates = {}
+    for dtype in wanted:
+        if dtype == torch.float64 and device.type == "mps":
+            rates[dtype] = matmul_rates(torch.device("cpu"), [dtype])[dtype]  # where its float64 is computed
+            continue
+        size = 512 if device.type == "cpu" else 4096
+        a = torch.randn(size, size, device=device).to(dtype)
+        a @ a
+        synchronize(device)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < PROBE_SECONDS / len(wanted):
+            a @ a
+            synchronize(device)
+            count += 1
+        rates[dtype] = 2 * size**3 * count / (time.perf_counter() - start)
+    return rates
 
 
 @dataclass

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from snp_llm import prune
-from snp_llm.checkpoint import output
+from snp_llm.checkpoint import contents
 from snp_llm.cli.parse import bench_main, prune_main
-from snp_llm.evaluate import remarks, speed, work
-from snp_llm.evaluate.cells import Cell
-from snp_llm.models.size import model_size
+from snp_llm.evaluate import speed, work
+from snp_llm.evaluate.cells import MODELS, Cell
+from snp_llm.models.size import attention_channels, model_size
 from snp_llm.report import card as model_cards
 from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.counting import Products
 from tests.entry.test_cli import QUICK, refuse
-from tests.flow.test_estimate import Products
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,18 @@ def test_one_table_one_json_one_card(folders, tmp_path, capsys):
         "decode, 2 after 16",
         "size on disk",
         "peak host memory",
-        "FLOPs alone would give",
+        "weights read",
+        "3 FFN widths are no multiples of 64",
     ):
         assert words in printed.out, words
     assert "┃" not in printed.out and "times as fast" in printed.err  # no terminal here
-    result = json.loads(Path(pruned, output.BENCH).read_text())
+    result = json.loads(Path(pruned, contents.BENCH).read_text())
     assert [c["cell"]["kind"] for c in result["cells"]] == ["prefill"] * 2 + ["decode"] * 2
     assert result["parameters"]["dense"] == model_size(small_opt(), 1).parameters > result["parameters"]["pruned"]
     assert result["memory"]["dense"]["host"] > result["memory"]["dense"]["libraries"] > 50e6
     for cell in result["cells"]:
         assert cell["speedup_low"] <= cell["speedup"] <= cell["speedup_high"] and cell["flops_ratio"] > 1
-        for model in remarks.MODELS:
+        for model in MODELS:
             timing = cell[model]
             assert 0 < timing["low"] <= timing["seconds"] <= timing["high"]
             tokens = 16 if cell["cell"]["kind"] == "prefill" else 1
@@ -70,7 +71,7 @@ def test_flops_of_a_cell_are_what_torch_counts(model_type):
     """But for attention scores, of which eager attention computes those behind the diagonal too."""
     model = small_model(model_type, torch.float32)
     model.set_attn_implementation("eager")
-    channels = work.attention_channels(model)
+    channels = attention_channels(model)
     for cell in (Cell("prefill", 3, 20, 0), Cell("decode", 3, 20, 4)):
         tokens = speed.random_tokens(model, cell, torch.device("cpu"))
         with Products() as before:

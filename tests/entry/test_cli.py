@@ -224,7 +224,7 @@ def test_bad_models(tmp_path, tokenizer, capsys):
     refuse(capsys, ["./nowhere"], "no such folder")
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     bert.save_pretrained(tmp_path / "bert")
-    refuse(capsys, [str(tmp_path / "bert")], "'bert' is not supported: expected blocks with an attention or an FFN")
+    refuse(capsys, [str(tmp_path / "bert")], "'bert' is not supported: its 1 blocks have no attention and no FFN")
     model = small_opt()
     model.model.decoder.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
     save_model(model, tokenizer, tmp_path / "inf")
@@ -279,17 +279,12 @@ def test_a_trained_model_stays_close(shared, tmp_path):
         arguments += ["--calibration", str(shared / "data/wikitext-2/wiki.valid.tokens")]
         assert prune_main(arguments) == 0
         from snp_llm import perplexity
+        from snp_llm.data.sources import Dataset
         from snp_llm.data.windows import evaluation_windows
 
         tokenizer = AutoTokenizer.from_pretrained(out)
-        windows = evaluation_windows(
-            tokenizer,
-            str(shared / "data/wikitext-2/wiki.test.raw"),
-            split=None,
-            column="text",
-            seq_len=128,
-            max_windows=64,
-        )
+        text = Dataset(str(shared / "data/wikitext-2/wiki.test.raw"))
+        windows = evaluation_windows(tokenizer, text, seq_len=128, max_windows=64)
         perplexities[ordering] = perplexity(AutoModelForCausalLM.from_pretrained(out), windows.tokens)
         perplexities["dense"] = perplexity(
             AutoModelForCausalLM.from_pretrained(shared / "models/opt-7m"), windows.tokens

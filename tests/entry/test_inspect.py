@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import Recipe, prune
 from snp_llm.checkpoint.saving import save
-from snp_llm.cli.inspect import inspect
+from snp_llm.cli.inspect import inspect, layout_facts, layout_line
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
+from snp_llm.models.anatomy import find_anatomy
 from tests.conftest import save_model, small_model, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 from tests.families import FAMILY_CONFIGS, every_family
@@ -81,6 +82,28 @@ def test_the_largest_sparsity_can_be_had_and_no_more(opt_folder, tmp_path, capsy
     refuse(capsys, [*plan, *more], "the minimum is|Ask for")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "layout", "expected"),
+    [
+        ("llama", "uniform", "heads go; saved as llama; loads in transformers, vLLM, llama.cpp"),
+        ("qwen2", "uniform", "loads in transformers, with --head-sparsity 0 also in vLLM, llama.cpp"),
+        ("opt", "uniform", "the same in every block, of the FFN in multiples of 8; heads stay; saved as opt; loads in"),
+        ("olmo2", "uniform", "heads stay"),
+        ("olmo2", "compact", "heads stay"),
+        ("llama", "compact", "heads go; saved as snp_llama; loads in transformers with trust_remote_code"),
+        ("gpt2", "padded", "filled up with zeros, of the FFN in multiples of 8; heads go; saved as gpt2; loads in"),
+    ],
+)
+def test_what_a_layout_writes_and_what_loads_it_is_said_before(model_type, layout, expected):
+    assert expected in layout_line(layout, layout_facts(find_anatomy(small_model(model_type)), layout, 8))
+
+
+def test_mistral_is_named_where_it_may_come_to_that():
+    odd = find_anatomy(small_model("llama", num_key_value_heads=6))
+    assert layout_facts(odd, "uniform", 8)["saved_as"] == ["llama", "mistral"]
+    assert layout_facts(find_anatomy(small_model("llama")), "uniform", 8)["saved_as"] == ["llama"]
+
+
 def test_pruned_folders_are_inspected_too(tokenizer, tmp_path, capsys):
     model = small_model("llama", torch.float32, num_key_value_heads=6)
     pruned = prune(model, tokenizer, small_recipe(sparsity=0.4, round_to=4))
@@ -97,7 +120,7 @@ def test_pruned_folders_are_inspected_too(tokenizer, tmp_path, capsys):
 def test_heads_that_stay_are_said_to(tokenizer, tmp_path, capsys):
     save_model(small_model("olmo2", torch.float32), tokenizer, tmp_path)
     assert inspect_main([str(tmp_path)]) == 0
-    assert "they stay: a norm over all of them" in capsys.readouterr().out
+    assert "they stay, since a norm over all of them" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is here")

@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.peers import NAMES, PEERS, flap, magnitude, make_methods, osscar, slicegpt, wanda
 from benchmarks.peers.common import least_squares, model_sites, uniform_widths
 from snp_llm import Recipe
-from snp_llm.data.windows import BUNDLED, calibration_windows
+from snp_llm.data.sources import BUNDLED, Dataset
+from snp_llm.data.windows import calibration_windows
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.blocks import capture_calls, input_of
 from snp_llm.models.projections import projection
@@ -59,9 +60,7 @@ def test_a_method_removes_what_was_asked_for_and_leaves_the_dense_model_alone(na
     tokens, methods = TOKENS, PEERS
     if name not in PEERS:
         methods = {method.name: method for method in make_methods(tokenizer, SETTINGS)}
-        tokens = calibration_windows(
-            tokenizer, "bundled", split=None, column="text", num_samples=8, seq_len=32, seed=0
-        ).tokens
+        tokens = calibration_windows(tokenizer, Dataset("bundled"), num_samples=8, seq_len=32, seed=0).tokens
     prune = methods[name].prepare(dense, tokens, 0)
     for sparsity in (0.2, 0.4):
         result = prune(sparsity)

@@ -35,7 +35,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from snp_llm import checkpoint
 from snp_llm.cli import bench, evaluate, families, inspect, main, parse, prune, push, report
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
 from snp_llm.models.families.family import Family

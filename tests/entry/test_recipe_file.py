@@ -11,7 +11,7 @@ import yaml
 
 from snp_llm import Recipe, SnpError, checkpoint, load_recipe, save_recipe
 from snp_llm.checkpoint import hub
-from snp_llm.checkpoint.output import RECIPE
+from snp_llm.checkpoint.contents import RECIPE
 from snp_llm.cli import parse
 from snp_llm.cli import prune as prune_command
 from snp_llm.recipe.groups import ONCE

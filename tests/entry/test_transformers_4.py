@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from snp_llm import checkpoint, prune
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from tests.conftest import small_model, small_recipe
 from tests.entry.test_readme import ROOT
 from tests.families import IN_BOTH, every_family

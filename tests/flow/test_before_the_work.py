@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import SnpError, prune
 from snp_llm.checkpoint import hub
-from snp_llm.checkpoint.output import REPORT
+from snp_llm.checkpoint.contents import REPORT
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli import parse
 from snp_llm.models.anatomy import find_blocks, find_sites

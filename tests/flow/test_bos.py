@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from snp_llm import SnpError, load_recipe, prune
 from snp_llm.cli.parse import evaluate_main, prune_main
-from snp_llm.data.windows import BUNDLED, calibration_windows, evaluation_text, evaluation_windows, split_windows
+from snp_llm.data.sources import BUNDLED, Dataset
+from snp_llm.data.windows import calibration_windows, evaluation_text, evaluation_windows, split_windows
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.models.text import resolve_bos
 from snp_llm.pruning.identity import identity
@@ -54,12 +55,12 @@ def expected_windows(tokenizer, kind, bos, text, length):
 @pytest.mark.parametrize("kind", ["adds", "has", "none"])
 def test_windows_are_what_the_text_and_bos_make_by_hand(kind, bos, text):
     tokenizer = make_tokenizer(kind)
-    shared = {"split": None, "column": "text", "seq_len": 16, "bos": bos}
+    shared = {"seq_len": 16, "bos": bos}
 
     def all_of_them():
         return (
-            evaluation_windows(tokenizer, str(text), **shared),
-            calibration_windows(tokenizer, str(text), num_samples=10_000, seed=0, **shared),
+            evaluation_windows(tokenizer, Dataset(str(text)), **shared),
+            calibration_windows(tokenizer, Dataset(str(text)), num_samples=10_000, seed=0, **shared),
         )
 
     if kind == "none" and bos == "always":
@@ -79,17 +80,17 @@ def test_windows_are_what_the_text_and_bos_make_by_hand(kind, bos, text):
 def test_a_text_that_spells_bos_out_at_its_start_does_not_double_it(text):
     tokenizer = make_tokenizer("adds")
     text.write_text("<s>" + text.read_text())
-    always = evaluation_windows(tokenizer, str(text), split=None, column="text", seq_len=16, bos="always")
+    always = evaluation_windows(tokenizer, Dataset(str(text)), seq_len=16, bos="always")
     assert (always.tokens == BOS).sum(dim=1).tolist() == [1] * len(always.tokens)
-    never = evaluation_windows(tokenizer, str(text), split=None, column="text", seq_len=16, bos="never")
+    never = evaluation_windows(tokenizer, Dataset(str(text)), seq_len=16, bos="never")
     assert not (never.tokens == BOS).any()
 
 
 def test_random_ids_follow_bos_too():
     tokenizer = make_tokenizer("adds")
-    draw = {"split": None, "column": "text", "num_samples": 30, "seq_len": 12, "seed": 3}
+    draw = {"num_samples": 30, "seq_len": 12, "seed": 3}
     always, once, never = (
-        calibration_windows(tokenizer, "random", bos=bos, **draw) for bos in ("always", "once", "never")
+        calibration_windows(tokenizer, Dataset("random"), bos=bos, **draw) for bos in ("always", "once", "never")
     )
     assert always.tokens.shape == once.tokens.shape == (30, 12) and torch.equal(once.tokens, never.tokens)
     assert (always.tokens[:, 0] == BOS).all() and not (always.tokens[:, 1:] == BOS).any()
@@ -137,9 +138,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
             assert sum(starts) <= (bos == "once")
         windows = calibration_windows(
             tokenizer,
-            "bundled",
-            split=None,
-            column="text",
+            Dataset("bundled"),
             num_samples=6,
             seq_len=32,
             seed=5,
@@ -167,7 +166,7 @@ def test_prune_and_eval_say_which_was_used(bos, tmp_path, capsys, quick_prunes):
     for text in (report["calibration"]["text"], report["evaluation"]):
         assert text.endswith(f" windows of 32 tokens{remark}")
     assert load_recipe(tmp_path / "out/recipe.yaml").bos == used
-    windows = evaluation_windows(tokenizer, "bundled", split=None, column="text", seq_len=32, bos=used)
+    windows = evaluation_windows(tokenizer, Dataset("bundled"), seq_len=32, bos=used)
     assert report["dense"]["perplexity"] == pytest.approx(
         perplexity(small_model("gemma", torch.float32), windows.tokens), rel=1e-4
     )
@@ -211,18 +210,17 @@ def test_sliding_windows_after_bos_are_what_each_token_gets_by_itself(length, se
 
 def test_windows_held_out_of_a_draw_keep_what_is_said_of_bos(text):
     text = text.rename(text.with_name("one, two.txt"))
-    draw = {"split": None, "column": "text", "num_samples": 8, "seq_len": 12, "seed": 3, "bos": "always"}
-    rest, held = split_windows(calibration_windows(make_tokenizer("adds"), str(text), **draw), 2)
+    draw = {"num_samples": 8, "seq_len": 12, "seed": 3, "bos": "always"}
+    rest, held = split_windows(calibration_windows(make_tokenizer("adds"), Dataset(str(text)), **draw), 2)
     assert rest.description == "one, two.txt, 6 windows of 12 tokens, each after BOS, 2 more held out"
     assert held.description == "one, two.txt, 2 windows of 12 tokens, each after BOS"
     assert (torch.cat([rest.tokens, held.tokens])[:, 0] == BOS).all()
 
 
 def test_sliding_texts_with_another_bos_are_other_tokens():
-    shared = {"split": None, "column": "text"}
     digests = [
-        evaluation_text(make_tokenizer(kind), "bundled", bos=bos, **shared).digest
+        evaluation_text(make_tokenizer(kind), Dataset("bundled"), bos=bos).digest
         for kind, bos in [("adds", "always"), ("adds", "once"), ("has", "once")]
     ]
     assert len(set(digests)) == 3
-    assert digests[2] == evaluation_text(make_tokenizer("adds"), "bundled", bos="never", **shared).digest
+    assert digests[2] == evaluation_text(make_tokenizer("adds"), Dataset("bundled"), bos="never").digest

@@ -106,7 +106,7 @@ def test_encoders_are_refused_before_weights_are_read(tmp_path):
         BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     ).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SnpError, match="'bert' is not supported: expected blocks with an attention"):
+    with pytest.raises(SnpError, match="'bert' is not supported: its .* blocks have no attention"):
         checkpoint.load(str(tmp_path), "auto")
 
 

@@ -4,17 +4,18 @@ import datasets
 import pytest
 import torch
 
-from snp_llm.data.windows import NAMED, calibration_windows, evaluation_windows
+from snp_llm.data.sources import NAMED, Dataset
+from snp_llm.data.windows import calibration_windows, evaluation_windows
 from snp_llm.runtime.errors import SnpError
 
 
-def calibrate(tokenizer, name, **overrides):
-    values = {"split": None, "column": "text", "num_samples": 4, "seq_len": 16, "seed": 0, **overrides}
-    return calibration_windows(tokenizer, name, **values)
+def calibrate(tokenizer, name, split=None, column="text", **overrides):
+    values = {"num_samples": 4, "seq_len": 16, "seed": 0, **overrides}
+    return calibration_windows(tokenizer, Dataset(name, split, column), **values)
 
 
-def evaluate(tokenizer, name, **overrides):
-    return evaluation_windows(tokenizer, name, **{"split": None, "column": "text", "seq_len": 16, **overrides})
+def evaluate(tokenizer, name, split=None, column="text", **overrides):
+    return evaluation_windows(tokenizer, Dataset(name, split, column), **{"seq_len": 16, **overrides})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from snp_llm import prune
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
-from snp_llm.models.layouts import uniform_widths
+from snp_llm.models.plain import uniform_widths
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_recipe

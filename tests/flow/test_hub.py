@@ -18,7 +18,7 @@ import huggingface_hub
 import pytest
 
 from snp_llm import checkpoint, prune
-from snp_llm.checkpoint import hub, output
+from snp_llm.checkpoint import contents, hub
 from snp_llm.cli.parse import prune_main, push_main
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
@@ -160,7 +160,7 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / finished.name)
 
 
-def contents(folder):
+def bytes_in(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -175,14 +175,14 @@ def fails(capsys, arguments, message, command=push_main):
 
 
 def test_everything_arrives_in_one_commit(server, folder, capsys):
-    before = contents(folder)
+    before = bytes_in(folder)
     assert push_main([str(folder), NAME]) == 0
     out, err = capsys.readouterr()
     assert out == f"{folder} -> {server.url}/{NAME}\n" and re.fullmatch(r"uploading \d files, [\d.]+ MB, to .*\n", err)
     repository = server.repositories[NAME]
     del repository["files"][".gitattributes"]
     assert repository["files"] == before and repository["sent"] == 1 and not repository["private"]
-    assert contents(folder) == before
+    assert bytes_in(folder) == before
     # The token reaches the hub's own endpoints, not the place where large files are stored, and nothing else.
     own = {authorization for _, path, authorization in server.seen if NAME in path or path == "/api/repos/create"}
     storage = {authorization for _, path, authorization in server.seen if path.startswith("/lfs/")}
@@ -207,7 +207,7 @@ def test_weights_of_an_earlier_model_are_removed(server, folder):
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", hub.INDEX, "notes.md"]
     server.repositories[NAME] = {"private": False, "files": dict.fromkeys(names, b"old"), "sent": 0}
     assert hub.push(folder, NAME, private=False) == f"{server.url}/{NAME}"
-    assert set(server.repositories[NAME]["files"]) == {*contents(folder), "notes.md"}
+    assert set(server.repositories[NAME]["files"]) == {*bytes_in(folder), "notes.md"}
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_weights_of_an_earlier_model_are_removed(server, folder):
 )
 def test_a_failed_upload_leaves_the_folder_and_says_how_to_retry(server, folder, capsys, request_, status, message):
     server.failing[request_] = status
-    before = contents(folder)
+    before = bytes_in(folder)
     error = fails(capsys, [folder, NAME], message)
     assert f"push {folder}: not uploaded to {server.url}/{NAME}: " in error and "s3cret" not in error
     assert error.endswith(f". {folder} is intact; retry with: snp-llm push '{folder}' {NAME}")
-    assert contents(folder) == before
+    assert bytes_in(folder) == before
     assert set(server.repositories.get(NAME, {"files": {}})["files"]) <= {".gitattributes"}
     server.failing.clear()
     assert push_main([str(folder), NAME]) == 0
@@ -239,9 +239,9 @@ def test_no_connection(monkeypatch, folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     connect(monkeypatch, f"http://127.0.0.1:{port}")
-    before = contents(folder)
+    before = bytes_in(folder)
     fails(capsys, [folder, NAME], f"http://127.0.0.1:{port}/{NAME}: .*[Rr]efused. .* is intact; retry with: ")
-    assert contents(folder) == before
+    assert bytes_in(folder) == before
 
 
 def test_no_token(server, monkeypatch, tmp_path, folder, capsys):
@@ -278,8 +278,8 @@ def test_an_interrupted_upload_says_how_to_retry(server, monkeypatch, folder, ca
 
 
 def test_only_parts_of_a_model_are_uploaded(server, folder, caplog):
-    parts = contents(folder)
-    assert output.PAGE in parts
+    parts = bytes_in(folder)
+    assert contents.PAGE in parts
     (folder / ".git").mkdir()
     strangers = [
         ".env",
@@ -299,7 +299,7 @@ def test_only_parts_of_a_model_are_uploaded(server, folder, caplog):
     assert all(name in caplog.text for name in strangers) and "not part of a model, left out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", output.REPORT, "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "README.md", contents.REPORT, "model.safetensors"])
 def test_an_unfinished_folder_is_refused(server, folder, capsys, name):
     (folder / name).unlink()
     fails(capsys, [folder, NAME], f"expected a finished output of `snp-llm prune`; {name} missing")
@@ -351,7 +351,7 @@ def test_prune_and_push_in_a_real_process(server, opt_folder, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith(f"{out} -> {server.url}/{NAME}\n") and "seconds spent pruning" in run.stdout
-    repository, written = server.repositories[NAME], contents(out)
+    repository, written = server.repositories[NAME], bytes_in(out)
     assert repository["private"] and written.items() <= repository["files"].items()
     assert f"--push-to-hub {NAME} --private" in written["README.md"].decode()
     assert TOKEN not in run.stdout + run.stderr and not any(TOKEN.encode() in data for data in written.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snp_llm.checkpoint import output
+from snp_llm.checkpoint import contents, exchange, output
 from snp_llm.cli.parse import prune_main
 from snp_llm.runtime.errors import DiskError, SnpError
 
@@ -21,7 +21,7 @@ def finished(folder: Path, **report: object) -> Path:
     folder.mkdir(parents=True)
     for name in FILES:
         (folder / name).write_text("old")
-    (folder / output.REPORT).write_text(json.dumps({"snp_llm": "0.1", "files": list(FILES), **report}))
+    (folder / contents.REPORT).write_text(json.dumps({"snp_llm": "0.1", "files": list(FILES), **report}))
     return folder
 
 
@@ -87,14 +87,14 @@ def test_an_empty_folder_and_one_that_this_program_made_are_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     finished(tmp_path / "made")
     later = finished(tmp_path / "later")
-    for name in output.LATER:
-        (later / name).write_text((later / name).read_text() if name == output.REPORT else "")
+    for name in contents.LATER:
+        (later / name).write_text((later / name).read_text() if name == contents.REPORT else "")
     finished(tmp_path / "before lists", files=None)
     for folder in tmp_path.iterdir():
         output.check_output(folder, overwrite=True)
         with output.finished_folder(folder, overwrite=True) as new:
             (new / "new").write_text("")
-        assert output.files_in(folder) == ["new"]
+        assert contents.files_in(folder) == ["new"]
 
 
 FOREIGN = {
@@ -127,7 +127,7 @@ def test_a_folder_without_a_report_of_this_program_is_not_replaced(report, tmp_p
     out.mkdir()
     (out / "model.safetensors").write_text("")
     if report is not None:
-        (out / output.REPORT).write_text(report)
+        (out / contents.REPORT).write_text(report)
     with pytest.raises(SnpError, match="prune_report.json"):
         output.check_output(out, overwrite=True)
     assert (out / "model.safetensors").exists()
@@ -172,7 +172,7 @@ def test_a_link_stands_for_what_it_points_to(tmp_path):
         with output.finished_folder(link, overwrite=True) as partial:
             assert partial.parent == tmp_path / "disk"
             (partial / "file").write_text("")
-        assert link.is_symlink() and output.files_in(link) == ["file"]
+        assert link.is_symlink() and contents.files_in(link) == ["file"]
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
 
 
@@ -205,7 +205,7 @@ def test_names_that_no_folder_can_have(name):
 # --- the exchange ----------------------------------------------------------------------------------------------------
 
 
-def exchange(folder: Path, kill_at: int, atomic: bool) -> int:
+def exchange_killed(folder: Path, kill_at: int, atomic: bool) -> int:
     """Exit code of a process that exchanges two folders, and is killed when it has changed the file system so often."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -226,12 +226,12 @@ def exchange(folder: Path, kill_at: int, atomic: bool) -> int:
         (partial / "journal/cut/state.json").write_text("")
         (partial / "model.safetensors").write_text("new")
         if not atomic:
-            output._exchanged = lambda one, other: False
+            exchange._exchanged = lambda one, other: False
         for name in ("rename", "rmdir", "unlink", "mkdir"):
             setattr(os, name, counted(getattr(os, name)))
         Path.rename = counted(Path.rename)
-        output._exchanged = counted(output._exchanged)
-        output._exchange(partial, folder)
+        exchange._exchanged = counted(exchange._exchanged)
+        exchange.put_in_place(partial, folder)
         os._exit(0)
     finally:
         os._exit(1)
@@ -243,11 +243,11 @@ def test_killed_anywhere_in_the_exchange_one_of_both_is_whole_in_the_end(atomic,
     outcomes = set()
     for kill_at in range(40):
         out = finished(tmp_path / f"{atomic}-{kill_at}/out")
-        code = exchange(out, kill_at, atomic)
+        code = exchange_killed(out, kill_at, atomic)
         partial = out.with_name(".out.partial")
         if atomic:
             assert (out / "model.safetensors").read_text() in ("old", "new")
-        output._mend(partial, out)
+        exchange.mend(partial, out)
         left = (out / "model.safetensors").read_text()
         outcomes.add(left)
         if left == "old":  # what the run has done is still there to go on from
@@ -271,12 +271,12 @@ def test_an_interrupt_in_the_exchange_waits_for_its_end_and_says_what_is_the_cas
         return rename(self, target)
 
     if not atomic:
-        monkeypatch.setattr(output, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(exchange, "_exchanged", lambda one, other: False)
     with pytest.raises(KeyboardInterrupt) as interrupt, output.finished_folder(out, overwrite=True) as partial:
         (partial / "journal").mkdir()
         (partial / "new").write_text("")
         monkeypatch.setattr(Path, "rename", interrupted)
-    assert interrupt.value.args == (143, f"{out} is complete") and output.files_in(out) == ["new"]
+    assert interrupt.value.args == (143, f"{out} is complete") and contents.files_in(out) == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -289,7 +289,7 @@ def test_a_failing_exchange_is_undone(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
-    monkeypatch.setattr(output, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(exchange, "_exchanged", lambda one, other: False)
     with pytest.raises(SnpError, match="No space left"), output.finished_folder(out, overwrite=True) as partial:
         monkeypatch.setattr(Path, "rename", failing)
         (partial / "journal/cut").mkdir(parents=True)
@@ -315,8 +315,8 @@ def test_the_command_replaces_its_own_output_and_no_more(tmp_path, monkeypatch, 
     settings = ["--num-samples", "4", "--seq-len", "64", "--no-eval", "--layout", "uniform", "--sparsity", "0"]
     command = ["tiny-opt", "--output", "out", "--overwrite", *settings]
     assert prune_main(command) == 0 and prune_main(command) == 0
-    report = json.loads((tmp_path / "out" / output.REPORT).read_text())
-    assert report["files"] == [name for name in output.files_in(tmp_path / "out") if name != output.PAGE]
+    report = json.loads((tmp_path / "out" / contents.REPORT).read_text())
+    assert report["files"] == [name for name in contents.files_in(tmp_path / "out") if name != contents.PAGE]
     (tmp_path / "out/notes.txt").write_text("mine")
     assert prune_main(command) == 2
     assert "holds notes.txt" in capsys.readouterr().err and (tmp_path / "out/notes.txt").read_text() == "mine"

@@ -5,7 +5,7 @@ import yaml
 from rich.console import Console
 
 from snp_llm import Recipe, prune
-from snp_llm.checkpoint import output
+from snp_llm.checkpoint import contents
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts, rows
@@ -28,7 +28,7 @@ def run(tokenizer):
 def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
     pruned, before, _, summary = run
     facts.write_report(summary, tmp_path)
-    read = json.loads((tmp_path / output.REPORT).read_text())
+    read = json.loads((tmp_path / contents.REPORT).read_text())
     assert read["recipe"]["seq_len"] == 32 and read["recipe"]["calibration"] == "bundled" and read["seed"] == 0
     assert read["calibration"]["sha256"] == pruned.calibration.digest
     assert set(read["versions"]) == {"python", "torch", "transformers"}

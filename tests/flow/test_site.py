@@ -81,7 +81,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     drift = OutputSums(drift.cross + held_drift.cross, drift.first + held_drift.first)
     results = []
     for threshold in (10**9, 1):
-        monkeypatch.setattr("snp_llm.pruning.factor.SINGLE_PRECISION_FROM", threshold)
+        monkeypatch.setattr("snp_llm.pruning.statistics.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model)[0])
         apart = TokenSums(total, drift), TokenSums(held, held_drift)
         statistics = for_algebra(site.name, Statistics(total, *apart, torch.eye(d_out)))

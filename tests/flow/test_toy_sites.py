@@ -23,7 +23,7 @@ from snp_llm.pruning.sensitivity import visit_dense
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.stream import BatchSize, Stream, capture
 from snp_llm.pruning.widths.costs import sparsity_costs
-from snp_llm.pruning.widths.plan import Removals, plan_widths
+from snp_llm.pruning.widths.plan import Removal, Removals, plan_widths
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage
@@ -258,7 +258,7 @@ def test_whole_modules_share_budgets_curves_and_the_loop(kind, model_type, token
         )
     whole = float(sum(site.parameters for site in anatomy.sites))
     one = max(site.parameters for site in anatomy.sites)
-    removals = Removals(sparsity_costs(anatomy.sites), [((kind,), float(one), whole)])
+    removals = Removals(sparsity_costs(anatomy.sites, int(whole)), [Removal((kind,), float(one), whole)])
     widths = plan_widths(anatomy, curves, removals, recipe)
     cheapest = min(range(len(curves)), key=lambda i: float(curves[i].loss[0]))
     assert widths == [int(i != cheapest) for i in range(len(curves))]  # the one that costs the loss least

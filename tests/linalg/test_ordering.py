@@ -8,10 +8,11 @@ import torch
 
 from snp_llm.linalg import ordering
 from snp_llm.linalg.ldl import make_definite
-from snp_llm.linalg.ordering import ORDERINGS, OrderingProblem, order_units, zca_exact
+from snp_llm.linalg.ordering import FLOPS, ORDERINGS, OrderingProblem, order_units, zca_exact
 from snp_llm.linalg.quadrature import zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
+from tests.counting import Products
 from tests.linalg.problems import least_squares, make_inputs, make_weight
 
 SIZES = [1, 3]  # channels, and heads of three
@@ -273,3 +274,14 @@ def test_an_unknown_name_gets_a_suggestion():
     problem, _ = make_problem(1)
     with pytest.raises(SnpError, match="unknown ordering 'greddy'.*Did you mean 'greedy'"):
         order_units("greddy", problem)
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+@pytest.mark.parametrize(("units", "keep"), [(256, 0), (768, 0), (768, 500)])
+def test_flops_are_what_torch_counts(name, units, keep):
+    problem = replace(make_problem(1, units, dampening=0.1)[0], keep=keep)
+    problem.definite.factor()
+    with Products(algebra=True) as counted:
+        ORDERINGS[name](problem)
+    expected = FLOPS[name](units, len(problem.W), keep) if name in FLOPS else 0
+    assert counted.flops == pytest.approx(expected, rel=0.25)

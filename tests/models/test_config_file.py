@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from snp_llm import checkpoint
-from snp_llm.data.windows import BUNDLED
+from snp_llm.data.sources import BUNDLED
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.registry import pruned_config_class
 from tests.conftest import small_model

@@ -6,12 +6,13 @@ from torch import nn
 from transformers import MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from snp_llm import SnpError, prune
-from snp_llm.cli.layout import describe_layout
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, run_block
 from snp_llm.models.families.decoders import find_family
-from snp_llm.models.layouts import assemble, block_widths, needs_code, structure_of, uniform_widths
+from snp_llm.models.layouts import assemble, needs_code
 from snp_llm.models.modeling_snp import SnpOPTForCausalLM, resize_block
+from snp_llm.models.outline import block_widths, structure_of
+from snp_llm.models.plain import uniform_widths
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.run import resolve
@@ -134,30 +135,6 @@ def test_blocks_that_differ_can_be_made_uniform_or_are_refused(tokenizer):
     fewer_heads = prune(small_opt(), tokenizer, small_recipe(head_sparsity=0.3, ffn_sparsity=0.0, num_samples=2))
     with pytest.raises(SnpError, match="layout uniform: expected head counts that one plain OPT config can hold"):
         prune(fewer_heads.model, tokenizer, small_recipe(sparsity=0.1, num_samples=2, layout="uniform"))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "layout", "words"),
-    [
-        ("llama", "uniform", "plain config without code, loads in transformers, vLLM, llama.cpp"),
-        ("qwen2", "uniform", "loads in transformers. With --head-sparsity 0 also in vLLM, llama.cpp"),
-        ("opt", "uniform", "loads in transformers, vLLM. Heads stay, since a plain OPT config ties"),
-        ("olmo2", "uniform", "Heads stay: a norm over all of them"),
-        ("llama", "compact", "trust_remote_code=True, not in vLLM or llama.cpp"),
-        ("gpt2", "padded", "(transformers, vLLM) and saves nothing"),
-    ],
-)
-def test_the_layout_is_described(model_type, layout, words):
-    model = small_model(model_type)
-    assert words in describe_layout(model, sites_of(model), layout, 8)
-    if layout == "uniform":
-        assert "FFN widths are multiples of 8" in describe_layout(model, sites_of(model), layout, 8)
-
-
-def test_the_description_names_mistral_where_it_may_come_to_that():
-    odd = small_model("llama", num_key_value_heads=6)
-    assert "saved as a Mistral model" in describe_layout(odd, sites_of(odd), "uniform", 8)
-    assert "Mistral" not in describe_layout(small_model("llama"), sites_of(small_model("llama")), "uniform", 8)
 
 
 def test_rounding_follows_the_layout_and_the_width():

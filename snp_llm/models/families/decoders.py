@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from snp_llm.models.families.family import EVERYWHERE, PRUNED, READ, Family
-from snp_llm.runtime.errors import SnpError
+from snp_llm.models.families.family import EVERYWHERE, HERE, READ, Family
+from snp_llm.models.registry import auto_class, dense_type
+from snp_llm.models.text_part import text_config
 
 # No config key keeps the size of heads when some go.
 TIED: dict[str, Any] = {"head_dim_key": None}
@@ -86,31 +86,49 @@ FAMILIES = (
 # Config keys that a type may have, the first of each that is there counts.
 HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 KV_HEADS_KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-FFN_KEYS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "inner_dim", "d_ff", "dff")
+FFN_KEYS = (
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "inner_dim",
+    "d_ff",
+    "dff",
+)
 
 
 def find_family(config: PretrainedConfig) -> Family:
-    """The family of a model, by its config's `model_type`, never by its name.
+    """The family of a model's text, by its config's `model_type`, never by its name.
 
-    A type without an entry gets one; whether its blocks are known shows in its modules.
+    What loads it in other widths was looked up for models of text alone; with towers it is transformers.
 
     Raises:
-        SnpError: no causal language model of transformers has that type.
+        SnpError: no model that transformers lets write text has the config's type.
     """
-    model_type = str(config.model_type).removeprefix(PRUNED)
-    keys = config.to_dict()
-    family = next((family for family in FAMILIES if family.model_type == model_type), None)
-    if family is None:
-        if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise SnpError(
-                f"model_type {config.model_type!r} is not supported; expected a decoder-only model that transformers "
-                "knows as a causal language model. `snp-llm families` lists those that are tested."
-            )
-        family = Family(model_type, model_type, head_dim_key="head_dim" if "head_dim" in keys else None, checked=False)
+    auto_class(config)
+    text = text_config(config)
+    family = family_of(text)
+    return family if text is config else replace(family, engines=HERE, head_engines=HERE)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a text model, or of a part of one, by its own config.
+
+    A type without an entry gets one from its config's keys; whether its blocks are known shows in its modules.
+    """
+    model_type, keys = dense_type(config), config.to_dict()
+    known = next((family for family in FAMILIES if family.model_type == model_type), None)
+    family = known or Family(
+        model_type, model_type, head_dim_key="head_dim" if "head_dim" in keys else None, checked=False
+    )
     names = {"heads_key": HEADS_KEYS, "kv_heads_key": KV_HEADS_KEYS, "ffn_key": FFN_KEYS}
     found: dict[str, Any] = {
-        field: next((name for name in known if name in keys), HEADS_KEYS[0] if known is HEADS_KEYS else None)
-        for field, known in names.items()
+        field: next((name for name in usual if name in keys), HEADS_KEYS[0] if usual is HEADS_KEYS else None)
+        for field, usual in names.items()
         if getattr(family, field) == READ
     }
     if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size

@@ -42,10 +42,5 @@ class Family:
     head_engines: tuple[str, ...] = HERE
     checked: bool = True
 
-    @property
-    def pruned_type(self) -> str:
-        """`model_type` of the model with widths of its own in every block."""
-        return f"{PRUNED}{self.model_type}"
-
 
 PRUNED = "snp_"  # what the type of a model with widths of its own begins with

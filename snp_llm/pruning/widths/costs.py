@@ -9,9 +9,9 @@ from torch import Tensor
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.site import Site, projecting, site_weight
-from snp_llm.models.size import model_size
+from snp_llm.models.size import ModelSize, mean_positions, model_size, token_flops
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
-from snp_llm.recipe.recipe import Budget, ResolvedRecipe
+from snp_llm.recipe.recipe import Budget, Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.numbers import human_bytes, human_count
 
@@ -43,13 +43,10 @@ class Costs:
         return f"{1000 * amount:,.4g} ms" if self.unit == "seconds" else f"{human_count(amount)} {self.unit}"
 
 
-def sparsity_costs(sites: Sequence[Site]) -> Costs:
-    """Costs in block-linear parameters, which sparsity is a fraction of."""
-    return Costs(
-        "block-linear parameters",
-        float(sum(site.parameters for site in sites)),
-        [linear_costs(site.units, site.cost) for site in sites],
-    )
+def sparsity_costs(sites: Sequence[Site], block_linear: int) -> Costs:
+    """Costs in block-linear parameters, of which a model has so many: sparsity is a fraction of them."""
+    costs = [linear_costs(site.units, site.cost) for site in sites]
+    return Costs("block-linear parameters", float(block_linear), costs)
 
 
 def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Costs:
@@ -75,7 +72,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
             {
                 "params": parameters,
                 "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": 2.0 * site.cost + 4.0 * attended * (recipe.seq_len + 1) / 2,
+                "flops": token_flops(site.cost, attended, mean_positions(recipe.seq_len)),
             }[budget.kind]
         )
     unit, dense = {
@@ -108,6 +105,28 @@ def removal_wanted(costs: Costs, budget: Budget) -> float:
         has, got = costs.shown(costs.dense, allowed)
         raise SnpError(f"--target-{budget.kind}: expected less than the model has, {has}; got {got}.")
     return costs.dense - allowed
+
+
+def pruned_bytes(size: ModelSize, recipe: Recipe) -> int:
+    """Bytes of a pruned model's weights, before anything is known but the budget; of the dense model's where that does
+    not say.
+
+    Args:
+        size: of the dense model.
+        recipe: the budget, and the layout.
+    """
+    item = size.bytes / size.parameters
+    budget = recipe.budget
+    if recipe.layout == "padded" or recipe.perplexity_increase is not None:
+        return size.bytes
+    if budget is None:
+        both = [sparsity for kinds, sparsity in recipe.sparsities for _ in kinds]
+        # FFN and heads with budgets of their own: the smaller of both, so as to err on the large side.
+        return round(size.bytes - min(both) * size.block_linear * item)
+    if budget.kind not in ("params", "size"):
+        return size.bytes
+    amount = budget.amount * (size.bytes if budget.relative else item if budget.kind == "params" else 1)
+    return min(size.bytes, round(amount))
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:

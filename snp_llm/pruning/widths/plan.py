@@ -19,8 +19,10 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.layouts import plain_config, uniform_widths
+from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of
+from snp_llm.models.plain import ffn_key, plain_config, uniform_widths
 from snp_llm.models.site import Site
+from snp_llm.models.size import linear_weights
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
@@ -33,17 +35,32 @@ FARTHEST_FROM_BUDGET = 0.01  # that an achieved sparsity may be without a word a
 
 
 @dataclass(frozen=True)
+class Removal:
+    """What has to go of sites that share a budget.
+
+    Attributes:
+        kinds: of these sites.
+        amount: in the unit of the costs.
+        whole: what that is a share of: the whole model; of a sparsity all linear weights of the blocks, mixers'
+            included, or those of a kind of site that has a sparsity of its own.
+    """
+
+    kinds: tuple[str, ...]
+    amount: float
+    whole: float
+
+
+@dataclass(frozen=True)
 class Removals:
     """What has to go of a model.
 
     Attributes:
         costs: of every site at every width.
-        parts: kinds of site that share a budget, what of the costs' unit has to go from them, and what that is a
-            share of when people are told.
+        parts: one for each budget.
     """
 
     costs: Costs
-    parts: list[tuple[tuple[str, ...], float, float]]
+    parts: list[Removal]
 
 
 def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
@@ -55,12 +72,19 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
     budget, all_kinds = recipe.budget, tuple(dict.fromkeys(site.kind for site in anatomy.sites))
     if budget is not None:
         costs = budget_costs(anatomy, budget, recipe)
-        return Removals(costs, [(all_kinds, removal_wanted(costs, budget), costs.dense)])
+        return Removals(costs, [Removal(all_kinds, removal_wanted(costs, budget), costs.dense)])
+    costs = sparsity_costs(anatomy.sites, sum(linear_weights(block) for block in anatomy.blocks))
+    if not recipe.separate:
+        return Removals(costs, [Removal(all_kinds, recipe.sparsity_of(all_kinds[0]) * costs.dense, costs.dense)])
     parts = []
-    for kinds, sparsity in recipe.sparsities if recipe.separate else [(all_kinds, recipe.sparsity_of(all_kinds[0]))]:
+    for kinds, sparsity in recipe.sparsities:
         whole = float(sum(site.parameters for site in anatomy.sites if site.kind in kinds))
-        parts.append((kinds, sparsity * whole, whole))
-    return Removals(sparsity_costs(anatomy.sites), parts)
+        own = recipe.head_sparsity if "attention" in kinds else recipe.ffn_sparsity
+        if not whole and own:
+            option, what = ("--head-sparsity", "attention") if "attention" in kinds else ("--ffn-sparsity", "FFN")
+            raise SnpError(f"{option} {own:g}: expected a model with an {what} that is known; this one has none.")
+        parts.append(Removal(kinds, sparsity * whole, whole))
+    return Removals(costs, parts)
 
 
 def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
@@ -82,10 +106,11 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
         return
     anatomy = find_anatomy(model, recipe.head_unit)
     sites, removals = anatomy.sites, find_removals(anatomy, recipe)
-    for kinds, removal, _ in removals.parts:
-        concerned = [i for i, site in enumerate(sites) if site.kind in kinds]
+    all_budgets = site_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
+    for removal in removals.parts:
+        concerned = [i for i, site in enumerate(sites) if site.kind in removal.kinds]
         own = [sites[i] for i in concerned]
-        budgets = [site_budget(anatomy, sites[i], recipe, None, removals.costs.sites[i]) for i in concerned]
+        budgets = [all_budgets[i] for i in concerned]
         if recipe.allocation in NEEDS_CURVES:
             sites_to_cut(own, budgets, removal, removals.costs, recipe)
         else:  # such a rule may refuse what others would not, and needs no more than shapes for it
@@ -107,25 +132,22 @@ def plan_widths(
         SnpError: the budget cannot be met with the units that may go.
     """
     sites = anatomy.sites
-    budgets = [
-        site_budget(anatomy, site, recipe, curve, cost)
-        for site, curve, cost in zip(sites, curves, removals.costs.sites, strict=True)
-    ]
+    budgets = site_budgets(anatomy, recipe, curves, removals.costs.sites)
     widths = [site.units for site in sites]
-    for kinds, removal, whole in removals.parts:
-        concerned = [i for i, s in enumerate(sites) if s.kind in kinds]
+    for removal in removals.parts:
+        concerned = [i for i, s in enumerate(sites) if s.kind in removal.kinds]
         chosen = [budgets[i] for i in concerned]
         found = fit_budget([sites[i] for i in concerned], chosen, removal, removals.costs, recipe)
         for i, width in zip(concerned, found, strict=True):
             widths[i] = width
         removed = total_cost(chosen) - total_cost(chosen, found)
-        if abs(removed - removal) > FARTHEST_FROM_BUDGET * whole:
+        if abs(removed - removal.amount) > FARTHEST_FROM_BUDGET * removal.whole:
             log.warning(
                 "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
-                " and ".join(kinds),
-                100 * removal / whole,
+                " and ".join(removal.kinds),
+                100 * removal.amount / removal.whole,
                 removals.costs.unit,
-                100 * removed / whole,
+                100 * removed / removal.whole,
             )
     if recipe.layout == "uniform":
         check_uniform(anatomy, widths)
@@ -133,14 +155,14 @@ def plan_widths(
 
 
 def fit_budget(
-    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: float, costs: Costs, recipe: Recipe
+    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: Removal, costs: Costs, recipe: Recipe
 ) -> list[int]:
     """Widths of the sites that share one budget.
 
     Args:
         sites: that share it.
         budgets: what the allocation may know of them.
-        removal: what has to go, in the unit of their costs.
+        removal: what has to go.
         costs: of the whole model.
         recipe: all settings.
 
@@ -148,17 +170,13 @@ def fit_budget(
         SnpError: the budget asks for more than all units that may go.
     """
     uniform = recipe.layout == "uniform"
-    fewest = {site.kind: min(s.units for s in sites if s.kind == site.kind) for site in sites}
-    widths = [
-        fewest[site.kind] if uniform and budget.permitted != () else site.units
-        for site, budget in zip(sites, budgets, strict=True)
-    ]
-    if removal == 0:
+    widths = [min(b.units for b in budgets if b.kind == one.kind) if uniform else one.units for one in budgets]
+    if removal.amount == 0:
         return widths
     members = sites_to_cut(sites, budgets, removal, costs, recipe)
     chosen = [budgets[i] for i in members]
     rule = ALLOCATIONS[recipe.allocation]
-    total, allowed = total_cost(chosen), total_cost(chosen) - removal
+    total, allowed = total_cost(chosen), total_cost(chosen) - removal.amount
     keep, step = allowed / total, finest_step(chosen) / 2 / total
     found = pooled_widths(rule, chosen, keep) if uniform else rule(chosen, keep)
     # Rules meet a budget as closely as they can, from either side; one that was given as a limit is not exceeded.
@@ -171,7 +189,7 @@ def fit_budget(
 
 
 def sites_to_cut(
-    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: float, costs: Costs, recipe: Recipe
+    sites: Sequence[Site], budgets: Sequence[SiteBudget], removal: Removal, costs: Costs, recipe: Recipe
 ) -> list[int]:
     """Which of the sites that share one budget are of a kind that has other widths than its own.
 
@@ -182,21 +200,20 @@ def sites_to_cut(
         SnpError: the budget asks for more than what is between all units and the fewest that may stay.
     """
     movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
-    members = [i for i, site in enumerate(sites) if site.kind in movable]
+    members = [i for i, budget in enumerate(budgets) if budget.kind in movable]
     prunable = total_cost([budgets[i] for i in members]) - sum(budgets[i].cost(budgets[i].widths()[0]) for i in members)
-    if removal > prunable * (1 + ROUNDING):
-        whole = sum(site.parameters for site in sites)
+    if removal.amount > prunable * (1 + ROUNDING):
         kinds = list(dict.fromkeys(site.kind for site in sites))
-        raise SnpError(_too_much(kinds, removal, prunable, whole, costs, recipe))
+        raise SnpError(_too_much(kinds, removal, prunable, costs, recipe))
     return members
 
 
-def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int, costs: Costs, recipe: Recipe) -> str:
+def _too_much(kinds: Sequence[str], removal: Removal, prunable: float, costs: Costs, recipe: Recipe) -> str:
     """Why a removal is refused, in the words of the option that asked for it."""
     goal = recipe.budget
     place = f"in this model and layout {recipe.layout}"
     if goal is not None:
-        least, got = costs.shown(costs.dense - prunable, costs.dense - removal)
+        least, got = costs.shown(costs.dense - prunable, costs.dense - removal.amount)
         share = math.ceil(1000 * (1 - prunable / costs.dense)) / 1000
         remedy = (
             f"Ask for {share:g}x or more." if share < 1 else "Removing units saves none of it here; use another budget."
@@ -206,51 +223,93 @@ def _too_much(kinds: Sequence[str], removal: float, prunable: float, whole: int,
             f"gone; got {got}. {remedy}"
         )
     options = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}
-    option = options.get(kinds[0], "--sparsity") if len(kinds) == 1 else "--sparsity"
+    option = options[kinds[0]] if recipe.separate and len(kinds) == 1 else "--sparsity"
     remedy = "Use --layout compact." if recipe.layout == "uniform" else "Use a smaller --round-to."
     remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else remedy
-    most = math.floor(1000 * prunable / whole) / 1000
+    most = math.floor(1000 * prunable / removal.whole) / 1000
     return (
         f"{option}: expected at most {most:g}, with which every unit is gone that may go {place}; got "
-        f"{removal / whole:.4g}. {f'Ask for {most:g} or less.' if most else remedy}"
+        f"{removal.amount / removal.whole:.4g}. {f'Ask for {most:g} or less.' if most else remedy}"
     )
 
 
 def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
-    family = anatomy.family
-    heads = {s.block: s.heads_after(w) for s, w in zip(anatomy.sites, widths, strict=True) if s.heads}
-    ffn = {s.block: w for s, w in zip(anatomy.sites, widths, strict=True) if s.kind == "ffn"}
-    blocks = [(heads.get(index), ffn.get(index)) for index in range(len(anatomy.blocks))]
-    if plain_config(anatomy.model, family, blocks) is None:
-        counts = ", ".join(sorted(f"{h.query} query and {h.key_value} key-value" for h in {*heads.values()}))
+    model, family, sites = anatomy.model, anatomy.family, anatomy.sites
+    chosen: list[Widths] = []
+    for index in range(len(anatomy.blocks)):
+        here = [(site, width) for site, width in zip(sites, widths, strict=True) if site.block == index]
+        heads = next((site.heads_after(width) for site, width in here if site.heads), None)
+        chosen.append((heads, next((width for site, width in here if site.kind == "ffn"), None)))
+    if plain_config(model, family, chosen) is None:
+        counts = ", ".join(sorted({f"{h.query} query and {h.key_value} key-value" for h, _ in chosen if h}))
+        what, got = ("head counts", f"{counts} heads") if counts else ("FFN widths", "widths that differ")
         raise SnpError(
-            f"layout uniform: expected head counts that one plain {family.name} config can hold in every block, got "
-            f"{counts} heads. The model was pruned before, block by block. Use --layout compact."
+            f"layout uniform: expected {what} that one plain {family.name} config can hold in every block, got {got}. "
+            "The model was pruned before, block by block. Use --layout compact."
         )
 
 
-def site_budget(
-    anatomy: Anatomy, site: Site, recipe: ResolvedRecipe, curves: SiteCurves | None, costs: Tensor
-) -> SiteBudget:
-    """What the allocation may know of a site, and the widths that the layout lets it have."""
-    multiple = recipe.round_to if site.heads is None else site.step
-    permitted: tuple[int, ...] | None = None
-    if not site.prunable:
-        permitted = ()
-    elif site.droppable and site.units == 1:
-        permitted = (0,)
-    elif recipe.layout == "uniform" and site.heads is not None:
-        permitted = uniform_widths(anatomy.model, anatomy.family, site)
-    elif recipe.layout == "uniform" and anatomy.family.ffn_key is None:
-        permitted = ()
-    return SiteBudget(
-        kind=site.kind,
-        units=site.units,
-        costs=costs,
-        multiple=multiple,
-        minimum=min(permitted, default=site.units) if permitted is not None else multiple,
-        energy=None if curves is None else curves.energy,
-        loss=None if curves is None else curves.loss,
-        permitted=permitted,
-    )
+def site_budgets(
+    anatomy: Anatomy, recipe: ResolvedRecipe, curves: Sequence[SiteCurves | None], costs: Sequence[Tensor]
+) -> list[SiteBudget]:
+    """What the allocation may know of every site, and the widths that the layout lets it have.
+
+    Args:
+        anatomy: of the dense model.
+        recipe: all settings.
+        curves: what the visit to the dense model gave for each; None where there was none.
+        costs: of each at every width.
+    """
+    sites = anatomy.sites
+    pools = _pools(anatomy) if recipe.layout == "uniform" else [(site.kind, None) for site in sites]
+    found = []
+    for site, curve, cost, (kind, permitted) in zip(sites, curves, costs, pools, strict=True):
+        multiple = recipe.round_to if site.heads is None else site.step
+        if not site.prunable:
+            permitted = ()
+        elif site.droppable and site.units == 1:
+            permitted = (0,)
+        found.append(
+            SiteBudget(
+                kind=kind,
+                units=site.units,
+                costs=cost,
+                multiple=multiple,
+                minimum=min(permitted, default=site.units) if permitted is not None else multiple,
+                energy=None if curve is None else curve.energy,
+                loss=None if curve is None else curve.loss,
+                permitted=permitted,
+            )
+        )
+    return found
+
+
+def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
+    """For every site a name that those share which one plain config gives the same width, and the widths it can say.
+
+    None stands for any. FFNs of blocks and experts that all tokens share have widths of their own, and so have heads
+    of two kinds of attention.
+    """
+    model, family, structure = anatomy.model, anatomy.family, structure_of(anatomy.model)
+    kinds = ffn_kinds(structure)
+    free = [ffn_key(model, family, kind.facts) is not None for kind in kinds]
+    ffn_of = {block: number for number, kind in enumerate(kinds) for block in kind.blocks}
+    heads_of = {block: part_widths(part)[0] for part in structure["parts"] for block in part["of"]}
+    heads = sorted({found for found in heads_of.values() if found is not None})
+    known: dict[tuple[int, int, int], tuple[int, ...]] = {}  # blocks are mostly alike
+    found: list[tuple[str, tuple[int, ...] | None]] = []
+    for site in anatomy.sites:
+        if site.kind == "ffn":
+            number = ffn_of[site.block]
+            found.append((site.kind if len(kinds) == 1 else f"ffn {number}", None if free[number] else ()))
+            continue
+        if site.heads is None:
+            found.append((site.kind, None))
+            continue
+        shape = (site.units, site.step, site.unit_size)
+        if shape not in known:
+            known[shape] = uniform_widths(model, family, site)
+        own = heads_of[site.block]
+        found.append((site.kind if own is None or len(heads) == 1 else f"attention {heads.index(own)}", known[shape]))
+    return found
