@@ -19,6 +19,7 @@ from snp_llm.data.sources import BUNDLED
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.widths.latency import LatencyTable, key
+from tests.families import FAMILY_CONFIGS, IN_FLOAT32, VARIANTS
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -54,48 +55,12 @@ def small_opt(dtype: torch.dtype = torch.float32, **overrides) -> OPTForCausalLM
     return model.to(dtype)
 
 
-# Two blocks of every family, with grouped heads where it has them and windows shorter than the texts of the tests.
-TINY = {
-    "vocab_size": 2048,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 2,
-}
-GROUPED = {**TINY, "intermediate_size": 64, "num_key_value_heads": 3}
-FAMILY_CONFIGS = {
-    "opt": {**TINY, "word_embed_proj_dim": 48, "ffn_dim": 64, "dropout": 0.0},
-    "llama": GROUPED,
-    "mistral": {**GROUPED, "sliding_window": 8, "head_dim": 16},
-    "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "qwen3": {**GROUPED, "head_dim": 16},
-    "gemma": {**GROUPED, "head_dim": 16, "num_key_value_heads": 1},
-    "gemma2": {**GROUPED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24},
-    "gemma3_text": {
-        **GROUPED,
-        "head_dim": 16,
-        "num_key_value_heads": 1,
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 24,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": {**GROUPED, "sliding_window": 8},
-    "gpt2": {**TINY, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "gpt_neox": {**TINY, "intermediate_size": 64, "rotary_pct": 0.5},
-    "smollm3": {**GROUPED, "no_rope_layer_interval": 2},
-    "olmo2": GROUPED,
-    "granite": {**GROUPED, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
-    "stablelm": {**GROUPED, "use_qkv_bias": True},
-}
-
-
-def small_model(model_type: str, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
-    """A random model of a family whose blocks matter as much as its embeddings."""
+def small_model(model_type: str, dtype: torch.dtype | None = None, **overrides) -> PreTrainedModel:
+    """A random model of a family whose blocks matter as much as its embeddings, in float64 where that runs."""
+    dtype = dtype or (torch.float32 if model_type in IN_FLOAT32 else torch.float64)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**FAMILY_CONFIGS[model_type], **overrides})
+    values = {**FAMILY_CONFIGS, **VARIANTS}[model_type]
+    config = AutoConfig.for_model(model_type.partition(":")[0], **{**values, **overrides})
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and ("layers" in name or ".h." in name):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks
-from snp_llm.models.blocks import capture_calls, first_tensor
+from snp_llm.models.blocks import capture_calls
+from snp_llm.models.calls import first_tensor
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import projection
 from snp_llm.models.size import model_size

@@ -14,6 +14,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
   snp-llm bench DENSE PRUNED            speed, memory and size of both, measured in turns
   snp-llm report FOLDER [FOLDER ...]    report.html of smaller models, side by side
   snp-llm push FOLDER user/name         upload a smaller model to the Hugging Face Hub
+  snp-llm families                      types of models that are tested, and what can go in each
 
 Each has --help, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or the bundled
 tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or failed, said in
@@ -26,6 +27,7 @@ COMMANDS = {
     "bench": "bench_main",
     "report": "report_main",
     "push": "push_main",
+    "families": "families_main",
 }
 
 

@@ -18,12 +18,21 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from snp_llm.cli import bench as bench_command
 from snp_llm.cli import evaluate as evaluate_command
+from snp_llm.cli import families as families_command
 from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli import prune as prune_command
 from snp_llm.cli import push as push_command
 from snp_llm.cli import report as report_command
 from snp_llm.cli.failure import fail
-from snp_llm.recipe.commands import BenchRecipe, EvaluationRecipe, InspectRecipe, PushRecipe, ReportRecipe, Talk
+from snp_llm.recipe.commands import (
+    BenchRecipe,
+    EvaluationRecipe,
+    FamiliesRecipe,
+    InspectRecipe,
+    PushRecipe,
+    ReportRecipe,
+    Talk,
+)
 from snp_llm.recipe.file import build_recipe, read_settings
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.errors import SnpError, reason, shown
@@ -75,6 +84,11 @@ def report_main(arguments: Sequence[str]) -> int:
 def push_main(arguments: Sequence[str]) -> int:
     """Entry point of `snp-llm push`."""
     return _guarded(PushRecipe, "snp-llm push", arguments, push_command.run_push)
+
+
+def families_main(arguments: Sequence[str]) -> int:
+    """Entry point of `snp-llm families`."""
+    return _guarded(FamiliesRecipe, "snp-llm families", arguments, families_command.run_families)
 
 
 def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callable[[T, Talk], None]) -> int:

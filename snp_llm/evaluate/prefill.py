@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks
-from snp_llm.models.blocks import capture_calls, move, on_device, rest_on_device, run_block, run_without_blocks
+from snp_llm.models.blocks import capture_calls, on_device, rest_on_device, run_block, run_without_blocks
+from snp_llm.models.calls import move
 from snp_llm.runtime.device import synchronize
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -165,25 +166,32 @@ def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
 def _attention_site(index: int, block: nn.Module, found: Attention, family: Family, head_unit: HeadUnit) -> Site:
     heads = found.heads
     by_query = heads.query > heads.key_value and (head_unit == "query" or heads.key_value == 1)
+    # What takes the stream along puts out the sum; only its out-projection puts out what it adds.
+    adds_itself = "residual" in signature(block.get_submodule(found.module).forward).parameters
     return make_site(
         block,
         index,
         kind="attention",
         stage=0,
-        producers=tuple(Producer(rows.path, _unit_rows(rows, heads, by_query=by_query)) for rows in found.rows),
+        producers=tuple(
+            Producer(rows.path, _unit_rows(rows, heads, found.shards, by_query=by_query)) for rows in found.rows
+        ),
         consumers=(found.out,),
-        module=found.module,
+        module=found.out if adds_itself else found.module,
         units=heads.query if by_query else heads.key_value,
-        groups=heads.key_value if by_query else 0,
+        groups=heads.key_value if by_query else found.shards,
         heads=heads,
         stay=found.stay or family.heads_stay,
     )
 
 
-def _unit_rows(rows: HeadRows, heads: Heads, *, by_query: bool) -> tuple[Rows, ...]:
+def _unit_rows(rows: HeadRows, heads: Heads, shards: int, *, by_query: bool) -> tuple[Rows, ...]:
     """Whose the rows of an in-projection are: keys and values stay where query heads are units."""
     group = heads.query // heads.key_value
     query, key_value = rows.query, rows.key_value
+    if rows.order == "shards":
+        each = max(1, heads.query // shards)
+        return tuple(Rows(each * query, query, shard * each) for shard in range(shards) for _ in range(3))
     if rows.order == "groups" and not by_query:
         each = group * query + key_value
         return (Rows(heads.key_value * each, each),)
@@ -208,6 +216,7 @@ def _ffn_site(index: int, block: nn.Module, found: Ffn) -> Site:
         consumers=(found.out,),
         module=found.out,
         units=found.channels,
+        stay=found.stay,
     )
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """All arguments that the model passed to a block besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
@@ -52,7 +45,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 
     def run() -> None:
         seen.clear()
-        model.base_model(tokens.to(device), use_cache=False)
+        model.base_model(tokens.to(device), **_without_cache(model))
 
     home = next(model.get_input_embeddings().parameters()).device
     device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
@@ -70,14 +63,14 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
     device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
-    output = block(move(hidden, device), *move(call.args, device), **move(call.kwargs, device))
-    return first_tensor(output)
+    call = move(for_windows(call, len(hidden)), device)
+    return first_tensor(block(move(hidden, device), *call.args, **call.kwargs))
 
 
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
-    _run_past(blocks, _pass_on, lambda: model(tokens, use_cache=False))
+    _run_past(blocks, _pass_on, lambda: model(tokens, **_without_cache(model)))
 
 
 def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -96,7 +89,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden if index == len(blocks) - 1 else given
 
-    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, use_cache=False)).logits
+    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **_without_cache(model))).logits
     return logits
 
 
@@ -150,7 +143,8 @@ def input_gradient(
         output.register_hook(watch)
 
     with torch.enable_grad(), watch_outputs({module: partial(hook, watch) for module, watch in watchers.items()}):
-        output = first_tensor(block(leaf, *move(call.args, device), **move(call.kwargs, device)))
+        call = move(for_windows(call, len(leaf)), device)
+        output = first_tensor(block(leaf, *call.args, **call.kwargs))
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
@@ -284,31 +278,6 @@ def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             held[name] = tensor
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """A nested structure of tensors, with all of them on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, BlockCall):
-        return BlockCall(move(value.args, device), move(value.kwargs, device))
-    if isinstance(value, dict):
-        return {k: move(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(move(v, device) for v in value)
-    return value
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states in a module's output, which is a tensor or a tuple that starts with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """`output` with its hidden states replaced and other tensors (attention weights), which nobody reads, dropped."""
-    if isinstance(output, Tensor):
-        return tensor
-    return (tensor, *(None if isinstance(value, Tensor) else value for value in output[1:]))
-
-
 def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
     try:
         run_block(block, hidden, call)
@@ -373,3 +342,7 @@ def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callab
             failed = failed or error
     assert failed is not None
     raise failed
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}

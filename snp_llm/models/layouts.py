@@ -13,7 +13,7 @@ from snp_llm.models.families.family import PRUNED, Family
 from snp_llm.models.offload import disk_index, wait_on_disk
 from snp_llm.models.outline import block_widths, part_widths, structure_of, width_keys
 from snp_llm.models.plain import known_values, plain_config, says_tied, stays_tied
-from snp_llm.models.registry import auto_class, dense_type, is_own, pruned_config_class
+from snp_llm.models.registry import auto_class, dense_type, is_own, pruned_class_name, pruned_config_class
 from snp_llm.models.text_part import parts_of, text_config, text_values
 from snp_llm.models.trial_config import builds
 from snp_llm.runtime.errors import SnpError
@@ -106,7 +106,7 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
 
 
 def _auto_map(dense: PreTrainedModel) -> dict[str, str]:
-    name = f"{modeling_snp.__name__.rpartition('.')[2]}.Snp{type(dense).__name__.removeprefix('Snp')}"
+    name = f"{modeling_snp.__name__.rpartition('.')[2]}.{pruned_class_name(dense.config)}"
     return dict.fromkeys(modeling_snp.auto_classes(dense_type(dense.config)), name)
 
 

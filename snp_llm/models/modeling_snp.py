@@ -29,7 +29,7 @@ DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the pac
 
 # Attributes of attention modules that hold head counts, and channels of all heads together.
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 GROUP_SIZES = ("num_key_value_groups", "n_rep")
 CHANNELS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "inner_dim")
 
@@ -64,6 +64,11 @@ class Pruned:
                 if changed:
                     resize_block(blocks[index], part, config, changed)
         self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        stock = cls.__mro__[cls.__mro__.index(Pruned) + 1]  # it looks for an answer in the file of its class
+        return stock._can_set_attn_implementation()
 
 
 def resize_block(block: nn.Module, part: dict[str, Any], config: PretrainedConfig, changed: dict[str, int]) -> None:
@@ -153,15 +158,19 @@ def auto_classes(model_type: str) -> list[str]:
 
 @cache
 def __getattr__(name: str) -> type:
-    """The class of a config or a model, by its name: "Snp" and that of a class of transformers."""
-    base = getattr(transformers, name.removeprefix("Snp"), None) if name.startswith("Snp") else None
+    """The class of a config or a model, by its name: "Snp" and that of a class of transformers.
+
+    Types that share a model's class have one each, "Under" and the name of their config behind it.
+    """
+    stock, _, config = name.removeprefix("Snp").partition("Under")
+    base = getattr(transformers, stock, None) if name.startswith("Snp") else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
         return type(name, (base,), {"model_type": f"snp_{base.model_type}", "_auto_class": "AutoConfig"})
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         if name == "SnpGPTNeoXForCausalLM" and transformers.__version__.startswith("4."):
             # It calls the head by another name, and would leave it random.
             raise ImportError("GPT-NeoX with widths of its own in every block: expected transformers 5")
-        config_class = __getattr__(f"Snp{base.config_class.__name__}")
-        auto = next(iter(auto_classes(base.config_class.model_type)), "AutoModelForCausalLM")
+        config_class = __getattr__(f"Snp{config or base.config_class.__name__}")
+        auto = next(iter(auto_classes(config_class.model_type.removeprefix("snp_"))), "AutoModelForCausalLM")
         return type(name, (Pruned, base), {"config_class": config_class, "_auto_class": auto})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

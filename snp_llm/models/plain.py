@@ -33,7 +33,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
     whole.pop("tie_word_embeddings", None)
     values = text_values(dense.config, whole)
     heads = {(old, widths[i][0]) for part in parts if (old := part_widths(part)[0]) is not None for i in part["of"]}
-    if heads and (family.checked or any(old != new for old, new in heads)):
+    if any(old != new for old, new in heads):
         (_, new), *others = heads
         found = None if others or new is None else plain_type(dense, family, new)
         if found is None or new is None:

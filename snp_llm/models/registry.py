@@ -1,5 +1,6 @@
 """The Auto class that loads a model, and pruned models' classes made known to all. Imports none before it is asked."""
 
+from collections import Counter
 from typing import Any
 
 import transformers
@@ -41,6 +42,7 @@ def register() -> None:
     """
     for auto in AUTO_CLASSES:
         models = auto._model_mapping
+        users = Counter(name for name in models._model_mapping.values() if isinstance(name, str))
         for model_type, name in [*models._model_mapping.items()]:
             config_name = CONFIG_MAPPING_NAMES.get(model_type)
             if not isinstance(name, str) or config_name is None or model_type.startswith(PRUNED):
@@ -49,7 +51,8 @@ def register() -> None:
             module = pruned.replace("-", "_")  # as transformers makes a module's name of it
             CONFIG_MAPPING._mapping[pruned] = models._config_mapping[pruned] = pruned_config
             models._reverse_config_mapping[pruned_config] = pruned
-            models._model_mapping[pruned] = f"Snp{name}"
+            shared = users[name] > 1 and not name.startswith(config_name.removesuffix("Config"))
+            models._model_mapping[pruned] = f"Snp{name}Under{config_name}" if shared else f"Snp{name}"
             CONFIG_MAPPING._modules[module] = models._modules[module] = modeling_snp
 
 
@@ -57,6 +60,12 @@ def pruned_config_class(model_type: str) -> type[PretrainedConfig]:
     """The config class of pruned models of a type."""
     found: type[PretrainedConfig] = CONFIG_MAPPING[f"{PRUNED}{model_type}"]
     return found
+
+
+def pruned_class_name(config: PretrainedConfig) -> str:
+    """The name of the class of pruned models of a config's type."""
+    name: str = auto_class(config)._model_mapping._model_mapping[f"{PRUNED}{dense_type(config)}"]
+    return name
 
 
 def is_own(kind: type[PreTrainedModel] | type[PretrainedConfig]) -> bool:

@@ -84,7 +84,8 @@ class Site:
         unit_size: channels a unit has; of a convolution's input, entries of a patch.
         cost: linear-weight parameters of one unit: its rows in every producer and its columns.
         parameters: linear-weight parameters of all these projections, which sparsity is a fraction of.
-        groups: KV groups from which equally many query heads go; 0 where units are not query heads.
+        groups: KV groups from which equally many query heads go, or shards of rows from which heads do; 0 where units
+            go one by one.
         heads: of an attention site.
         stay: why units cannot go; empty where they can.
         droppable: whether all of them may, and then the module with them.
@@ -143,14 +144,14 @@ class Site:
             return "blocks" if not self.consumers else "modules"
         if self.heads is None:
             return "channels"
-        if self.groups:
-            return "query heads"
-        return "heads" if self.heads.query == self.heads.key_value else "KV groups"
+        if self.heads.query == self.heads.key_value:
+            return "heads"
+        return "query heads" if self.groups else "KV groups"
 
     def heads_after(self, width: int) -> Heads:
         """Heads of an attention site that keeps `width` units."""
         assert self.heads is not None
-        if self.groups:
+        if self.groups and self.heads.key_value < self.heads.query:
             return Heads(width, self.heads.key_value, self.heads.size)
         return Heads(width * (self.heads.query // self.heads.key_value), width, self.heads.size)
 

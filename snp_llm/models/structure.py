@@ -14,8 +14,9 @@ from snp_llm.models.site import Heads
 from snp_llm.runtime.errors import SnpError
 
 # Rows of in-projections: those of every head one below the other, all queries before keys before values in "parts" (in
-# one projection, or one each), or the queries, key and value of a KV group together in "groups".
-Order = Literal["parts", "groups"]
+# one projection, or one each), or the queries, key and value of a KV group together in "groups", or queries, values and
+# keys of equally many heads, shard after shard, in "shards".
+Order = Literal["parts", "groups", "shards"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ FFNS = (
 
 HEAD_SIZES = ("v_head_dim", "head_dim", "head_size", "attn_head_size")  # attributes: channels of a head
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")  # attributes: query heads
+SHARDS = "mp_num"  # attribute: shards of rows, whatever the number of heads
+IN_GROUPS = "multi_query"  # attribute of attentions that may have one key and value for all queries, which come last
 ELSEWHERE = ("cross", "encoder_attn")  # in the names of attentions to something else than the text
 
 
@@ -96,6 +99,7 @@ class Attention:
         rows: of all that has rows for heads.
         out: path of the out-projection.
         heads: how many, and channels of each in the out-projection.
+        shards: of its rows, which must keep equally many heads; 0 where rows are not in "shards".
         stay: why its heads cannot go; empty where they can.
     """
 
@@ -103,6 +107,7 @@ class Attention:
     rows: tuple[HeadRows, ...]
     out: str
     heads: Heads
+    shards: int = 0
     stay: str = ""
 
 
@@ -114,11 +119,13 @@ class Ffn:
         rows: paths of its in-projections, each with the rows that a channel has in it: two where gate and up are fused.
         out: path of the out-projection.
         channels: how many.
+        stay: why they cannot go; empty where they can.
     """
 
     rows: tuple[tuple[str, int], ...]
     out: str
     channels: int
+    stay: str = ""
 
 
 def find_attention(block: nn.Module) -> Attention | None:
@@ -184,7 +191,8 @@ def find_ffn(block: nn.Module) -> Ffn | None:
                 f"many in one projection for gate and up; got {_rows(module, name):,}. The config does not fit the "
                 "weights, or this is no FFN that is known here."
             )
-    return Ffn(rows, _join(path, outwards), channels)
+    more, stay = _other_channels(module, path, channels, {*inwards, outwards}) if path else ((), "")
+    return Ffn((*rows, *more), _join(path, outwards), channels, stay)
 
 
 def _read_attention(module: nn.Module, path: str, names: AttentionNames) -> Attention:
@@ -217,10 +225,29 @@ def _read_attention(module: nn.Module, path: str, names: AttentionNames) -> Atte
             f"{path}: expected query heads that split evenly into KV groups, got {columns:,} query and "
             f"{channels / 2:,.0f} key channels in heads of {size}. The config does not fit the weights."
         )
-    rows = [HeadRows(_join(path, name), *per_head[name], names.order) for name in ins]
-    heads = Heads(query, key_value, size)
+    heads, shards = Heads(query, key_value, size), getattr(module, SHARDS, 0)
+    order: Order = "shards" if shards else "groups" if hasattr(module, IN_GROUPS) else names.order
+    rows = [HeadRows(_join(path, name), *per_head[name], order) for name in ins]
     more, stay = _other_rows(module, path, heads, {*ins, out})
-    return Attention(path, (*rows, *more), _join(path, out), heads, stay)
+    if shards and query % shards:
+        stay = f"they do not split evenly into the {shards} shards that its rows are in"
+    return Attention(path, (*rows, *more), _join(path, out), heads, shards, stay)
+
+
+def _other_channels(
+    module: nn.Module, path: str, channels: int, known: set[str]
+) -> tuple[tuple[tuple[str, int], ...], str]:
+    """What else in an FFN has a value for every channel, and why channels cannot go if they cannot."""
+    rows, stay = [], ""
+    for name, child in module.named_modules():
+        if name in known:
+            continue
+        for key, tensor in child.named_parameters(recurse=False):
+            if tensor.dim() == 1 and len(tensor) == channels and name:
+                stay = "a norm over all of them at once would change"
+            elif tensor.dim() == 1 and len(tensor) == channels:
+                rows.append((_join(path, key), 1))
+    return tuple(rows), stay
 
 
 def _other_rows(module: nn.Module, path: str, heads: Heads, known: set[str]) -> tuple[list[HeadRows], str]:

@@ -206,8 +206,12 @@ def _outputs(
 ) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]]]]:
     """What a block and each of its sites put out for the first windows of the stream, batch after batch."""
     seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site, output: Tensor) -> None:
+        seen[site] = output.clone()  # some blocks add to it in place
+
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {
-        projection(block, site.consumers[0]): partial(seen.__setitem__, site) for site in sites
+        projection(block, site.consumers[0]): partial(keep, site) for site in sites
     }
 
     def run(at: slice) -> tuple[Tensor, list[Tensor]]:

@@ -82,9 +82,9 @@ def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
     first = next((site for site in sites if site.heads is not None and site.prunable), None)
     if first is None:
         return
-    if recipe.head_unit == "kv_group" and first.groups:
+    if recipe.head_unit == "kv_group" and first.unit == "query heads":
         log.warning("%s: one key-value head; query heads are the units instead of KV groups", first.name)
-    elif recipe.head_unit == "query" and not first.groups:
+    elif recipe.head_unit == "query" and first.unit != "query heads":
         log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block, with_first_tensor
+from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block
+from snp_llm.models.calls import with_first_tensor
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
 from snp_llm.models.projections import projection
 from snp_llm.models.site import Site, site_bias, site_weight

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from snp_llm.models.blocks import BlockCall, input_gradient, inputs_of, run_block, watch_inputs
+from snp_llm.models.blocks import input_gradient, inputs_of, run_block, watch_inputs
+from snp_llm.models.calls import BlockCall
 from snp_llm.models.projections import inputs_as_rows, outputs_as_rows, projection
 from snp_llm.models.site import Site, consumers_of
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import BlockCall, capture_calls, on_device
+from snp_llm.models.blocks import capture_calls, on_device
+from snp_llm.models.calls import BlockCall
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight

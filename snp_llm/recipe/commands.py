@@ -121,6 +121,11 @@ class Talk:
 
 
 @dataclass(frozen=True)
+class FamiliesRecipe:
+    """Types of models that all tests are run on: what can go in each, which layouts there are, what loads them."""
+
+
+@dataclass(frozen=True)
 class InspectRecipe:
     """What a model is made of, what pruning can give, and what that takes; from its config alone, without weights."""
 

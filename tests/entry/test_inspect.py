@@ -13,8 +13,9 @@ from snp_llm.cli.inspect import inspect, layout_facts, layout_line
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import find_anatomy
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_recipe
+from tests.conftest import save_model, small_model, small_recipe
 from tests.entry.test_cli import QUICK, refuse
+from tests.families import FAMILY_CONFIGS, every_family
 
 LARGE = {
     "opt": {
@@ -58,7 +59,7 @@ def test_a_model_of_any_size_from_its_config_alone(model_type, tmp_path, capsys)
     assert takes["flops"] > 2 * sparsity["block_linear"] * 128 * 2048
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_parameters_by_kind_add_up_in_every_family(model_type):
     model = small_model(model_type, torch.float32)
     facts = inspect(model, Recipe("small", seq_len=32))

@@ -34,7 +34,7 @@ from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from snp_llm import checkpoint
-from snp_llm.cli import bench, evaluate, inspect, main, parse, prune, push, report
+from snp_llm.cli import bench, evaluate, families, inspect, main, parse, prune, push, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
@@ -249,7 +249,7 @@ def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for room in (bench, evaluate, inspect, prune, push, report):
+        for room in (bench, evaluate, families, inspect, prune, push, report):
             for name in [name for name in dir(room) if name.startswith("run_")]:
                 patch.setattr(room, name, stop)
         with pytest.raises(ParsedError):

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from snp_llm import checkpoint, prune
 from snp_llm.models import modeling_snp
 from snp_llm.models.registry import pruned_config_class
-from tests.conftest import FAMILY_CONFIGS, small_model, small_opt, small_recipe
+from tests.conftest import small_model, small_opt, small_recipe
+from tests.families import every_family
 
 FAMILIES = ["opt", "llama", "gpt2", "gpt_neox", "gemma3_text"]
 WAYS = ["save_pretrained", "trainer", "trained", *(["peft"] if find_spec("peft") else [])]
@@ -122,7 +123,7 @@ def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, tokeniz
     run(LOAD, tmp_path, tmp_path / "copied")
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_every_pruned_model_takes_its_files_along_without_ever_being_saved_by_this_package(model_type, tmp_path):
     """The model as `prune` gives it, and its config alone."""
     config_class = pruned_config_class(model_type)

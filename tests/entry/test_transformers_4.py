@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from snp_llm import checkpoint, prune
 from snp_llm.data.sources import BUNDLED
-from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+from tests.conftest import small_model, small_recipe
 from tests.entry.test_readme import ROOT
+from tests.families import IN_BOTH, every_family
 from tests.models.test_config_file import TYPES, rope_overrides
 
 PYTHON = ROOT / ".venv-transformers-4/bin/python"
@@ -54,7 +55,7 @@ def results(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
-    for model_type in FAMILY_CONFIGS:
+    for model_type in IN_BOTH:
         for rope_type in TYPES:
             if (overrides := rope_overrides(model_type, rope_type)) is None:
                 continue
@@ -96,7 +97,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family(among=IN_BOTH)
 def test_every_folder_computes_the_same_in_both(model_type, results):
     (four, said_by_four), (five, said_by_five) = results["4"], results["5"]
     names = [name for name in said_by_five if name.rpartition("-")[0].removesuffix("-tied") == model_type]

@@ -22,7 +22,8 @@ from snp_llm.models.size import model_size
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.runtime.errors import reason, shown
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.families import FAMILY_CONFIGS, every_family
 
 LEAST_FFN = 8  # channels, the usual --round-to
 
@@ -66,7 +67,7 @@ def smallest(model_type: str):
         return dense, AutoModelForCausalLM.from_config(pruned_config_class(family.model_type)(**values))
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 @pytest.mark.parametrize("kind", ["params", "size", "flops"])
 def test_the_least_and_the_most_that_a_budget_may_be(kind, model_type):
     """Counted on the smallest model that there can be, and on the dense one."""
@@ -92,7 +93,7 @@ def test_the_least_and_the_most_that_a_budget_may_be(kind, model_type):
     check_budget(dense, resolve(small_recipe(**{f"target_{kind}": f"{share}x"}), dense))
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_the_largest_sparsity(model_type):
     dense, small = smallest(model_type)
     most = 1 - model_size(small, 32).block_linear / model_size(dense, 32).block_linear
@@ -195,7 +196,7 @@ def test_all_lines_of_an_error_count():
 ODD = (0, -1, 7, 10**30, 2**62, 1.5, "abc", "", [], [1], {}, None, True, float("nan"), float("inf"))
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_every_family_stands_on_its_config_alone(model_type, tmp_path):
     AutoConfig.for_model(model_type, **FAMILY_CONFIGS[model_type]).save_pretrained(tmp_path)
     assert load_skeleton(str(tmp_path)).config.model_type == model_type

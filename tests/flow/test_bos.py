@@ -16,11 +16,12 @@ from snp_llm.data.windows import calibration_windows, evaluation_text, evaluatio
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from snp_llm.models.text import resolve_bos
 from snp_llm.pruning.identity import identity
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+from tests.conftest import save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
+from tests.families import every_family
 
 BOS = 0
-GEMMAS = ["gemma", "gemma2", "gemma3_text"]
+GEMMAS = ["gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "vaultgemma"]
 
 
 def make_tokenizer(kind):
@@ -96,7 +97,7 @@ def test_random_ids_follow_bos_too():
     assert not (once.tokens == BOS).any()
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_auto_is_before_every_window_for_gemma_and_as_in_published_numbers_for_all_others(model_type):
     model = small_model(model_type)
     assert resolve_bos("auto", model, make_tokenizer("adds")) == ("always" if model_type in GEMMAS else "once")

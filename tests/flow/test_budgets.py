@@ -14,12 +14,13 @@ from snp_llm.models.size import model_size
 from snp_llm.pruning.pipeline import plan
 from snp_llm.pruning.run import read_calibration, resolve
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import FAMILY_CONFIGS, small_model, small_opt, small_recipe
+from tests.conftest import small_model, small_opt, small_recipe
+from tests.families import every_family
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 @pytest.mark.parametrize("kind", ["params", "flops"])
 def test_a_budget_is_met_and_not_exceeded(kind, model_type, tokenizer):
     """Counted on the model that comes out, biases and all, not on what the plan thought of it."""

@@ -17,7 +17,8 @@ from snp_llm.checkpoint.tokenizer import CONFIG, check_carried, find_tokenizer_f
 from snp_llm.cli.parse import prune_main
 from snp_llm.models.anatomy import blocks_path
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.families import FAMILY_CONFIGS, SAMPLE, every_family
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
 # Config keys that change what is computed outside of the projections, with a value that is no default.
@@ -60,7 +61,12 @@ def variants(model_type):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "variant"), [(family, name) for family in FAMILY_CONFIGS for name, _ in variants(family)]
+    ("model_type", "variant"),
+    [
+        pytest.param(family, name, marks=() if family in SAMPLE else pytest.mark.exhaustive)
+        for family in FAMILY_CONFIGS
+        for name, _ in variants(family)
+    ],
 )
 def test_sparsity_zero_is_what_was_loaded_in_every_layout(model_type, variant, tokenizer, tmp_path):
     folder = tmp_path / "dense"
@@ -80,7 +86,7 @@ def test_sparsity_zero_is_what_was_loaded_in_every_layout(model_type, variant, t
         assert not saved.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_a_changed_tensor_outside_the_blocks_is_noticed(model_type, tokenizer, tmp_path):
     """One bit of any of them: embeddings, positions, last norm, head."""
     dense = small_model(model_type, torch.float32, tie_word_embeddings=False)

@@ -11,7 +11,7 @@ from snp_llm.linalg.allocation import ALLOCATIONS
 from snp_llm.linalg.ordering import ORDERINGS
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, input_of, run_block
-from snp_llm.models.families.decoders import FAMILIES
+from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.pipeline import plan
 from snp_llm.pruning.run import read_calibration, resolve
 from snp_llm.runtime.errors import SnpError
@@ -37,7 +37,6 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
     recipe = small_recipe(ffn_sparsity=0.3, head_sparsity=0.3, allocation=allocation, round_to=4)
     pruned = prune(dense, tokenizer, recipe)
     masked = copy.deepcopy(dense)
-    FAMILIES[0]
     for result in pruned.sites:
         site = result.site
         channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
@@ -57,7 +56,6 @@ def test_every_site_is_the_least_squares_solution_on_what_the_pruned_blocks_befo
     dense = small_opt(torch.float64, **OPT_VARIANTS[variant])
     recipe = small_recipe(sparsity=0.4, dampening=0.0, num_samples=40, round_to=4, reference="self")
     pruned = prune(dense, tokenizer, recipe)
-    FAMILIES[0]
     tokens = pruned.calibration.tokens
     dense_blocks, blocks = find_blocks(dense), find_blocks(pruned.model)
     hidden, calls = capture_calls(dense, dense_blocks, tokens)
@@ -152,7 +150,7 @@ def test_a_pruned_model_is_an_input_like_any_other(tokenizer):
     once = prune(small_opt(), tokenizer, small_recipe(sparsity=0.25))
     twice = prune(once.model, tokenizer, small_recipe(sparsity=0.25))
     assert [r.site.units for r in twice.sites] == [len(r.kept) for r in once.sites]
-    units = [s.units for s in find_sites(find_blocks(twice.model), FAMILIES[0])]
+    units = [s.units for s in find_sites(find_blocks(twice.model), find_family(twice.model.config))]
     assert units == [len(r.kept) for r in twice.sites]
     assert torch.isfinite(twice.model(TOKENS).logits).all()
 

@@ -7,7 +7,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.gram import Moments, OutputSums
 from snp_llm.linalg.least_squares import KeptSums, choose_repair
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FAMILIES
+from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.cut import cut
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.repair import DAMPENINGS, VIEWS, viewed
@@ -20,7 +20,8 @@ from tests.conftest import small_opt, small_recipe
 
 
 def test_a_gram_matrix_that_stays_indefinite_names_the_block():
-    model, family = small_opt(), FAMILIES[0]
+    model = small_opt()
+    family = find_family(model.config)
     blocks = find_blocks(model)
     site = find_sites(blocks, family)[3]
     second = torch.eye(64)
@@ -32,7 +33,8 @@ def test_a_gram_matrix_that_stays_indefinite_names_the_block():
 
 def test_the_mean_moves_only_where_there_is_a_bias():
     for variant, centred in (({}, True), ({"enable_bias": False}, False)):
-        model, family = small_opt(**variant), FAMILIES[0]
+        model = small_opt(**variant)
+        family = find_family(model.config)
         blocks = find_blocks(model)
         site = find_sites(blocks, family)[1]
         moments = Moments(4 * torch.eye(64), torch.full((64,), 2.0), 4)
@@ -61,7 +63,8 @@ def test_a_curve_of_a_site_without_energy_is_zero():
 
 def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     """The threshold lowered, the same site both ways: same units, nearly the same weights, curves and errors."""
-    model, family = small_opt(), FAMILIES[0]
+    model = small_opt()
+    family = find_family(model.config)
     site = find_sites(find_blocks(model), family)[1]
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(64, 64, generator=generator)

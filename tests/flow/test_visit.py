@@ -12,7 +12,8 @@ from snp_llm.pruning.run import Run, resolve
 from snp_llm.pruning.sensitivity import gradient_windows, visit_dense, visit_passes
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.runtime.device import Clock
-from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+from tests.conftest import small_model, small_recipe
+from tests.families import IN_FLOAT32, every_family
 
 TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -24,7 +25,7 @@ def visit(model, **overrides):
     return anatomy.sites, visit_dense(anatomy, TOKENS, run)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family(*IN_FLOAT32)
 def test_gradient_moments_are_those_of_a_backward_pass_through_the_whole_model(model_type):
     model = small_model(model_type)
     model.requires_grad_(True)

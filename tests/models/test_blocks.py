@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from snp_llm.models.anatomy import find_blocks
-from snp_llm.models.blocks import capture_calls, fixed_output, input_of, move, output_of, run_block, with_first_tensor
+from snp_llm.models.blocks import capture_calls, fixed_output, input_of, output_of, run_block
+from snp_llm.models.calls import move, with_first_tensor
 from tests.conftest import OPT_VARIANTS, small_opt
 
 

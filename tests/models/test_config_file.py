@@ -13,7 +13,8 @@ from snp_llm import checkpoint
 from snp_llm.data.sources import BUNDLED
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.registry import pruned_config_class
-from tests.conftest import FAMILY_CONFIGS, small_model
+from tests.conftest import small_model
+from tests.families import FAMILY_CONFIGS, IN_BOTH, every_family
 
 THETA = 500_000.0
 PARTIAL = {"gpt_neox": 0.5, "stablelm": 0.5}
@@ -67,7 +68,7 @@ def reload(values, folder):
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family(among=IN_BOTH)
 def test_transformers_5_reads_what_it_did(model_type, rope_type, tmp_path):
     config = with_rope(model_type, rope_type)
     config.dtype = torch.bfloat16
@@ -84,7 +85,7 @@ def test_transformers_5_reads_what_it_did(model_type, rope_type, tmp_path):
     assert {key: added[key] for key in values} == values
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILY_CONFIGS if name not in ("opt", "gpt2")])
+@every_family("opt", "gpt2", among=IN_BOTH)
 def test_the_rotary_base_stands_where_transformers_4_looks(model_type):
     added = config_for_both(json.loads(with_rope(model_type, "default").to_json_string()))
     assert added["rotary_emb_base" if model_type == "gpt_neox" else "rope_theta"] == THETA
@@ -96,7 +97,7 @@ def test_the_rotary_base_stands_where_transformers_4_looks(model_type):
 
 
 def test_widths_of_their_own_change_nothing_about_it(tmp_path):
-    for model_type in FAMILY_CONFIGS:
+    for model_type in IN_BOTH:
         pruned_type, config_class = f"snp_{model_type}", pruned_config_class(model_type)
         plain = with_rope(model_type, "default")
         values = {**json.loads(plain.to_json_string()), "model_type": pruned_type}

@@ -1,11 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config, ViTConfig
 
+from snp_llm import prune
 from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
+from snp_llm.models.families import decoders
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.outline import block_widths
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import small_model, small_opt
+from tests.conftest import small_model, small_opt, small_recipe
+from tests.families import GROUPED, every_family
 
 
 def test_sites_of_an_opt_model():
@@ -45,6 +51,85 @@ def test_a_layout_that_nearly_fits_is_refused_with_what_does_not():
     model.model.layers[1].self_attn.k_proj = torch.nn.Linear(48, 20)
     with pytest.raises(SnpError, match=r"block 1 self_attn: expected query heads that split evenly into KV groups"):
         find_anatomy(model)
+
+
+def test_a_norm_over_all_channels_keeps_them_and_single_values_go_along():
+    model = small_model("llama")
+    for block in model.model.layers:
+        block.mlp.register_parameter("scale", torch.nn.Parameter(torch.ones(64)))
+    site = find_anatomy(model).sites[1]
+    assert site.prunable and [p.path for p in site.producers] == ["mlp.gate_proj", "mlp.up_proj", "mlp.scale"]
+    model.model.layers[0].mlp.norm = torch.nn.LayerNorm(64)
+    assert find_anatomy(model).sites[1].stay == "a norm over all of them at once would change"
+
+
+def test_other_classes_of_projections_are_refused_with_what_the_blocks_have():
+    class Quantized(torch.nn.Module):
+        weight = torch.empty(48, 64)
+
+    model = small_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = Quantized()
+    with pytest.raises(SnpError, match=r"block 0 has no FFN as Llama has it; its projections are .*mlp\.up_proj"):
+        find_anatomy(model)
+
+
+@every_family(variants=True)
+def test_the_table_says_what_modules_say_of_heads(model_type):
+    model = small_model(model_type)
+    first = find_anatomy(model).sites[0]
+    family = find_family(model.config)
+    assert first.kind == "attention" and first.stay == family.heads_stay
+
+
+@every_family()
+def test_what_the_table_says_of_head_sizes_is_so(model_type):
+    """A config of fewer heads of the same size gives such blocks, which run, or the table says that it cannot."""
+    model = small_model(model_type)
+    family, was = find_family(model.config), block_widths(find_blocks(model)[0])[0]
+    heads = replace(was, query=was.query * 2 // 3, key_value=max(1, was.key_value * 2 // 3))
+    values = {family.heads_key: heads.query, "head_dim": was.size}
+    values |= {family.kv_heads_key: heads.key_value} if family.kv_heads_key else {}
+    try:
+        narrow = small_model(model_type, **values)
+        narrow(torch.arange(3, 13).view(2, 5))
+        holds = all(block_widths(block)[0] == heads for block in find_blocks(narrow))
+    except Exception:
+        holds = False
+    assert holds == (family.head_dim_key is not None)
+
+
+@every_family()
+def test_what_the_table_says_of_head_counts_is_so(model_type):
+    """Heads that do not divide the hidden size."""
+    family = find_family(AutoConfig.for_model(model_type))
+    if family.head_dim_key is None:
+        pytest.skip("its config cannot hold fewer heads")
+    values = {family.heads_key: 5, "head_dim": 16, **({family.kv_heads_key: 1} if family.kv_heads_key else {})}
+    try:
+        small_model(model_type, **values)(torch.arange(3, 13).view(2, 5))
+        refused = False
+    except Exception:
+        refused = True
+    assert refused == family.divides_hidden
+
+
+def test_a_type_without_an_entry_is_pruned_with_a_remark(tokenizer, monkeypatch, caplog):
+    dense = small_model("arcee")
+    known = [family for family in decoders.FAMILIES if family.model_type != "arcee"]
+    monkeypatch.setattr(decoders, "FAMILIES", known)
+    pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3, round_to=4, num_samples=2)).model
+    assert pruned.config.model_type == "snp_arcee" and any("no entry in the table" in m for m in caplog.messages)
+
+
+def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_refused(tokenizer):
+    config = AutoConfig.for_model("hrm_text", **GROUPED, num_layers_per_stack=2)
+    looped = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(SnpError, match=r"its 2 blocks were called \d+ times; expected once each"):
+        prune(looped, tokenizer, small_recipe(num_samples=2))
+    fed = small_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=2048)
+    with pytest.raises(SnpError, match="blocks get other arguments for other tokens"):
+        prune(fed, tokenizer, small_recipe(num_samples=2))
 
 
 def test_two_projections_that_are_one_tensor_are_refused():

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import MistralForCausalLM, OPTForCausalLM
+from transformers import MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from snp_llm import SnpError, prune
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.blocks import capture_calls, run_block
-from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import assemble, needs_code
 from snp_llm.models.modeling_snp import SnpOPTForCausalLM, resize_block
 from snp_llm.models.outline import block_widths, structure_of
@@ -16,9 +16,10 @@ from snp_llm.models.plain import uniform_widths
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.run import resolve
-from tests.conftest import FAMILY_CONFIGS, OPT_VARIANTS, small_model, small_opt, small_recipe
+from tests.conftest import OPT_VARIANTS, small_model, small_opt, small_recipe
+from tests.families import every_family
 
-FAMILY = FAMILIES[0]
+FAMILY = find_family(OPTConfig())
 
 
 def cut_blocks(model, widths):
@@ -152,7 +153,7 @@ def test_targets_that_round_badly_are_announced(tokenizer, caplog):
     assert not any(message.startswith("ffn:") for message in caplog.messages)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_a_block_of_other_widths_is_described_to_the_row(model_type):
     """A block that surgery has cut has the shapes that the file which travels with it gives to such a block."""
     model, other = small_model(model_type), small_model(model_type)
@@ -163,10 +164,9 @@ def test_a_block_of_other_widths_is_described_to_the_row(model_type):
             prune_site(
                 block, site, kept, site_weight(block, site)[:, site.step * site.unit_size :], site_bias(block, site)
             )
-    (part,) = structure["parts"]
-    family, widths = find_family(model.config), block_widths(block)
-    keys = {family.heads_key: widths[0].query, family.ffn_key: widths[1]}
-    keys |= {family.kv_heads_key: widths[0].key_value} if family.kv_heads_key else {}
+    (part,) = (part for part in structure["parts"] if 1 in part["of"])
+    (heads, channels), names = block_widths(block), part["attention"]["keys"]
+    keys = {names[0]: heads.query, part["ffn"]["key"]: channels, **({names[1]: heads.key_value} if names[1] else {})}
     resized = find_blocks(other)[1]
     resize_block(resized, part, other.config, keys)
     shapes = {name: tensor.shape for name, tensor in block.state_dict().items()}

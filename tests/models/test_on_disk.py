@@ -14,13 +14,14 @@ from snp_llm.models.blocks import on_device
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked, disk_index, fingerprint, is_on_disk
 from snp_llm.models.size import model_size
-from tests.conftest import FAMILY_CONFIGS, save_model, small_model, small_opt, small_recipe
+from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.families import every_family
 
 TOKENS = torch.randint(3, 2048, (3, 24), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_path):
     """Its checkpoint in several shards, its result saved from disk to disk."""
     small_model(model_type).save_pretrained(tmp_path / "dense", max_shard_size="100KB")
@@ -37,7 +38,7 @@ def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_p
     assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path, monkeypatch):
     """And not when Python next looks for modules that refer to themselves."""
     weights = []
@@ -58,7 +59,7 @@ def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path,
         gc.enable()
 
 
-@pytest.mark.parametrize("model_type", FAMILY_CONFIGS)
+@every_family()
 def test_block_by_block_gives_the_models_own_logits(model_type, tokenizer, tmp_path):
     model = small_model(model_type)
     expected = model(TOKENS, use_cache=False).logits

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from transformers import OPTConfig
 
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FAMILIES
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.surgery import prune_site
 from tests.conftest import OPT_VARIANTS, small_opt
 
@@ -10,7 +11,7 @@ from tests.conftest import OPT_VARIANTS, small_opt
 @pytest.mark.parametrize("variant", OPT_VARIANTS)
 def test_removing_units_equals_zeroing_their_columns(variant):
     dense, pruned = small_opt(**OPT_VARIANTS[variant]), small_opt(**OPT_VARIANTS[variant])
-    family, tokens = FAMILIES[0], torch.randint(2048, (2, 16))
+    family, tokens = find_family(OPTConfig()), torch.randint(2048, (2, 16))
     kept = {"attention": torch.tensor([0, 2]), "ffn": torch.arange(3, 47)}
     for site in find_sites(find_blocks(pruned), family):
         units = kept[site.kind]

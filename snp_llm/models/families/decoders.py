@@ -1,48 +1,89 @@
 """The decoder families, one entry each; docs/adding_a_family.md is the recipe. Tables, and the look-up in them."""
 
 from dataclasses import replace
+from typing import Any
 
 from transformers import PretrainedConfig
 
-from snp_llm.models.families.family import Family
+from snp_llm.models.families.family import EVERYWHERE, HERE, READ, Family
 from snp_llm.models.registry import auto_class, dense_type
 from snp_llm.models.text_part import text_config
 
+# No config key keeps the size of heads when some go.
+TIED: dict[str, Any] = {"head_dim_key": None}
+ALIBI = "its ALiBi slopes belong to the number of heads"
+JOINT_NORM = "a norm over all of them at once would change"
+ALL: dict[str, Any] = {"engines": EVERYWHERE, "head_engines": EVERYWHERE}
+
 FAMILIES = (
-    Family(
-        name="OPT",
-        model_type="opt",
-        kv_heads_key=None,
-        ffn_key="ffn_dim",
-        head_dim_key=None,
-        engines=("transformers", "vLLM"),
-    ),
-    Family(name="Llama", model_type="llama", divides_hidden=True, substitute="mistral"),
-    Family(name="Mistral", model_type="mistral"),
+    Family("OPT", "opt", **TIED, engines=("transformers", "vLLM")),
+    Family("Llama", "llama", **ALL, divides_hidden=True, substitute="mistral"),
+    Family("Mistral", "mistral", **ALL),
     # Its config has no head dimension of its own; transformers reads one that is there, other engines may divide.
-    Family(name="Qwen2", model_type="qwen2", head_engines=("transformers",)),
-    Family(name="Qwen3", model_type="qwen3"),
-    Family(name="Gemma", model_type="gemma", needs_bos=True),
-    Family(name="Gemma 2", model_type="gemma2", divides_hidden=True, needs_bos=True),
-    Family(name="Gemma 3 text", model_type="gemma3_text", divides_hidden=True, needs_bos=True),
-    Family(name="Phi-3", model_type="phi3", head_engines=("transformers", "vLLM")),
-    Family(
-        name="GPT-2",
-        model_type="gpt2",
-        heads_key="n_head",
-        kv_heads_key=None,
-        ffn_key="n_inner",
-        head_dim_key=None,
-        engines=("transformers", "vLLM"),
-    ),
-    Family(name="GPT-NeoX / Pythia", model_type="gpt_neox", kv_heads_key=None, head_dim_key=None),
-    Family(name="SmolLM3", model_type="smollm3"),
-    Family(name="OLMo 2", model_type="olmo2"),
-    Family(name="Granite", model_type="granite"),
-    Family(name="StableLM", model_type="stablelm", head_dim_key=None),
+    Family("Qwen2", "qwen2", engines=EVERYWHERE),
+    Family("Qwen3", "qwen3", **ALL),
+    Family("Gemma", "gemma", **ALL, needs_bos=True),
+    Family("Gemma 2", "gemma2", **ALL, divides_hidden=True, needs_bos=True),
+    Family("Gemma 3 text", "gemma3_text", **ALL, divides_hidden=True, needs_bos=True),
+    Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=("transformers", "vLLM")),
+    Family("GPT-2", "gpt2", **TIED, engines=("transformers", "vLLM")),
+    Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=EVERYWHERE),
+    Family("SmolLM3", "smollm3", **ALL),
+    Family("OLMo 2", "olmo2", **ALL, heads_stay=JOINT_NORM),
+    Family("Granite", "granite", **ALL),
+    Family("StableLM", "stablelm", **TIED, engines=EVERYWHERE),
+    Family("Apertus", "apertus"),
+    Family("Apertus 1.5 text", "apertus1p5_text"),
+    Family("Arcee", "arcee", divides_hidden=True),
+    Family("Beam", "beam", hybrid=True),
+    Family("BioGPT", "biogpt", **TIED),
+    Family("BLOOM", "bloom", **TIED, heads_stay=ALIBI),
+    Family("CodeGen", "codegen", **TIED),
+    Family("Cohere", "cohere"),
+    Family("Cohere 2", "cohere2"),
+    Family("Cohere Compass text", "cohere_compass_text"),
+    Family("CTRL", "ctrl", **TIED),
+    Family("CWM", "cwm", divides_hidden=True),
+    Family("ERNIE 4.5", "ernie4_5"),
+    Family("EXAONE", "exaone", divides_hidden=True),
+    Family("EXAONE 4", "exaone4"),
+    Family("Falcon", "falcon", **TIED),
+    Family("Flint", "flint", hybrid=True),
+    Family("Gemma 4 text", "gemma4_text", **TIED, needs_bos=True),  # heads of another size in every other kind of block
+    Family("Gemma 4 unified text", "gemma4_unified_text", **TIED, needs_bos=True),
+    Family("GLM", "glm"),
+    Family("GLM-4", "glm4"),
+    Family("GPT-BigCode", "gpt_bigcode", **TIED),
+    Family("GPT-J", "gptj", **TIED),
+    Family("GPT-Neo", "gpt_neo", **TIED),
+    Family("GPT-NeoX Japanese", "gpt_neox_japanese", **TIED),
+    Family("Granite with sliding windows", "granite_swa"),
+    Family("Helium", "helium", **TIED),  # its out-projection is as wide as the model
+    Family("HunYuan dense", "hunyuan_v1_dense"),
+    Family("HyperCLOVA X", "hyperclovax", divides_hidden=True),
+    Family("InternLM 3", "internlm3", divides_hidden=True),
+    Family("IQuest-Coder", "iquestcoder", divides_hidden=True),
+    Family("Jais 2", "jais2", divides_hidden=True),
+    Family("Laguna", "laguna", **TIED, hybrid=True),  # its config lists the heads of every block
+    Family("Ministral", "ministral"),
+    Family("Ministral 3", "ministral3"),
+    Family("ModernBERT decoder", "modernbert-decoder", **TIED),
+    Family("Moshi", "moshi", divides_hidden=True),
+    Family("MPT", "mpt", **TIED, heads_stay=ALIBI),
+    Family("NanoChat", "nanochat"),
+    Family("Nemotron", "nemotron"),
+    Family("OLMo", "olmo"),
+    Family("OLMo 3", "olmo3", heads_stay=JOINT_NORM),
+    Family("OpenAI GPT", "openai-gpt", **TIED),
+    Family("Persimmon", "persimmon", **TIED),
+    Family("Phi", "phi"),
+    Family("Seed-OSS", "seed_oss"),
+    Family("StarCoder 2", "starcoder2"),
+    Family("VaultGemma", "vaultgemma", divides_hidden=True, needs_bos=True),
+    Family("XGLM", "xglm", **TIED),
 )
 
-# Config keys that a type without an entry may have, the first of each that is there counts.
+# Config keys that a type may have, the first of each that is there counts.
 HEADS_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 KV_HEADS_KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 FFN_KEYS = (
@@ -71,7 +112,7 @@ def find_family(config: PretrainedConfig) -> Family:
     auto_class(config)
     text = text_config(config)
     family = family_of(text)
-    return family if text is config else replace(family, engines=("transformers",), head_engines=("transformers",))
+    return family if text is config else replace(family, engines=HERE, head_engines=HERE)
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -79,23 +120,17 @@ def family_of(config: PretrainedConfig) -> Family:
 
     A type without an entry gets one from its config's keys; whether its blocks are known shows in its modules.
     """
-    model_type = dense_type(config)
-    for family in FAMILIES:
-        if model_type == family.model_type:
-            return family
-    keys = config.to_dict()
-
-    def first(names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if name in keys), None)
-
-    return Family(
-        name=model_type,
-        model_type=model_type,
-        heads_key=first(HEADS_KEYS) or HEADS_KEYS[0],
-        kv_heads_key=first(KV_HEADS_KEYS),
-        ffn_key=first(FFN_KEYS),
-        head_dim_key="head_dim" if "head_dim" in keys else None,
-        engines=("transformers",),
-        head_engines=("transformers",),
-        checked=False,
+    model_type, keys = dense_type(config), config.to_dict()
+    known = next((family for family in FAMILIES if family.model_type == model_type), None)
+    family = known or Family(
+        model_type, model_type, head_dim_key="head_dim" if "head_dim" in keys else None, checked=False
     )
+    names = {"heads_key": HEADS_KEYS, "kv_heads_key": KV_HEADS_KEYS, "ffn_key": FFN_KEYS}
+    found: dict[str, Any] = {
+        field: next((name for name in usual if name in keys), HEADS_KEYS[0] if usual is HEADS_KEYS else None)
+        for field, usual in names.items()
+        if getattr(family, field) == READ
+    }
+    if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size
+        found["head_dim_key"] = None
+    return replace(family, **found, heads_stay=family.heads_stay or (ALIBI if keys.get("alibi") else ""))

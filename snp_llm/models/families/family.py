@@ -3,17 +3,19 @@
 from dataclasses import dataclass
 
 EVERYWHERE = ("transformers", "vLLM", "llama.cpp")
+HERE = ("transformers",)
+READ = ""  # a config key that the table does not name
 
 
 @dataclass(frozen=True)
 class Family:
-    """A type of model; what is not said here is as in Llama. Where its projections are is read off the modules.
+    """A type of model: what neither its modules nor the names of its config's keys say.
 
     Attributes:
         name: as users know it.
         model_type: `config.model_type`.
-        heads_key, kv_heads_key, ffn_key: config keys of head counts and FFN width; no `kv_heads_key` without groups, no
-            `ffn_key` where the width follows from something else.
+        heads_key, kv_heads_key, ffn_key: config keys of head counts and FFN width, read off the config where the table
+            says nothing; no `kv_heads_key` without groups, no `ffn_key` where the width follows from something else.
         head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
         heads_stay: why heads cannot go; empty where they can.
         divides_hidden: whether its config refuses head counts that do not divide the hidden size.
@@ -27,17 +29,17 @@ class Family:
 
     name: str
     model_type: str
-    heads_key: str = "num_attention_heads"
-    kv_heads_key: str | None = "num_key_value_heads"
-    ffn_key: str | None = "intermediate_size"
+    heads_key: str = READ
+    kv_heads_key: str | None = READ
+    ffn_key: str | None = READ
     head_dim_key: str | None = "head_dim"
     heads_stay: str = ""
     divides_hidden: bool = False
     hybrid: bool = False
     needs_bos: bool = False
     substitute: str | None = None
-    engines: tuple[str, ...] = EVERYWHERE
-    head_engines: tuple[str, ...] = EVERYWHERE
+    engines: tuple[str, ...] = HERE
+    head_engines: tuple[str, ...] = HERE
     checked: bool = True
 
 

@@ -224,7 +224,8 @@ def _too_much(kinds: Sequence[str], removal: Removal, prunable: float, costs: Co
         )
     options = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}
     option = options[kinds[0]] if recipe.separate and len(kinds) == 1 else "--sparsity"
-    remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else "Use a smaller --round-to."
+    remedy = "Use --layout compact." if recipe.layout == "uniform" else "Use a smaller --round-to."
+    remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else remedy
     most = math.floor(1000 * prunable / removal.whole) / 1000
     return (
         f"{option}: expected at most {most:g}, with which every unit is gone that may go {place}; got "

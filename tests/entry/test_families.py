@@ -1,0 +1,38 @@
+"""`snp-llm families`, and the page that is made of it."""
+
+import json
+import runpy
+from pathlib import Path
+
+from snp_llm.cli.parse import families_main
+from snp_llm.models.families.decoders import FAMILIES
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_every_family_is_listed_with_what_can_go(capsys):
+    assert families_main(["--json"]) == 0
+    facts = {fact["model_type"]: fact for fact in json.loads(capsys.readouterr().out)["families"]}
+    assert list(facts) == [family.model_type for family in FAMILIES]
+    assert facts["llama"]["head_units"] == ["KV groups", "query heads"] and facts["gptj"]["head_units"] == ["heads"]
+    assert facts["bloom"]["heads_stay"] == "its ALiBi slopes belong to the number of heads"
+    assert facts["bloom"]["layouts"] == {"compact": True, "uniform_ffn": False, "uniform_heads": ""}
+    assert facts["bloom"]["engines"] == [] and facts["qwen2"]["head_engines"] == ["transformers"]
+    assert [facts[name]["layouts"]["uniform_heads"] for name in ("mistral", "llama", "arcee", "opt")] == [
+        "any",
+        "any, some as Mistral",
+        "divisors of the hidden size",
+        "",
+    ]
+
+
+def test_the_table_says_it_in_words(capsys):
+    assert families_main([]) == 0
+    printed = capsys.readouterr().out
+    for words in ("GPT-NeoX / Pythia", "stay: a norm over all of them at once would change", "with fewer heads"):
+        assert words in printed
+
+
+def test_the_page_is_what_the_table_gives():
+    page = runpy.run_path(str(DOCS / "family_table.py"))["page"]
+    assert (DOCS / "families.md").read_text() == page(), "python docs/family_table.py writes it anew"
