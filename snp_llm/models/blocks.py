@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from snp_llm.models.anatomy import text_model
 from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move
 from snp_llm.runtime.errors import SnpError
 
@@ -345,4 +346,5 @@ def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callab
 
 
 def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    takers = (model, text_model(model))  # wrappers may hand it on among other arguments
+    return {"use_cache": False} if any("use_cache" in signature(m.forward).parameters for m in takers) else {}

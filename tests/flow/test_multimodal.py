@@ -9,12 +9,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Gemma4TextConfig
+from transformers import AutoConfig, Cache, Gemma4TextConfig
 
 from snp_llm import checkpoint, prune
 from snp_llm.checkpoint.tokenizer import PROCESSORS
 from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import blocks_path, find_blocks, text_modules
+from snp_llm.models.blocks import capture_calls
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.registry import auto_class
@@ -158,6 +159,14 @@ def test_the_command_carries_processors_over_and_names_the_class_that_loads(toke
     assert "pipeline_tag: image-text-to-text" in card and "model = AutoModelForImageTextToText.from" in card
 
 
+@pytest.mark.parametrize("model_type", EVERY)
+def test_no_cache_is_kept_between_windows(model_type):
+    """Some wrappers hand `use_cache` on among other arguments, and by default would keep one."""
+    model = small_wrapper(model_type)
+    for call in capture_calls(model, find_blocks(model), TOKENS[:1])[1]:
+        assert not any(isinstance(value, Cache) for value in (*call.args, *call.kwargs.values()))
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +207,7 @@ def test_blocks_that_depend_on_more_than_the_stream_are_refused(tokenizer):
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     config = Gemma4TextConfig(**{**WRAPPERS[QUICK][0]["text_config"], **layers, **own})
     model = auto_class(config).from_config(config).eval()
-    with pytest.raises(SnpError, match="'gemma4_text' is not supported: with its blocks run one at a time, logits"):
+    with pytest.raises(SnpError, match="embeddings of their own in every block are not supported"):
         prune(model, tokenizer, small_recipe(sparsity=0.3))
 
 
