@@ -144,7 +144,8 @@ def check_config(name: str, config: PretrainedConfig) -> None:
             f"model {name}: the checkpoint is quantised; expected float weights. Prune the float model that it was "
             "made from, or dequantise it: from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)."
         )
-    if text.to_dict().get("per_layer_config"):  # as an attribute it is never empty
+    # As an attribute it is never empty. Types that read it have one of their own, as Gemma 4 does.
+    if text.to_dict().get("per_layer_config") and not type(text)().to_dict().get("per_layer_config"):
         raise SnpError(
             f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
             f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
