@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 # Keys of the base and of the rotated share of a head in transformers 4, where they are not the usual ones.
-ROPE_KEYS = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+ROPE_KEYS = {"gpt_neox": ("rotary_emb_base", "rotary_pct"), "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct")}
 
 # Families whose `rope_scaling` there holds a `type`, these keys and no others.
 SCALING_KEYS = {"phi3": {"short_factor", "long_factor"}, "olmo2": {"factor"}}

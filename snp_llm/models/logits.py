@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, logits_of, on_device, rest_on_device, run_block
 from snp_llm.models.text_part import text_config
+from snp_llm.models.window import capture_window
 
 HIDDEN_BYTES = 2**29  # of hidden states that are held while perplexity is measured
 
@@ -44,7 +45,7 @@ def logits_by_window(
     at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
     for chunk in windows.split(at_once):
         with rest_on_device(model, blocks, device):
-            calls = capture_calls(model, blocks, chunk[:1])[1]
+            calls = capture_window(model, blocks, chunk[:1])[1]
             hidden = torch.cat([capture_calls(model, blocks, batch)[0].cpu() for batch in chunk.split(batch_size)])
         for block, call in zip(others or blocks, calls, strict=True):
             with on_device(block, device):

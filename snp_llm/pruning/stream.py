@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import capture_calls, rest_on_device, run_block
-from snp_llm.models.calls import BlockCall, marked
+from snp_llm.models.calls import BlockCall
+from snp_llm.models.window import capture_window
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import ONCE, Clock
@@ -106,25 +106,6 @@ def capture(
             stop = min(start + size, len(mine))
             hidden[start:stop] = capture_calls(model, blocks, tokens[mine.start + start : mine.start + stop])[0]
     return Stream(hidden, calls, mine, len(tokens), BatchSize(size), storage)
-
-
-def capture_window(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    """What `capture_calls` gives for one window, with arguments that hold for batches of any size.
-
-    Args:
-        model: on whatever device it is.
-        blocks: its decoder blocks.
-        tokens: one window, (1, T), int64.
-
-    Raises:
-        SnpError: blocks get something else for other tokens.
-    """
-    first, calls = capture_calls(model, blocks, tokens)
-    _, both = capture_calls(model, blocks, torch.cat([tokens, tokens.roll(1, 1)]))
-    return first, [
-        BlockCall(marked(one.args, two.args), marked(one.kwargs, two.kwargs))
-        for one, two in zip(calls, both, strict=True)
-    ]
 
 
 def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:

@@ -94,7 +94,7 @@ def test_a_changed_tensor_outside_the_blocks_is_noticed(model_type, tokenizer, t
     file = tmp_path / "model.safetensors"
     weights, prefix = load_file(file), blocks_path(dense)
     outside = [name for name in weights if not name.startswith(prefix)]
-    assert len(outside) >= 3
+    assert len(outside) >= 2  # NanoChat's last norm has no weights
     for name in outside:
         changed = weights[name].clone()
         changed.view(torch.int32).view(-1)[0] ^= 1
