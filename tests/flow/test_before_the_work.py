@@ -16,7 +16,7 @@ from snp_llm.checkpoint.contents import REPORT
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli import parse
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.decoders import FFN_KEYS, find_family
 from snp_llm.models.registry import pruned_config_class
 from snp_llm.models.size import model_size
 from snp_llm.pruning.run import resolve
@@ -51,15 +51,15 @@ def smallest(model_type: str):
     dense = small_model(model_type, torch.float32)
     family = find_family(dense.config)
     site = find_sites(find_blocks(dense), family)[0]
-    heads = site.heads_after(1 if site.prunable else site.units)
-    widths = {family.heads_key: heads.query, family.ffn_key: LEAST_FFN}
+    heads = site.heads_after(site.step if site.prunable else site.units)
+    widths = {family.heads_key: heads.query, family.ffn_key or FFN_KEYS[0]: LEAST_FFN}
     widths |= {family.kv_heads_key: heads.key_value} if family.kv_heads_key else {}
     values = {
         **dense.config.to_dict(),
         "pruned_layers": {str(i): widths for i in range(dense.config.num_hidden_layers)},
     }
     values.pop("model_type")
-    if values.get(family.ffn_key) is None:
+    if family.ffn_key and values.get(family.ffn_key) is None:
         values[family.ffn_key] = 4 * dense.config.hidden_size
     if family.head_dim_key:
         values[family.head_dim_key] = heads.size

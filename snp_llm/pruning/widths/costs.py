@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.site import Site, projecting, site_weight
+from snp_llm.models.projections import Projection
+from snp_llm.models.site import Site, site_weight, tensor_or_module
 from snp_llm.models.size import ModelSize, mean_positions, model_size, token_flops
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe, ResolvedRecipe
@@ -65,8 +66,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
         return latency_costs(sites, read_or_measure(anatomy, recipe))
     per_unit = []
     for site in sites:
-        made = projecting(blocks[site.block], site)
-        parameters = site.cost + sum(producer.per_unit for producer, module in made if module.bias is not None)
+        parameters = site.cost + unit_values(blocks[site.block], site)
         attended = site.unit_size if site.heads is not None else 0
         per_unit.append(
             {
@@ -81,6 +81,17 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
         "flops": ("FLOPs a token", size.flops),
     }[budget.kind]
     return Costs(unit, float(dense), [linear_costs(s.units, cost) for s, cost in zip(sites, per_unit, strict=True)])
+
+
+def unit_values(block: nn.Module, site: Site) -> int:
+    """Parameters of one unit beside linear weights: biases of its rows, and of norms and tensors that go along."""
+    count = 0
+    for producer in site.producers:
+        found = tensor_or_module(block, producer.path)
+        own = [found] if isinstance(found, Tensor) else [*found.parameters(recurse=False)]
+        beside = [t for t in own if not isinstance(found, Projection) or t.dim() == 1]
+        count += producer.per_unit * sum(tensor[0].numel() for tensor in beside if tensor.dim())
+    return count
 
 
 def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
