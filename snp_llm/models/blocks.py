@@ -346,5 +346,5 @@ def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callab
 
 
 def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    takers = (model, text_model(model))  # wrappers may hand it on among other arguments
+    takers = (model, model.base_model, text_model(model))  # some hand it on among other arguments
     return {"use_cache": False} if any("use_cache" in signature(m.forward).parameters for m in takers) else {}

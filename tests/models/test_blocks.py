@@ -1,10 +1,12 @@
 import pytest
 import torch
+from transformers import Cache
 
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, fixed_output, input_of, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
 from tests.conftest import OPT_VARIANTS, small_opt
+from tests.differing import DIFFERING, differing_model
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -52,3 +54,13 @@ def test_move_keeps_structure():
     value = {"a": (torch.ones(2), None), "b": [3, {"c": torch.zeros(1)}]}
     moved = move(value, torch.device("meta"))
     assert moved["a"][0].is_meta and moved["a"][1] is None and moved["b"][1]["c"].is_meta and moved["b"][0] == 3
+
+
+@pytest.mark.parametrize(
+    "model_type", ["granitemoehybrid", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in DIFFERING)]
+)
+def test_blocks_are_called_without_a_cache(model_type):
+    """Whichever of the models around them takes the word for it: a block with one would see the windows before."""
+    model = differing_model(model_type, use_cache=True)
+    _, calls = capture_calls(model, find_blocks(model), torch.randint(3, 2048, (1, 8)))
+    assert not any(isinstance(value, Cache) for call in calls for value in (*call.args, *call.kwargs.values()))
