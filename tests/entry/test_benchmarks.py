@@ -44,6 +44,7 @@ def test_perplexity_writes_csv_table_and_plot(tmp_path):
     assert (tmp_path / "perplexity.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_cost_prints_the_ratio(tmp_path):
     out = run(

@@ -76,6 +76,7 @@ def test_the_papers_recipe_holds_the_papers_choices():
     assert not recipe.needs_gradients and not recipe.holds_out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_demo_recipe_end_to_end(tmp_path, monkeypatch):
     (path,) = [path for path in RECIPES if path.stem == "tiny-opt-demo"]

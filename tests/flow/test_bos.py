@@ -151,7 +151,7 @@ def test_a_run_belongs_to_the_text_with_its_bos(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bos", [None, "once", *(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("always", "never"))]
+    "bos", [None, *(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("once", "always", "never"))]
 )
 def test_prune_and_eval_say_which_was_used(bos, tmp_path, capsys, quick_prunes):
     tokenizer = make_tokenizer("adds")

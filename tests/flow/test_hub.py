@@ -358,6 +358,7 @@ def test_prune_and_push_in_a_real_process(server, opt_folder, tmp_path):
     assert re.search(r"^uploading \d+ files, ", run.stderr, re.M) and "%|" not in run.stderr  # bars are for terminals
 
 
+@pytest.mark.exhaustive
 def test_a_push_that_fails_after_pruning_leaves_the_model(server, opt_folder, tmp_path, capsys):
     server.failing["POST /api/repos/create"] = 500
     out = tmp_path / "out"

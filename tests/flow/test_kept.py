@@ -178,6 +178,7 @@ def test_trusted_code_under_a_stock_type_is_refused_before_the_work(auto_map, to
         assert code == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_pruned_model_loaded_by_its_own_file_is_the_same_unless_that_was_changed(tokenizer, tmp_path, capsys):
     dense = small_model("llama", torch.float32)
