@@ -210,7 +210,7 @@ def layout_line(layout: str, facts: dict[str, Any]) -> str:
     also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
     channels = "" if facts["channels"] == "go" else f"FFN channels {facts['channels']}; "
     return (
-        f"layout {layout}: widths {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
+        f"layout {layout}: widths: {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
         f"{facts['heads']}; {channels}saved as {' or '.join(facts['saved_as'])}; loads in "
         f"{', '.join(facts['loads_in'])}{also}"
     )
