@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and their children, on two cores
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.data.sources import BUNDLED
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.projections import projection, weight_of
 from snp_llm.pruning.widths.latency import LatencyTable, key
 from tests.families import FAMILY_CONFIGS, IN_FLOAT32, VARIANTS
 
@@ -100,6 +102,22 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def zeroed(dense: PreTrainedModel, pruned) -> PreTrainedModel:
+    """The dense model with the units zeroed that the pruned one has lost, and its repaired weights."""
+    found = copy.deepcopy(dense)
+    for result in pruned.sites:
+        site = result.site
+        channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
+        small = projection(find_blocks(pruned.model)[site.block], site.path)
+        large = projection(find_blocks(found)[site.block], site.path)
+        weight = weight_of(small)
+        padded = weight.shape == weight_of(large).shape
+        weight_of(large).zero_()[:, channels] = weight[:, channels] if padded else weight
+        if small.bias is not None:
+            large.bias.copy_(small.bias)
+    return found
 
 
 def write_table(file: Path, folder: Path, ffn_share: float) -> None:

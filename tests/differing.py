@@ -42,6 +42,17 @@ LATENT = {
 }
 SHARED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 MIXED_LATENT = {**LATENT, **SHARED, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR_LATENT = {  # linear attention beside that from latent vectors
+    **MIXED_LATENT,
+    "num_experts": 4,
+    "num_expert_group": 1,
+    "num_experts_per_token": 2,
+    "q_lora_rank": None,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "dense", "sparse"],
+}
 
 HYBRIDS = {
     "qwen3_5_text": DELTA,
@@ -89,29 +100,8 @@ HYBRIDS = {
     },
     "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4},
     "recurrent_gemma": {"lru_width": 48, "block_types": ["recurrent", "attention"], "attention_window_size": 16},
-    "bailing_hybrid": {
-        **MIXED_LATENT,
-        "num_experts": 4,
-        "num_expert_group": 1,
-        "num_experts_per_token": 2,
-        "q_lora_rank": None,
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "mlp_layer_types": ["dense", "dense", "sparse"],
-        "num_nextn_predict_layers": 0,
-    },
-    "kimi_linear": {
-        **MIXED_LATENT,
-        "num_experts": 4,
-        "num_expert_group": 1,
-        "num_experts_per_token": 2,
-        "q_lora_rank": None,
-        "linear_head_dim": 8,
-        "linear_num_heads": 4,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "mlp_layer_types": ["dense", "dense", "sparse"],
-    },
+    "bailing_hybrid": {**LINEAR_LATENT, "num_nextn_predict_layers": 0},
+    "kimi_linear": LINEAR_LATENT,
     "minimax": {**MIXED, "block_size": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"]},
 }
 LATENTS = {

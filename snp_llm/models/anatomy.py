@@ -124,8 +124,7 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
             attention, ffn = find_attention(block), find_ffn(block)
             for part, what in ((attention, "attention"), (ffn, "FFN")):
                 if part is None and family.checked and not family.hybrid:
-                    linear = [name for name, module in block.named_modules() if isinstance(module, Projection)]
-                    raise SnpError(f"has no {what} as {family.name} has it; its projections are {', '.join(linear)}.")
+                    raise SnpError(f"has no {what} as {family.name} has it; its projections are {_projections(block)}.")
             if attention is not None:
                 sites.append(_attention_site(index, block, attention, family, head_unit))
             if ffn is not None:
@@ -133,7 +132,6 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
         except SnpError as error:
             raise SnpError(f"block {index} {error}") from error
     if not sites:
-        linear = [name for name, module in blocks[0].named_modules() if isinstance(module, Projection)]
         near = "".join(
             f" {path} has the projections of an attention, and {', '.join(others)} whose part in it is not known."
             for path, others in nearly_attentions(blocks[0]).items()
@@ -141,10 +139,14 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
         raise SnpError(
             f"model_type {family.model_type!r} is not supported: its {len(blocks)} blocks have no attention and no FFN "
             "that is known; expected projections with names that docs/adding_a_family.md lists. The first block has "
-            f"{', '.join(linear) or 'no projections'}.{near}"
+            f"{_projections(blocks[0]) or 'no projections'}.{near}"
         )
     _check_apart(blocks, sites)
     return sites
+
+
+def _projections(block: nn.Module) -> str:
+    return ", ".join(name for name, module in block.named_modules() if isinstance(module, Projection))
 
 
 def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import text_model
-from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move
+from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move, without_cache
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
@@ -46,7 +44,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 
     def run() -> None:
         seen.clear()
-        model.base_model(tokens.to(device), **_without_cache(model))
+        model.base_model(tokens.to(device), **without_cache(model))
 
     home = next(model.get_input_embeddings().parameters()).device
     device = torch.device("cpu") if home.type == "meta" else home  # weights on disk are read into host memory
@@ -71,7 +69,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
 @torch.no_grad()
 def run_without_blocks(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> None:
     """Embeddings, last norm and head, for whoever wants to know how long they take."""
-    _run_past(blocks, _pass_on, lambda: model(tokens, **_without_cache(model)))
+    _run_past(blocks, _pass_on, lambda: model(tokens, **without_cache(model)))
 
 
 def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -90,7 +88,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden if index == len(blocks) - 1 else given
 
-    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **_without_cache(model))).logits
+    logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **without_cache(model))).logits
     return logits
 
 
@@ -343,8 +341,3 @@ def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callab
             failed = failed or error
     assert failed is not None
     raise failed
-
-
-def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
-    takers = (model, model.base_model, text_model(model))  # some hand it on among other arguments
-    return {"use_cache": False} if any("use_cache" in signature(m.forward).parameters for m in takers) else {}

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from snp_llm.models.anatomy import text_model
 from snp_llm.runtime.errors import SnpError
 
 
@@ -76,6 +79,12 @@ def marked(one: Any, two: Any) -> Any:
     if isinstance(one, list | tuple) and not hasattr(one, "_fields"):
         return type(one)(marked(*pair) for pair in zip(one, two, strict=True))
     return one
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """What a model is called with so that its blocks keep no cache."""
+    takers = (model, model.base_model, text_model(model))  # some hand it on among other arguments
+    return {"use_cache": False} if any("use_cache" in signature(m.forward).parameters for m in takers) else {}
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -91,6 +91,7 @@ def ffn_kinds(structure: dict[str, Any]) -> list[FfnKind]:
 
 
 def width_keys(family: Family, heads: Heads | None, ffn: int | None) -> dict[str, int]:
+    """Head counts and FFN width of a block, where it has them, by the keys of a family's config."""
     keys = {} if heads is None else {family.heads_key: heads.query}
     if heads is not None and family.kv_heads_key:
         keys[family.kv_heads_key] = heads.key_value

@@ -28,7 +28,8 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
 
     Blocks that were alike have to be alike still, and for what has changed there has to be a key.
     """
-    parts = structure_of(dense)["parts"]
+    structure = structure_of(dense)
+    parts = structure["parts"]
     whole, model_type = known_values(dense), family.model_type
     whole.pop("tie_word_embeddings", None)
     values = text_values(dense.config, whole)
@@ -40,9 +41,9 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
             return None
         model_type = found
         if _loses_heads(dense, family, new):
-            values.update(_head_values(dense, family, by_query=_by_query(dense, new)) or {})
+            values.update(_head_values(dense, family, new) or {})
         values.update({key: count for key, count in width_keys(family, new, None).items() if key in values})
-    for kind in ffn_kinds(structure_of(dense)):
+    for kind in ffn_kinds(structure):
         channels = {width for index in kind.blocks if (width := widths[index][1]) is not None}
         key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.checked else None
         if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
@@ -78,20 +79,28 @@ def _numbers_a_channel(said: Any, width: int) -> int:
     return 2 if said == 2 * width else 1
 
 
-def _head_values(dense: PreTrainedModel, family: Family, *, by_query: bool) -> dict[str, int] | None:
+def _head_values(
+    dense: PreTrainedModel, family: Family, heads: Heads, *, by_query: bool | None = None
+) -> dict[str, int] | None:
     """What a plain config needs beside head counts, so that heads stay as large as they are; None: nothing helps.
 
     Of a type without an entry half as many heads are tried.
+
+    Args:
+        dense: the dense model.
+        family: its family.
+        heads: that the config is to say.
+        by_query: whether query heads alone go; None: as these heads have.
     """
-    structure = structure_of(dense)
-    of_parts = {old for part in structure["parts"] if (old := part_widths(part)[0]) is not None}
-    size = next(iter(of_parts)).size if of_parts else 0
     if family.checked:
-        return None if family.head_dim_key is None else {family.head_dim_key: size}
+        return None if family.head_dim_key is None else {family.head_dim_key: heads.size}
+    of_parts = {old for part in structure_of(dense)["parts"] if (old := part_widths(part)[0]) is not None}
     if len(of_parts) != 1:
         return None
     (old,) = of_parts
-    group = old.query // old.key_value
+    size, group = old.size, old.query // old.key_value
+    if by_query is None:
+        by_query = old.key_value == heads.key_value < old.query
     kept = max(1, (group if by_query else old.key_value) // 2)
     fewer = Heads(kept * old.key_value, old.key_value, size) if by_query else Heads(kept * group, kept, size)
     new, text = width_keys(family, fewer, None), text_config(dense.config)
@@ -129,7 +138,7 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     unless there are biases, for which that has no place.
     """
     if _loses_heads(dense, family, heads):
-        more = _head_values(dense, family, by_query=_by_query(dense, heads))
+        more = _head_values(dense, family, heads)
         if more is None or not (family.checked or _takes(dense, {**width_keys(family, heads, None), **more})):
             return None
     if not family.divides_hidden or text_config(dense.config).hidden_size % heads.query == 0:
@@ -140,7 +149,8 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
 def uniform_types(dense: PreTrainedModel, family: Family, site: Site) -> dict[int, str]:
     """The widths of an attention site that a plain config can hold in every block, ascending, without "all units", each
     with the model_type of that config."""
-    if _head_values(dense, family, by_query=site.groups > 0) is None:
+    assert site.heads is not None
+    if _head_values(dense, family, site.heads, by_query=site.groups > 0) is None:
         return {}
     found = {}
     for width in range(site.step, site.units, site.step):
@@ -157,14 +167,6 @@ def uniform_types(dense: PreTrainedModel, family: Family, site: Site) -> dict[in
 def uniform_widths(dense: PreTrainedModel, family: Family, site: Site) -> tuple[int, ...]:
     """The widths that `uniform_types` knows a type for."""
     return tuple(uniform_types(dense, family, site))
-
-
-def _by_query(dense: PreTrainedModel, heads: Heads) -> bool:
-    """Whether these heads have lost query heads alone."""
-    return any(
-        old is not None and old.key_value == heads.key_value < old.query
-        for old in (part_widths(part)[0] for part in structure_of(dense)["parts"])
-    )
 
 
 def known_values(dense: PreTrainedModel) -> dict[str, Any]:

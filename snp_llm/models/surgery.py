@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.families.decoders import family_of
 from snp_llm.models.modeling_snp import BlockConfig, set_head_counts
+from snp_llm.models.outline import width_keys
 from snp_llm.models.projections import Projection, projection, weight_of, with_rows, with_weight
 from snp_llm.models.site import Site, tensor_or_module
 
@@ -110,6 +111,5 @@ def _set_head_counts(attention: nn.Module, site: Site, width: int) -> None:
     assert old is not None
     set_head_counts(attention, (old.query, old.key_value), (new.query, new.key_value), new.size)
     if isinstance(config := getattr(attention, "config", None), PretrainedConfig | BlockConfig):
-        family = family_of(config)  # type: ignore[arg-type]
-        keys = {family.heads_key: new.query, **({family.kv_heads_key: new.key_value} if family.kv_heads_key else {})}
+        keys = width_keys(family_of(config), new, None)  # type: ignore[arg-type]
         attention.config = BlockConfig(config, keys)  # type: ignore[assignment]

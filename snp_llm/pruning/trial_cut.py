@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import capture_calls, on_device
-from snp_llm.models.calls import BlockCall
+from snp_llm.models.calls import BlockCall, without_cache
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
@@ -78,7 +78,7 @@ def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:
     """
     texts = torch.cat([window, window.flip(1)])
     home = next(model.get_input_embeddings().parameters()).device
-    wanted = model(texts.to("cpu" if home.type == "meta" else home), use_cache=False).logits.cpu().double()
+    wanted = model(texts.to("cpu" if home.type == "meta" else home), **without_cache(model)).logits.cpu().double()
     try:
         difference = float((logits_block_by_block(model, texts) - wanted).abs().max() / wanted.abs().max())
         said = f"differ by {difference:.1e} of the largest"

@@ -156,47 +156,14 @@ def other_index(generator, model):
     index, shards = json.loads(file.read_text()), sorted(model.glob("*.safetensors"))
     (one, other), name = generator.sample(shards, 2), generator.choice(sorted(index["weight_map"]))
     way = generator.randrange(15)
-    if way == 0:
-        one.unlink()
-        return f"no {one.name}"
-    if way == 1:
-        content = one.read_bytes()
-        one.write_bytes(content[: generator.randrange(len(content))])
-        return f"{one.name} cut off"
-    if way == 2:
-        a, b = one.read_bytes(), other.read_bytes()
-        one.write_bytes(b)
-        other.write_bytes(a)
-        return f"{one.name} and {other.name} exchanged"
-    if way == 3:
-        shutil.copy(one, model / "model.safetensors")
-        return "one shard under the name of a whole model"
+    if way in OF_FILES:
+        return other_files(generator, way, file, one, other)
     if way == 4:
         outside = model.parent / "outside.safetensors"
         one.rename(outside)
         where = generator.choice(("../outside.safetensors", str(outside), "sub/../../outside.safetensors"))
         index["weight_map"] = {k: where if v == one.name else v for k, v in index["weight_map"].items()}
         done = f"a shard outside, {where}"
-    elif way == 5:
-        one.rename(model.parent / "moved.safetensors")
-        one.symlink_to(model.parent / "moved.safetensors")
-        return "a shard behind a link"
-    elif way == 6:
-        done, content = damaged(generator, file.read_bytes())
-        file.write_bytes(content)
-        return f"index {done}"
-    elif way == 7:
-        tensors = load_file(one)
-        key = generator.choice(sorted(tensors))
-        there = load_file(other)
-        save_file({**there, key: tensors[key]}, other, metadata={"format": "pt"})
-        return f"{key} in {other.name} as well"
-    elif way == 8:
-        tensors = load_file(one)
-        key = generator.choice(sorted(tensors))
-        there = load_file(other)
-        save_file({**there, key: torch.zeros_like(tensors[key])}, other, metadata={"format": "pt"})
-        return f"{key} in {other.name} as well, with zeros"
     elif way == 9:
         index["weight_map"][generator.choice(("more", "lm_head.bias", ""))] = generator.choice(
             (one.name, "no.safetensors")
@@ -226,6 +193,43 @@ def other_index(generator, model):
         done = f"{'.'.join(path)} = {value!r:.60}"
     file.write_text(json.dumps(index))
     return done
+
+
+OF_FILES = (0, 1, 2, 3, 5, 6, 7, 8)  # ways that leave the index as it is, or damage its file
+
+
+def other_files(generator, way, file, one, other):
+    """Changes two shards or the index file beside them, and says how."""
+    model = file.parent
+    if way == 0:
+        one.unlink()
+        return f"no {one.name}"
+    if way == 1:
+        content = one.read_bytes()
+        one.write_bytes(content[: generator.randrange(len(content))])
+        return f"{one.name} cut off"
+    if way == 2:
+        a, b = one.read_bytes(), other.read_bytes()
+        one.write_bytes(b)
+        other.write_bytes(a)
+        return f"{one.name} and {other.name} exchanged"
+    if way == 3:
+        shutil.copy(one, model / "model.safetensors")
+        return "one shard under the name of a whole model"
+    if way == 5:
+        one.rename(model.parent / "moved.safetensors")
+        one.symlink_to(model.parent / "moved.safetensors")
+        return "a shard behind a link"
+    if way == 6:
+        done, content = damaged(generator, file.read_bytes())
+        file.write_bytes(content)
+        return f"index {done}"
+    tensors = load_file(one)
+    key = generator.choice(sorted(tensors))
+    there = load_file(other)
+    value, said = (tensors[key], "") if way == 7 else (torch.zeros_like(tensors[key]), ", with zeros")
+    save_file({**there, key: value}, other, metadata={"format": "pt"})
+    return f"{key} in {other.name} as well{said}"
 
 
 def test_indexes(sharded, trials):

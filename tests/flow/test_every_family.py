@@ -1,6 +1,5 @@
 """What holds for every family, from a small random config: identities, layouts, caches, fresh processes."""
 
-import copy
 from inspect import signature
 
 import pytest
@@ -10,9 +9,8 @@ from snp_llm import prune
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.plain import uniform_widths
-from snp_llm.models.projections import projection, weight_of
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import small_model, small_recipe
+from tests.conftest import small_model, small_recipe, zeroed
 from tests.families import every_family
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -53,17 +51,9 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
             cut(dense, tokenizer, head_unit=head_unit, layout=layout)
         return
     pruned = cut(dense, tokenizer, head_unit=head_unit, layout=layout)
-    masked = copy.deepcopy(dense)
-    removed = {"attention": 0, "ffn": 0}
+    masked, removed = zeroed(dense, pruned), {"attention": 0, "ffn": 0}
     for result in pruned.sites:
-        site = result.site
-        removed[site.kind] += site.units - len(result.kept)
-        channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = projection(find_blocks(pruned.model)[site.block], site.path)
-        large = projection(find_blocks(masked)[site.block], site.path)
-        weight_of(large).zero_()[:, channels] = weight_of(small)
-        if small.bias is not None:
-            large.bias.copy_(small.bias)
+        removed[result.site.kind] += result.site.units - len(result.kept)
     assert removed["ffn"] > 0 and (removed["attention"] > 0) == bool(pruned.recipe.head_sparsity)
     torch.testing.assert_close(pruned.model(TOKENS).logits, masked(TOKENS).logits, **CLOSE)
     assert (pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > CLOSE["atol"]

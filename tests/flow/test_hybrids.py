@@ -1,6 +1,5 @@
 """What holds for decoders whose blocks differ: hybrids, latent attention, mixtures of experts."""
 
-import copy
 import subprocess
 import sys
 
@@ -12,12 +11,11 @@ from snp_llm import SnpError, checkpoint, prune
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_widths
-from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.size import model_size
 from snp_llm.models.staying import has_more, what_stays
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
-from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe
+from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe, zeroed
 from tests.differing import DIFFERING, HYBRIDS, LATENTS, MIXTURES, differing_model
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -51,20 +49,6 @@ def cut(model: PreTrainedModel, tokenizer, layout: str = "compact", **overrides)
     return prune(model, tokenizer, small_recipe(**values))
 
 
-def masked(dense: PreTrainedModel, pruned) -> PreTrainedModel:
-    """The dense model with the units zeroed that the pruned one has lost, and its repaired weights."""
-    found = copy.deepcopy(dense)
-    for result in pruned.sites:
-        site = result.site
-        channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = projection(find_blocks(pruned.model)[site.block], site.path)
-        large = projection(find_blocks(found)[site.block], site.path)
-        weight_of(large).zero_()[:, channels] = weight_of(small)
-        if small.bias is not None:
-            large.bias.copy_(small.bias)
-    return found
-
-
 @pytest.mark.parametrize("model_type", TYPES)
 def test_sparsity_zero_is_the_dense_model_to_the_bit(model_type, tokenizer):
     dense = model_of(model_type)
@@ -80,7 +64,7 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_repaired(model
     dense = model_of(model_type)
     for layout in ("compact", "uniform"):
         pruned = cut(dense, tokenizer, layout, head_unit=head_unit)
-        torch.testing.assert_close(pruned.model(TOKENS).logits, masked(dense, pruned)(TOKENS).logits, **CLOSE)
+        torch.testing.assert_close(pruned.model(TOKENS).logits, zeroed(dense, pruned)(TOKENS).logits, **CLOSE)
         gone = any(len(result.kept) < result.site.units for result in pruned.sites)
         assert gone == bool((pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > 1e-3)
         assert layout == "compact" or pruned.model.config.model_type == model_type

@@ -1,6 +1,5 @@
 """Models that read images beside text: the text model is pruned, all else goes through as it is."""
 
-import copy
 import json
 import os
 import subprocess
@@ -17,12 +16,11 @@ from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import blocks_path, find_blocks, text_modules
 from snp_llm.models.blocks import capture_calls
 from snp_llm.models.layouts import needs_code
-from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.registry import auto_class
 from snp_llm.models.size import linear_weights, model_size
 from snp_llm.models.text_part import text_config
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import save_model, small_recipe
+from tests.conftest import save_model, small_recipe, zeroed
 from tests.wrappers import WRAPPERS, small_wrapper, with_image
 
 TOKENS = torch.randint(3, 1900, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -76,15 +74,8 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit_with_and_without_an_image(m
 @pytest.mark.parametrize("model_type", EVERY)
 def test_pruned_equals_dense_with_those_units_zeroed(model_type, layout, tokenizer):
     dense = small_wrapper(model_type, torch.float64)
-    pruned, masked = cut(dense, tokenizer, layout=layout), copy.deepcopy(dense)
-    for result in pruned.sites:
-        site = result.site
-        channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small, large = (projection(find_blocks(m)[site.block], site.path) for m in (pruned.model, masked))
-        weights = weight_of(small)[:, channels] if layout == "padded" else weight_of(small)
-        weight_of(large).zero_()[:, channels] = weights
-        if small.bias is not None:
-            large.bias.copy_(small.bias)
+    pruned = cut(dense, tokenizer, layout=layout)
+    masked = zeroed(dense, pruned)
     for got, wanted, before in zip(*(logits_of(m, model_type) for m in (pruned.model, masked, dense)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
         assert (got - before).abs().max() > 1e-3

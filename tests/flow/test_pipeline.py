@@ -15,7 +15,7 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.pruning.pipeline import plan
 from snp_llm.pruning.run import read_calibration, resolve
 from snp_llm.runtime.errors import SnpError
-from tests.conftest import OPT_VARIANTS, small_opt, small_recipe
+from tests.conftest import OPT_VARIANTS, small_opt, small_recipe, zeroed
 
 TOKENS = torch.randint(2048, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -36,16 +36,7 @@ def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
     dense = small_opt(torch.float64, **OPT_VARIANTS[variant])
     recipe = small_recipe(ffn_sparsity=0.3, head_sparsity=0.3, allocation=allocation, round_to=4)
     pruned = prune(dense, tokenizer, recipe)
-    masked = copy.deepcopy(dense)
-    for result in pruned.sites:
-        site = result.site
-        channels = torch.cat([torch.arange(u * site.unit_size, (u + 1) * site.unit_size) for u in result.kept.tolist()])
-        small = find_blocks(pruned.model)[site.block].get_submodule(site.path)
-        large = find_blocks(masked)[site.block].get_submodule(site.path)
-        large.weight.zero_()
-        large.weight[:, channels] = small.weight
-        if small.bias is not None:
-            large.bias.copy_(small.bias)
+    masked = zeroed(dense, pruned)
     assert any(len(r.kept) < r.site.units for r in pruned.sites if r.site.kind == "attention")
     torch.testing.assert_close(pruned.model(TOKENS).logits, masked(TOKENS).logits, rtol=1e-10, atol=1e-10)
 
