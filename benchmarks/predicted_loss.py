@@ -55,7 +55,7 @@ def main() -> None:
     windows = read_calibration(tokenizer, recipe, model)
     run = Run(recipe, clock, Journal(), lambda line: print(line, flush=True))
     visited = visit(model, windows, run)
-    stream = capture(visited.anatomy, windows.tokens, recipe, clock)
+    stream = capture(visited.anatomy, windows.tokens, run)
     shares = [float(s) for s in args.shares.split(",")]
     rows = measure(visited, stream, texts.tokens, shares, args.every, run)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,11 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
+from threading import enumerate as running_threads
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.files import checksum, write_tensors, write_text
+from snp_llm.runtime.files import checksum, flush_to_disk, write_tensors, write_text
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,16 @@ IDENTITY = "identity.json"
 
 STATE = "state.json"
 
+WRITER = "journal"  # name of threads that write blocks while the next one is computed
+
 AFFORDABLE = 20  # hidden states are written again after so many times as long as that took
+
+
+def wait_for_writers() -> None:
+    """Waits until no journal writes any more, so that its folder can be moved or removed."""
+    for thread in running_threads():
+        if thread.name == WRITER:
+            thread.join()
 
 
 @dataclass
@@ -46,7 +58,10 @@ class Journal:
         place: path of the phase inside the journal.
         kept: what is in memory, by block.
         sums: SHA-256 of this rank's files, by name, since the state was written last.
+        behind: whether blocks are written while the run goes on; of use where it does not need the CPU for itself.
         saved: when hidden states were written last, and how long it took.
+        writing: what is being written, while the run goes on.
+        flushed: names of files that a power cut leaves on the disk.
     """
 
     folder: Path | None = None
@@ -55,7 +70,10 @@ class Journal:
     place: str = ""
     kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
+    behind: bool = False
     saved: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), 0.0))
+    writing: list[Future[None]] = field(default_factory=list)
+    flushed: set[str] = field(default_factory=set)
 
     def belongs_to(self, identify: Callable[[], dict[str, Any]]) -> None:
         """Writes down what run this is the journal of, or checks that it is the same as before.
@@ -73,7 +91,7 @@ class Journal:
     def phase(self, name: str) -> "Journal":
         """The journal of a phase."""
         folder = None if self.folder is None else self.folder / name
-        return Journal(folder, self.every, self.run, f"{self.place}/{name}")
+        return Journal(folder, self.every, self.run, f"{self.place}/{name}", behind=self.behind)
 
     def remembered(self, name: str, decide: Callable[[], Any]) -> Any:
         """What an earlier run of the phase has decided, else what `decide` returns, as JSON can hold it; on rank 0.
@@ -95,15 +113,43 @@ class Journal:
         """Keeps the tensors of a block, and facts beside them that JSON can hold."""
         if self.folder is None:
             self.kept[index] = tensors
-        else:
-            file = self.file(index)
-            write_tensors(file, tensors, None if facts is None else {"facts": json.dumps(facts)})
+            return
+        file, metadata = self.file(index), None if facts is None else {"facts": json.dumps(facts)}
+
+        def write() -> None:
+            write_tensors(file, tensors, metadata, flush=False)
             self.sums[file.name] = checksum(file)
+
+        self.settle()  # one block at a time is held for it
+        if not self.behind:
+            write()
+            return
+        written: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                write()
+                written.set_result(None)
+            except BaseException as error:
+                written.set_exception(error)
+
+        Thread(target=run, name=WRITER).start()
+        self.writing.append(written)
+
+    def settle(self) -> None:
+        """Waits until what was put is in its file.
+
+        Raises:
+            DiskError: the disk is full, or fails.
+        """
+        while self.writing:
+            self.writing.pop().result()
 
     def get(self, index: int, name: str) -> Tensor | None:
         """One of a block's tensors, read from the file only where it is touched, or None where there is none."""
         if self.folder is None:
             return self.kept.get(index, {}).get(name)
+        self.settle()
         try:
             with safe_open(self.file(index), framework="pt") as file:
                 return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - it is no mapping
@@ -112,6 +158,7 @@ class Journal:
 
     def facts(self, index: int) -> Any:
         """What was put beside a block's tensors."""
+        self.settle()
         with safe_open(self.file(index), framework="pt") as file:
             return json.loads(file.metadata()["facts"])
 
@@ -136,6 +183,10 @@ class Journal:
         waited, cost = start - self.saved[0], self.saved[1]
         if not ranks.from_rank(0, lambda: last or not self.every or waited >= max(self.every, AFFORDABLE * cost)):
             return
+        self.settle()
+        for name in self.sums.keys() - self.flushed:  # all at once, before anything counts on them
+            flush_to_disk(self.folder / name)
+        self.flushed |= self.sums.keys()
         file = self.folder / f"state-{done:05d}-{ranks.rank()}.safetensors"
         write_tensors(file, {} if last else {key: tensor.detach() for key, tensor in state.items()})
         part = {"file": file.name, "start": windows.start, "stop": windows.stop, "sum": checksum(file)}

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from snp_llm.checkpoint.contents import JOURNAL, foreign
 from snp_llm.checkpoint.exchange import mend, put_in_place, rest_of, signals_kept_waiting
+from snp_llm.checkpoint.journal import wait_for_writers
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import DiskError, SnpError
 
@@ -128,6 +129,7 @@ def finished_folder(
                 partial.chmod(0o777 & ~_umask())
                 check_output(folder, overwrite=overwrite, inputs=inputs)  # it may have changed since
             except BaseException as error:
+                wait_for_writers()
                 # Of a mistake that shows before the first cut, the visit to the dense model is all that would be kept.
                 mistake = isinstance(error, SnpError) and not isinstance(error, DiskError)
                 if can_resume(partial, "[!v]*" if mistake else "*"):

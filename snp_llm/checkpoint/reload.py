@@ -1,6 +1,7 @@
-"""Loads a saved model as a user would and writes its logits. Run as text by `checkpoint.verify`; must not know the rest
-of the package."""
+"""Loads a saved model as a user would and writes its logits. Run as text by `checkpoint.fresh_process`; must not know
+the rest of the package. Gets the folder as JSON in a line of its input, once it has read its libraries."""
 
+import json
 import sys
 
 import torch
@@ -8,14 +9,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-folder, given, result, auto_class = sys.argv[1:]
-# The weights stay on disk but for the layer that is being computed: a large model need not fit into memory for this.
+given, result, auto_class, device = sys.argv[1:]
+line = sys.stdin.readline()
+if not line:  # whoever wanted to know is gone
+    sys.exit(1)
+folder = json.loads(line)
+# On the CPU the weights stay on disk but for the layer that is being computed: a large model need not fit into memory.
+on_disk = {"device_map": {"": "disk"}, "offload_folder": f"{result}.offloaded"}
 model = getattr(transformers, auto_class).from_pretrained(
-    folder, trust_remote_code=True, dtype="auto", device_map={"": "disk"}, offload_folder=f"{result}.offloaded"
+    folder, trust_remote_code=True, dtype="auto", **(on_disk if device == "cpu" else {"device_map": {"": device}})
 )
 model.eval()
 AutoTokenizer.from_pretrained(folder)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
-tokens = load_file(given)["tokens"]
+tokens = load_file(given)["tokens"].to(device)
 with torch.no_grad():
-    save_file({"logits": model(tokens, use_cache=False).logits.contiguous()}, result)
+    save_file({"logits": model(tokens, use_cache=False).logits.cpu().contiguous()}, result)

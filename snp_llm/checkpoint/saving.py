@@ -6,7 +6,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
 # Largest difference of a logit after reloading, relative to the largest logit. The same kernels on the same device give
 # the same bits; what is allowed for is a different choice of kernel, at the precision of the type.
 LOGIT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+CPU = torch.device("cpu")
 
 RELOAD = Path(__file__).with_name("reload.py")
 
@@ -66,43 +70,94 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
         file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
 
 
-def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor) -> float:
-    """Reloads a folder in a fresh process that never imports this package, and compares it with what was loaded.
+@dataclass(frozen=True)
+class FreshProcess:
+    """A process that has never imported this package, and loads a saved model once it is told where that is.
 
-    Everything but the blocks has to be what was loaded to the bit, and the logits those of the loaded model with the
-    pruned blocks in the place of its own: what a config does not say of the model that it was made for shows there.
+    Attributes:
+        process: that runs.
+        scratch: folder of what goes in and comes out.
+        tokens: to compute logits of, (batch, T), int64.
+        device: to compute on.
+    """
+
+    process: "subprocess.Popen[str]"
+    scratch: Path
+    tokens: Tensor
+    device: torch.device
+
+    def load(self, folder: Path) -> None:
+        """Lets it load what is in a folder, while this process goes on."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # what ended it comes out with the logits
+            self.process.stdin.write(json.dumps(str(folder.absolute())) + "\n")
+            self.process.stdin.close()
+
+    def logits(self) -> Tensor:
+        """Logits of the saved model, as soon as they are there.
+
+        Raises:
+            SnpError: it does not load.
+        """
+        if self.process.wait() != 0:
+            said = (self.scratch / "stderr").read_text(encoding="utf-8", errors="replace")
+            reason = (said.strip().splitlines() or ["no message"])[-1]
+            raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
+        return load_file(self.scratch / "logits.safetensors")["logits"]
+
+
+@contextmanager
+def fresh_process(dense: PreTrainedModel, tokens: Tensor, device: torch.device = CPU) -> Iterator[FreshProcess]:
+    """Starts the process that will load a saved model. It reads its libraries while the model is still being written.
+
+    Args:
+        dense: as it was loaded; says by which Auto class.
+        tokens: to compare logits on, (batch, T), int64.
+        device: to compute on.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        save_file({"tokens": tokens.contiguous()}, scratch / "tokens.safetensors")
+        arguments = [
+            *(str(scratch / f"{n}.safetensors") for n in ("tokens", "logits")),
+            auto_class(dense.config).__name__,
+        ]
+        with open(scratch / "stderr", "wb") as said:
+            # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
+            process = subprocess.Popen(
+                [sys.executable, "-c", RELOAD.read_text(), *arguments, device.type],
+                cwd=scratch,
+                env={**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                text=True,
+            )
+        try:
+            yield FreshProcess(process, scratch, tokens, device)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def compare(dense: PreTrainedModel, pruned: PreTrainedModel, fresh: FreshProcess) -> float:
+    """Compares a reloaded folder's logits with those of the loaded model with the pruned blocks in place of its own.
+
+    What a config does not say of the model that it was made for shows there.
 
     Args:
         dense: as it was loaded.
         pruned: whose blocks were saved.
-        folder: where.
-        tokens: to compare logits on, (batch, T), int64.
+        fresh: has been told to load the folder.
 
     Returns:
-        The largest difference of a logit, relative to the largest logit; both are computed on the CPU.
+        The largest difference of a logit, relative to the largest logit; both are computed on the same kind of device.
 
     Raises:
-        SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
+        SnpError: the folder does not load, or its logits differ by more than rounding.
     """
-    blocks = find_blocks(pruned)
-    check_kept(dense, folder)
-    auto = auto_class(dense.config).__name__
-    with tempfile.TemporaryDirectory() as scratch:
-        given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"tokens": tokens.contiguous()}, given)
-        # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
-        process = subprocess.run(
-            [sys.executable, "-c", RELOAD.read_text(), str(folder.absolute()), str(given), str(result), auto],
-            cwd=scratch,
-            env={**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode != 0:
-            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise SnpError(f"the saved model does not load in a fresh process: {reason[:300]}")
-        reloaded = load_file(result)["logits"]
-    logits = logits_block_by_block(dense, tokens, blocks)
+    reloaded = fresh.logits()
+    logits = logits_block_by_block(dense, fresh.tokens, find_blocks(pruned), fresh.device)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
         raise SnpError(
@@ -110,6 +165,20 @@ def verify(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens
             f"largest, expected at most {LOGIT_TOLERANCE[pruned.dtype]:.0e}."
         )
     return difference
+
+
+def verify(
+    dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.device = CPU
+) -> float:
+    """Checks a folder against what was loaded: everything but the blocks to the bit, and the logits as `compare` does.
+
+    Raises:
+        SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
+    """
+    check_kept(dense, folder)
+    with fresh_process(dense, tokens, device) as fresh:
+        fresh.load(folder)
+        return compare(dense, pruned, fresh)
 
 
 def check_kept(dense: PreTrainedModel, folder: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypeVar
 import huggingface_hub
 import transformers
 import tyro
-from accelerate.utils.memory import should_reduce_batch_size
 
 from snp_llm.cli import bench as bench_command
 from snp_llm.cli import evaluate as evaluate_command
@@ -35,6 +34,7 @@ from snp_llm.recipe.commands import (
 )
 from snp_llm.recipe.file import build_recipe, read_settings
 from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime.device import ran_out
 from snp_llm.runtime.errors import SnpError, reason, shown
 
 log = logging.getLogger("snp_llm")
@@ -115,9 +115,9 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
         name = f" {shown(error.filename)}" if isinstance(error, OSError) and error.filename else ""
         return fail(f"{type(error).__name__}{name}: {reason(error)}.")
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not ran_out(error):
             raise
-        return fail(f"out of memory ({reason(error)[:200]}). Use a smaller batch size or --seq-len.")
+        return fail(f"out of memory ({reason(error)[:200]}). Use a smaller --batch-size or --seq-len, or --device cpu.")
     except KeyboardInterrupt as interrupt:
         said = dict(enumerate(interrupt.args))  # the exit code, and what is the case by now
         return fail(f"interrupted; {said.get(1, 'no output was written')}.", code=said.get(0, 130))

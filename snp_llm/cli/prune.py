@@ -5,6 +5,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
-from snp_llm.pruning.estimate.estimate import estimate
+from snp_llm.pruning.estimate.estimate import estimate, place_hidden_states
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
 from snp_llm.pruning.sensitivity import visit_passes
 from snp_llm.pruning.widths.latency import check_table
@@ -44,7 +45,7 @@ from snp_llm.report import facts
 from snp_llm.report.rows import closing_table
 from snp_llm.report.words import asked
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import Clock, compute_device, describe_device
+from snp_llm.runtime.device import Clock, compute_device, describe_device, hand_back, place_for_another
 from snp_llm.runtime.terminal import print_json, progress
 
 log = logging.getLogger("snp_llm")
@@ -116,7 +117,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     clock = Clock(device)
     with clock.phase("loading"):
         dense, tokenizer = load_on_disk(recipe, partial)
-    resolved = run.resolve(recipe, dense, tokenizer)
+    resolved = place_hidden_states(dense, run.resolve(recipe, dense, tokenizer))
     files = find_tokenizer_files(checkpoint.find_model(resolved.model), tokenizer)
     check_carried(resolved.model, files, tokenizer, possible_types(dense, resolved.layout))
     announce(dense, resolved, partial.parent, talk)
@@ -125,29 +126,35 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         dataset = Dataset(resolved.eval_dataset, resolved.eval_split, resolved.text_column)
         windows = evaluation_windows(tokenizer, dataset, seq_len=resolved.seq_len, bos=resolved.bos)
         text.check_tokens(windows, dense)
-    journal = Journal(partial / contents.JOURNAL, resolved.save_every)
+    journal = Journal(partial / contents.JOURNAL, resolved.save_every, behind=device.type != "cpu")
     steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
     with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
         pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
-    compared = pruned.calibration.tokens[:1, :LONGEST_COMPARISON]
-
-    def save_and_verify() -> float:
-        checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=resolved.model)
-        return checkpoint.verify(dense, pruned.model, partial, compared)
-
-    with clock.phase("saving"):
-        difference = ranks.from_rank(0, save_and_verify)
-    pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
-    models = (dense, pruned.model)
+    hand_back(device)
+    compared, models = pruned.calibration.tokens[:1, :LONGEST_COMPARISON], (dense, pruned.model)
+    sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
     perplexities: list[float | None] = [None, None]
-    if windows is not None:
-        perplexities = [
-            perplexity.perplexity(m, windows.tokens, batch_size=resolved.batch_size, device=device) for m in models
-        ]
+    place, alone = place_for_another(device, sizes[1].bytes), ranks.rank() == 0
+    fresh: Any  # on the other ranks there is none
+    with checkpoint.fresh_process(dense, compared, place) if alone else nullcontext() as fresh:
+
+        def save() -> None:
+            checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=resolved.model)
+            fresh.load(partial)
+            checkpoint.check_kept(dense, partial)
+
+        with clock.phase("saving"):
+            ranks.from_rank(0, save)
+        if windows is not None:  # while the other process loads
+            perplexities = [
+                perplexity.perplexity(m, windows.tokens, batch_size=resolved.batch_size, device=device) for m in models
+            ]
+        with clock.phase("saving"):
+            difference = ranks.from_rank(0, lambda: checkpoint.compare(dense, pruned.model, fresh))
+    pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}
     speeds = prefill.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
-    sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (facts.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
     more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
@@ -191,7 +198,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
 def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
     dense, tokenizer = load_on_disk(recipe, scratch)
-    resolved = run.resolve(recipe, dense, tokenizer)
+    resolved = place_hidden_states(dense, run.resolve(recipe, dense, tokenizer))
     takes = announce(dense, resolved, folder.absolute().parent, talk)
     with progress(len(find_blocks(dense))) as on_step:
         plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)

@@ -110,11 +110,8 @@ def measure_perplexity(
         raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
     text = evaluation_text(tokenizer, dataset, bos=bos)
     check_tokens(text, model)
-    text = evaluation_text(tokenizer, dataset, bos=bos)
-    check_tokens(text, model)
     before = tokenizer.bos_token_id if bos == "always" else None
     sliding = Sliding(seq_len, recipe.stride, before, recipe.max_windows)
-    value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
     protocol = (
         f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "

@@ -45,7 +45,7 @@ class DefiniteGram:
         """`G^-1`, (n, n), the caller's own: made in place of the factor that was left over from the test of G."""
         cholesky = self.factor()
         self.spare.clear()
-        return torch.cholesky_inverse(cholesky, out=cholesky)
+        return inverse_from(cholesky)
 
 
 def make_definite(gram: Tensor, dampening: float) -> DefiniteGram:
@@ -100,6 +100,16 @@ def try_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     return factor, info
+
+
+def inverse_from(cholesky: Tensor) -> Tensor:
+    """`(C C^T)^-1` of a lower Cholesky factor C, (n, n), which is used up: LAPACK takes its memory.
+
+    CUDA has no such routine. There a copy into that memory would be all that asking for it does.
+    """
+    if cholesky.device.type == "cpu":
+        return torch.cholesky_inverse(cholesky, out=cholesky)
+    return torch.cholesky_inverse(cholesky)
 
 
 def cholesky_flops(n: int) -> float:

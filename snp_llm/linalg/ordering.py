@@ -10,7 +10,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place
+from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place, inverse_from
 from snp_llm.linalg.quadrature import quadrature_flops, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
@@ -135,39 +135,52 @@ def greedy(problem: OrderingProblem) -> Tensor:
     symmetric elimination with pivots chosen on the way, so it is done as LAPACK does that: the large matrix takes up
     many removals in one product, and what is left of it moves to its front. At every halving the inverse is computed
     afresh, so that updates do not drift.
+
+    On a GPU the host would wait for it in every round to learn how many units go. There r slots are always filled, and
+    what is in those of units that stay is zero.
     """
     size, gram, device = problem.unit_size, problem.definite.gram, problem.W.device
-    units = len(gram) // size
+    units, waits = len(gram) // size, _waits_for(device)
     block, last = max(1, units // GREEDY_ROUNDS), units - problem.keep
     scores = torch.empty(units, dtype=torch.float64, device=device)
     inverse = problem.definite.inverse().mT  # row order
     W = problem.W.mT.clone(memory_format=torch.contiguous_format)  # what is read and written of it are whole channels
     alive = torch.arange(units, device=device)  # units that the matrices still hold
-    fresh, removed = units, 0
+    fresh, removed = units, torch.zeros((), dtype=torch.int64, device=device)
     while True:
         pivots = diagonal_blocks(inverse, size).clone()
         gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
         pending = _Pending.of(inverse, PANEL + block * size)
-        while removed < last and pending.filled < PANEL:
+        while pending.filled < PANEL and not (waits and removed == last):
             costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
-            count = min(block, last - removed)
-            going = torch.argsort(costs, stable=True)[: min(CANDIDATES * block, units - removed)]
+            there, most = (units - removed).clamp(max=CANDIDATES * block), (last - removed).clamp(max=block)
+            going = torch.argsort(costs, stable=True)[: int(there) if waits else CANDIDATES * block]
+            count = most
             if block == 1:
                 going = going[:1]
             else:
                 C = unit_channels(going, size)
                 among = pending.taken_off(inverse[C[:, None], C], C, C)
-                going = going[_cheap_together(among, W[C], costs[going], count, size)]
-            scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
-            gone[going] = True
-            removed += len(going)
+                slots = int(most) if waits else min(block, len(going))
+                places, count = _cheap_together(among, W[C], costs[going], most, slots, size, there)
+                going = going[places[: int(count)] if waits else places]
+            taken = torch.arange(len(going), device=device) < count
+            scores[alive[going]] = torch.where(
+                taken, removed + torch.arange(len(going), device=device).double(), scores[alive[going]]
+            )
+            gone[going] |= taken
+            removed = removed + count
             P = unit_channels(going, size)
             now = pending.taken_off(inverse[P], P, slice(None))
-            share = torch.linalg.solve(now[:, P], now)
+            if waits:
+                share = torch.linalg.solve(now[:, P], now)
+            else:
+                now, share = _of_those_taken(now, P, taken.repeat_interleave(size, output_size=len(P)))
             W.addmm_(share.mT, W[P], alpha=-1)
             by_unit = (len(P), len(alive), size)
             pivots -= torch.einsum("pua,pub->uab", now.reshape(by_unit), share.reshape(by_unit))
-            pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
+            identity = torch.eye(size, dtype=W.dtype, device=device)  # a pivot that was zero up to rounding
+            pivots[going] = torch.where(taken[:, None, None], identity, pivots[going])
             pending.add(now, share)
         if removed == last:
             places = torch.argsort(_removal_costs(W, pivots)[~gone], stable=True)
@@ -178,8 +191,7 @@ def greedy(problem: OrderingProblem) -> Tensor:
             W, alive = W[unit_channels((~gone).nonzero().squeeze(1), size)], alive[~gone]
             channels = unit_channels(alive, size)
             del inverse
-            cholesky = cholesky_in_place(gram[channels[:, None], channels])
-            inverse, fresh = torch.cholesky_inverse(cholesky, out=cholesky).mT, left
+            inverse, fresh = inverse_from(cholesky_in_place(gram[channels[:, None], channels])).mT, left
             continue
         # Units from beyond what is left take the places of those that went.
         target = gone[:left].nonzero().squeeze(1)
@@ -194,7 +206,27 @@ def greedy(problem: OrderingProblem) -> Tensor:
         pending.taken_off(inverse, slice(len(W)), slice(len(W)))
 
 
-def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
+def _waits_for(device: torch.device) -> bool:
+    """Whether asking a device for a number costs the host nothing."""
+    return device.type == "cpu"
+
+
+def _of_those_taken(now: Tensor, P: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of an inverse at channels P, zero where those are not taken, and `[G^-1]_PP^-1` times them.
+
+    Without a word to the host: a factorisation that checks its result would wait for the device.
+    """
+    now = now * taken[:, None]
+    both = taken[:, None] & taken
+    system = torch.where(both, now[:, P], torch.eye(len(P), dtype=now.dtype, device=now.device))
+    factor, _ = torch.linalg.cholesky_ex(system)
+    half = torch.linalg.solve_triangular(factor, now, upper=False)
+    return now, torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def _cheap_together(
+    inverse: Tensor, W: Tensor, costs: Tensor, count: Tensor, slots: int, size: int, there: Tensor
+) -> tuple[Tensor, Tensor]:
     """Which of a pool of units go at once: the cheapest, without those that these make dear.
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
@@ -206,30 +238,37 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
         W: out-projection weight, a row a channel, (u * size, d_out).
         costs: of removing each unit alone, ascending, (u,).
-        count: units that go at most.
+        count: units that go at most, (), int64.
+        slots: as many or more.
         size: channels a unit has.
+        there: units of the pool, the first ones, that can still go, (), int64.
 
     Returns:
-        Places in the pool, ascending, the first among them, int64.
+        Places in the pool, (slots,), int64, and how many of them go, the first ones, ascending, (), int64.
     """
-    pool = places = torch.arange(len(costs), device=W.device)
-    exchanged = 0
-    while True:
-        going, waiting = pool[:count], pool[count:]
+    device = W.device
+    pool, slot = torch.arange(len(costs), device=device), torch.arange(slots, device=device)
+    left, beyond = there, costs[(there - 1).clamp(min=0)]
+    for exchanges_left in range(EXCHANGES, -1, -1):
+        going = pool[:slots]
         P = unit_channels(going, size)
         factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
         rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
-        limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
+        following = costs[pool[count.clamp(max=len(pool) - 1)]]
+        limit = RISE * torch.where(count < left, following, beyond)
         cheap = per_unit(rows.square().sum(1), size) <= limit
-        cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
-        dear = (~cheap[1:]).nonzero()
-        if not len(dear):
-            return going
-        first = 1 + int(dear[0])
-        if exchanged == EXCHANGES:
-            return going[:first]
-        exchanged += 1
-        pool = torch.cat([pool[:first], pool[first + 1 :]])
+        cheap &= (info == 0) | (slot[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
+        can_go = torch.minimum(count, left)
+        dear = ~cheap & (slot[: len(going)] < can_go)
+        dear[0] = False
+        first = torch.where(dear.any(), dear.int().argmax(), can_go)
+        if not exchanges_left or (_waits_for(device) and not dear.any()):
+            break
+        # Without a dear one nothing that counts moves up.
+        place = torch.arange(len(pool), device=device)
+        pool = pool[(place + (dear.any() & (place >= first))).clamp(max=len(pool) - 1)]
+        left = left - dear.any().long()
+    return going, torch.minimum(first, can_go)
 
 
 def random(problem: OrderingProblem) -> Tensor:
@@ -297,5 +336,6 @@ def _removal_costs(W: Tensor, pivots: Tensor) -> Tensor:
     """
     if pivots.shape[1] == 1:
         return torch.linalg.vector_norm(W, dim=1).square_() / pivots[:, 0, 0]
-    columns = W.reshape(len(pivots), pivots.shape[1], -1)
-    return (columns * torch.linalg.solve(pivots, columns)).sum((1, 2))
+    factors, info = torch.linalg.cholesky_ex(pivots)  # asks the device for nothing, unlike what raises
+    rows = torch.linalg.solve_triangular(factors, W.reshape(len(pivots), pivots.shape[1], -1), upper=False)
+    return rows.square().sum((1, 2)).masked_fill(info > 0, torch.inf)  # no number is known of what rounding has spoilt

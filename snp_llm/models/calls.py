@@ -36,7 +36,8 @@ class PerWindow:
 
 def move(value: Any, device: torch.device) -> Any:
     """The same nested structure with its tensors on `device`."""
-    return _changed(value, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+    later = device.type == "cuda"  # from pinned memory; the device takes copies in their turn
+    return _changed(value, lambda leaf: leaf.to(device, non_blocking=later) if isinstance(leaf, Tensor) else leaf)
 
 
 def for_windows(call: BlockCall, windows: int) -> BlockCall:

@@ -6,29 +6,37 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import find_blocks
+from snp_llm.models.anatomy import embedding_rows, find_blocks
 from snp_llm.models.blocks import capture_calls, logits_of, on_device, rest_on_device, run_block
+from snp_llm.models.calls import BlockCall
 from snp_llm.models.text_part import text_config
 from snp_llm.models.window import capture_window
+from snp_llm.runtime.batches import BatchSize, in_batches
+from snp_llm.runtime.device import free_bytes, has_room
 
-HIDDEN_BYTES = 2**29  # of hidden states that are held while perplexity is measured
+HIDDEN_BYTES = 2**29  # of hidden states that are held in host memory while perplexity is measured
+
+DEVICE_SHARE = 0.5  # of what is free on a GPU, that hidden states may take there
+
+CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def logits_block_by_block(model: PreTrainedModel, tokens: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
-    """Logits of windows on the CPU; one block is in memory at a time.
+def logits_block_by_block(
+    model: PreTrainedModel, tokens: Tensor, blocks: nn.ModuleList | None = None, device: torch.device = CPU
+) -> Tensor:
+    """Logits of windows, on the CPU; one block is in memory at a time.
 
     Args:
         model: of a supported family.
         tokens: (windows, T), int64.
         blocks: to run in the place of the model's own.
+        device: to compute on.
 
     Returns:
         (windows, T, vocabulary).
     """
-    return torch.cat(
-        [logits for logits, _ in logits_by_window(model, tokens, len(tokens), torch.device("cpu"), blocks)]
-    )
+    return torch.cat([logits.cpu() for logits, _ in logits_by_window(model, tokens, len(tokens), device, blocks)])
 
 
 def logits_by_window(
@@ -38,20 +46,34 @@ def logits_by_window(
     device: torch.device,
     others: nn.ModuleList | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device."""
+    """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device or, where that lacks room, the CPU.
+
+    Hidden states stay on a GPU if there is room for them, so that weights are read once; else they wait on the CPU.
+    """
     model.eval()
-    blocks = find_blocks(model)
-    bytes_a_token = text_config(model.config).hidden_size * model.dtype.itemsize
-    at_once = max(batch_size, HIDDEN_BYTES // (windows.shape[1] * bytes_a_token))
+    blocks, length = find_blocks(model), windows.shape[1]
+    window_bytes = length * text_config(model.config).hidden_size * model.dtype.itemsize
+    room = DEVICE_SHARE * free_bytes(device)
+    waiting = device if device.type == "cuda" and room >= batch_size * window_bytes else CPU
+    at_once = max(batch_size, int(HIDDEN_BYTES if waiting is CPU else room) // window_bytes)
+    batch = BatchSize(batch_size)
     for chunk in windows.split(at_once):
         with rest_on_device(model, blocks, device):
             calls = capture_window(model, blocks, chunk[:1])[1]
-            hidden = torch.cat([capture_calls(model, blocks, batch)[0].cpu() for batch in chunk.split(batch_size)])
+            hidden = torch.cat([capture_calls(model, blocks, b)[0].to(waiting) for b in chunk.split(batch_size)])
         for block, call in zip(others or blocks, calls, strict=True):
             with on_device(block, device):
-                for batch in hidden.split(batch_size):
-                    batch.copy_(run_block(block, batch, call))
-        with rest_on_device(model, blocks, device):
+                _advance(block, hidden, call, batch)
+        # Logits and what is computed from them, in float32.
+        wanted = length * embedding_rows(model) * (model.dtype.itemsize + 2 * 4)
+        place = device if has_room(device, wanted) else CPU
+        with rest_on_device(model, blocks, place):
             for tokens, states in zip(chunk.split(1), hidden.split(1), strict=True):
-                tokens = tokens.to(device)
-                yield logits_of(model, blocks, tokens, states.to(device)), tokens
+                tokens = tokens.to(place)
+                yield logits_of(model, blocks, tokens, states.to(place)), tokens
+
+
+def _advance(block: nn.Module, hidden: Tensor, call: BlockCall, batch: BatchSize) -> None:
+    """Hidden states before a block, (windows, T, d), become those after it."""
+    for at, output in in_batches(len(hidden), batch, lambda at: run_block(block, hidden[at], call)):
+        hidden[at] = output

@@ -37,5 +37,6 @@ def padded_blocks(
                 journal.put(index, dict(block.state_dict()))
             leave_on_disk(block, journal.file(index))
         blocks.append(block)
+    journal.settle()
     ranks.wait()
     return blocks

@@ -16,6 +16,7 @@ from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
+from snp_llm.pruning.estimate.estimate import place_hidden_states
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
@@ -80,7 +81,7 @@ def prune(
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    resolved, journal = resolve(recipe, model, tokenizer), journal or Journal()
+    resolved, journal = place_hidden_states(model, resolve(recipe, model, tokenizer)), journal or Journal()
     clock = Clock(compute_device(resolved.device))
     run = Run(resolved, clock, journal, on_step)
     allowed = resolved.perplexity_increase
@@ -128,7 +129,7 @@ def plan(
             "--dry-run: expected a budget whose widths are known before anything is cut, got "
             "--max-perplexity-increase. Leave it out, or run without --dry-run."
         )
-    resolved = resolve(recipe, model, tokenizer)
+    resolved = place_hidden_states(model, resolve(recipe, model, tokenizer))
     clock = Clock(compute_device(resolved.device))
     windows = read_calibration(tokenizer, resolved, model) if resolved.allocation in NEEDS_CURVES else None
     visited = visit(model, windows, Run(resolved, clock, Journal(), on_step))
@@ -183,7 +184,7 @@ def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedMode
     """The pruned model and what happened at every site, calibrated on tokens, (windows, T)."""
     anatomy = visited.anatomy
     widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
-    stream = capture(anatomy, tokens, run.recipe, run.clock, run.journal.folder)
+    stream = capture(anatomy, tokens, run)
     blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
     if run.recipe.layout == "padded":
         blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import run_block, watch_outputs
+from snp_llm.models.calls import move
 from snp_llm.models.projections import projection
 from snp_llm.models.site import Site
 from snp_llm.models.staying import has_more
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import enough_windows
-from snp_llm.pruning.stream import Stream, check_finite, in_batches
+from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.runtime import ranks
+from snp_llm.runtime.batches import in_batches
+from snp_llm.runtime.storage import store
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +51,20 @@ class Reference:
     windows: int
     stream_scale: float | None
 
-    def of(
-        self, site: Site, at: slice, hidden: Tensor, before: Sequence[Tensor], device: torch.device
-    ) -> Tensor | None:
+    def of(self, site: Site, at: slice, hidden: Tensor, before: Sequence[Tensor]) -> Tensor | None:
         """What a site's out-projection should put out, for those of the windows `at` that have a reference.
 
         Args:
             site: of the block.
             at: some of this rank's windows.
-            hidden: the stream before the block, (all of this rank's windows, T, d).
+            hidden: the stream before the block, (batch, T, d), where the result is to be.
             before: what the sites of earlier stages put out in this block, (batch, T, d) each.
-            device: of the result.
         """
         if site not in self.outputs:
             return None
-        wanted = self.outputs[site][at].to(device)
+        wanted: Tensor = move(self.outputs[site][at], hidden.device)
         if self.stream_scale:
-            wanted = wanted - hidden[at][: len(wanted)].to(device) / self.stream_scale
+            wanted = wanted - hidden[: len(wanted)] / self.stream_scale
             for output in before:
                 wanted = wanted - output[: len(wanted)]
         return wanted
@@ -134,15 +134,15 @@ class DenseStream:
         )
         if self.stream is None or untouched:
             return None
-        block, dense = self.anatomy.blocks[index], self.stream.before(index)
+        block, dense, device = self.anatomy.blocks[index], self.stream.before(index), self.run.clock.device
         sites = [site for site in self.anatomy.sites_of(index) if site.has_reference]
         with self.run.clock.phase("forward passes"):
             only_sites = bool(sites) and not has_more(self.anatomy, index)
             last = index == len(self.anatomy.blocks) - 1  # which may have something of its own, as a bias
             if only_sites and (self.residual is None or (self.residual and last)):
-                self.residual = adds_to_stream(block, sites, dense)
+                self.residual = adds_to_stream(block, sites, dense, device)
             residual = bool(self.residual and only_sites)
-            found = block_reference(block, sites, dense, residual=residual, device=self.run.clock.device)
+            found = block_reference(block, sites, dense, residual=residual, device=device)
         if entered:
             for site in self.anatomy.stages(index)[0]:
                 found.outputs.pop(site, None)
@@ -163,20 +163,20 @@ def block_reference(
     """
     wanted = {site: dense.like_hidden() for site in sites}
     scale = _stream_scale(block) if residual else None
-    for at, (output, outputs) in _outputs(block, sites, dense, len(dense.hidden)):
+    for at, (hidden, output, outputs) in _outputs(block, sites, dense, len(dense.hidden), device):
         check_finite(output, dense.index)
         if scale is not None:
-            stream = dense.hidden[at].to(device) / scale
+            stream = hidden / scale
             for number, added in enumerate(outputs[:-1]):
                 outputs[number] = stream = stream + added
             outputs[-1] = output / scale
         for site, value in zip(sites, outputs, strict=True):
-            wanted[site][at] = value
-        dense.hidden[at] = output
+            store(wanted[site], at, value)
+        store(dense.hidden, at, output)
     return Reference(wanted, dense.total, scale)
 
 
-def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bool:
+def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream, device: torch.device) -> bool:
     """Whether a dense block puts out the sum of its stream and of what its sites put out, as the first window has it.
 
     A block that normalises what its sites put out, or the sum, has no stream that they could repair. A log line
@@ -184,13 +184,14 @@ def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream) -> bo
     """
 
     def same() -> bool:
-        [(at, (output, outputs))] = _outputs(block, sites, dense, 1)
-        added = output - dense.hidden[at].to(output.device)
+        [(_, (hidden, output, outputs))] = _outputs(block, sites, dense, 1, device)
+        added = output - hidden
         whole = outputs[0]
         for other in outputs[1:]:
             whole = whole + other
         whole = whole * _stream_scale(block)
-        return bool((whole.double() - added.double()).norm() <= SAME_STREAM[dense.hidden.dtype] * added.double().norm())
+        whole, added = whole.cpu().double(), added.cpu().double()  # some devices have no such type
+        return bool((whole - added).norm() <= SAME_STREAM[dense.hidden.dtype] * added.norm())
 
     adds = ranks.from_rank(0, same)
     if not adds:
@@ -203,9 +204,9 @@ def _stream_scale(block: nn.Module) -> float:
 
 
 def _outputs(
-    block: nn.Module, sites: Sequence[Site], dense: Stream, windows: int
-) -> Iterator[tuple[slice, tuple[Tensor, list[Tensor]]]]:
-    """What a block and each of its sites put out for the first windows of the stream, batch after batch."""
+    block: nn.Module, sites: Sequence[Site], dense: Stream, windows: int, device: torch.device
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, list[Tensor]]]]:
+    """What a block gets, what it and each of its sites put out, for the first windows of the stream, in batches."""
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site, output: Tensor) -> None:
@@ -215,9 +216,11 @@ def _outputs(
         projection(block, site.consumers[0]): partial(keep, site) for site in sites
     }
 
-    def run(at: slice) -> tuple[Tensor, list[Tensor]]:
-        output = run_block(block, dense.hidden[at], dense.call)
-        return output, [seen[site].reshape(output.shape) for site in sites]  # some blocks flatten windows inside
+    def run(at: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
+        hidden: Tensor = move(dense.hidden[at], device)
+        output = run_block(block, hidden, dense.call)
+        outputs = [seen[site].reshape(output.shape) for site in sites]  # some blocks flatten windows inside
+        return hidden, output, outputs
 
     with watch_outputs(watchers):
         yield from in_batches(windows, dense.batch, run)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
+from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
@@ -34,12 +35,14 @@ class Run:
         clock: of the compute device.
         journal: of the phase that is on: keeps what it has done, and knows what an interrupted one has.
         on_step: called with a line of text after each site and each block of the dense model.
+        batch: the most windows that are known to fit; all phases share it.
     """
 
     recipe: ResolvedRecipe
     clock: Clock
     journal: Journal
     on_step: OnStep
+    batch: BatchSize = field(default_factory=BatchSize)
 
     def phase(self, name: str) -> "Run":
         """The tools of a phase, with the journal of its own."""
@@ -57,8 +60,10 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     positions = int(getattr(text_config(model.config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
-    if recipe.hidden_device not in ("cpu", "disk", kind):
-        raise SnpError(f"--hidden-device {recipe.hidden_device}: expected cpu, disk, or {kind}, where blocks are run.")
+    if recipe.hidden_device not in ("auto", "cpu", "disk", kind):
+        raise SnpError(
+            f"--hidden-device {recipe.hidden_device}: expected auto, cpu, disk or {kind}, where blocks are run."
+        )
     settings = {
         "calibration": recipe.calibration or usual_text(recipe.model),
         "eval_dataset": recipe.eval_dataset or usual_text(recipe.model),

@@ -22,6 +22,7 @@ from snp_llm.models.blocks import (
     rest_on_device,
     run_block,
 )
+from snp_llm.models.calls import move
 from snp_llm.models.site import Site, site_weight
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.run import Run
@@ -31,16 +32,18 @@ from snp_llm.pruning.statistics import (
     add_inputs,
     empty_sums,
     enough_windows,
-    for_algebra,
     held_out,
     over_all_ranks,
+    with_algebra,
 )
-from snp_llm.pruning.stream import Stream, advance, capture, check_finite, in_batches
+from snp_llm.pruning.stream import Stream, advance, capture, check_finite
 from snp_llm.pruning.taps import gradients_at, tapped
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import ONCE, Clock
+from snp_llm.runtime.batches import in_batches
+from snp_llm.runtime.device import ONCE, Clock, where_it_fits
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.storage import store
 
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
 
@@ -150,8 +153,7 @@ class _Visit:
 
     def start(self) -> Stream:
         """The tokens before the first block."""
-        run = self.run
-        return capture(self.anatomy, self.tokens, run.recipe, run.clock, run.journal.folder)
+        return capture(self.anatomy, self.tokens, self.run)
 
 
 def _read_gradients(visit: _Visit) -> None:
@@ -175,10 +177,8 @@ def _read_gradients(visit: _Visit) -> None:
         gradients = stream.like_hidden().copy_(state["gradients"])
     else:
         gradients = hidden
-        mine = visit.tokens[windows.start : windows.stop]
-        with clock.phase(ONCE), rest_on_device(visit.anatomy.model, blocks, device):
-            for window, states in zip(mine.split(1), hidden.split(1), strict=True):  # logits are large
-                states.copy_(loss_gradient(visit.anatomy.model, blocks, window.to(device), states.to(device)))
+        with clock.phase(ONCE):
+            _to_loss_gradients(visit, hidden)
     for index in range(len(blocks) - done - 1, -1, -1):
         block, here = blocks[index], visit.anatomy.sites_of(index)
         weights = [site_weight(block, site) for site in here]
@@ -189,7 +189,7 @@ def _read_gradients(visit: _Visit) -> None:
             for at, (gradient, found) in in_batches(len(windows), stream.batch, back):
                 with clock.phase("Gram matrices"):
                     sums = [s if g is None else add_moments(s, g) for s, g in zip(sums, found, strict=True)]
-                gradients[at] = gradient
+                store(gradients, at, gradient)
         with clock.phase("Gram matrices"):
             ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
             if ranks.owner(index) == ranks.rank():
@@ -198,6 +198,21 @@ def _read_gradients(visit: _Visit) -> None:
         journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
         visit.run.on_step(f"block {index}: gradients of the dense model")
     ranks.wait()
+
+
+def _to_loss_gradients(visit: _Visit, hidden: Tensor) -> None:
+    """What the last block puts out, (windows, T, d), becomes the gradient of the loss there, in place."""
+    model, blocks, windows = visit.anatomy.model, visit.anatomy.blocks, visit.windows
+    left = list(zip(visit.tokens[windows.start : windows.stop].split(1), hidden.split(1), strict=True))
+
+    def go_on(device: torch.device) -> None:
+        with rest_on_device(model, blocks, device):
+            while left:  # window by window: logits are large
+                tokens, states = left[-1]
+                states.copy_(loss_gradient(model, blocks, tokens.to(device), states.to(device)))
+                left.pop()
+
+    where_it_fits("logits of a window", visit.run.clock.device, go_on)
 
 
 def _read_curves(visit: _Visit, gradients: Journal) -> None:
@@ -243,7 +258,7 @@ def sum_up(
     """Adds all windows to the sums of a block's sites; the stream moves on to what the block puts out."""
 
     def run(at: slice) -> tuple[Tensor, list[Tensor | None]]:
-        hidden = stream.hidden[at]
+        hidden: Tensor = move(stream.hidden[at], clock.device)
         output = run_block(block, hidden, stream.call)
         return output, taps.read(hidden, output)
 
@@ -253,14 +268,14 @@ def sum_up(
             with clock.phase("Gram matrices"):
                 triples = zip(sums, sites, inputs, strict=True)
                 sums = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
-            stream.hidden[at] = output
+            store(stream.hidden, at, output)
     return sums
 
 
 def _back(
     block: nn.Module, sites: Sequence[Site], entering: Stream, gradients: Tensor, device: torch.device, at: slice
 ) -> tuple[Tensor, list[Tensor | None]]:
-    return gradients_at(block, sites, entering.hidden[at], entering.call, gradients[at].to(device))
+    return gradients_at(block, sites, entering.hidden[at], entering.call, move(gradients[at], device))
 
 
 def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
@@ -289,18 +304,19 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
     block, recipe = visit.anatomy.blocks[index], visit.run.recipe
     for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
         of_site = sums.pop()
-        apart = for_algebra(
-            site.name,
-            Statistics(
-                of_site.fitted.moments,
-                held=of_site.held,
-                gradient=gradients.get(index, site.path),
-                files=of_site.files,
-            ),
+        apart = Statistics(
+            of_site.fitted.moments,
+            held=of_site.held,
+            gradient=gradients.get(index, site.path),
+            files=of_site.files,
         )
-        factored = factor_site(block, site, apart, recipe, visit.run.clock)[0]
-        found[f"{site.path} energy"] = energy_curve(factored.subspace.D, site.unit_size).cpu()
-        loss = factored.loss_curve(apart)
+
+        def curves(statistics: Statistics, site: Site = site) -> tuple[Tensor, Tensor | None]:
+            factored = factor_site(block, site, statistics, recipe, visit.run.clock)[0]
+            return energy_curve(factored.subspace.D, site.unit_size).cpu(), factored.loss_curve(statistics)
+
+        energy, loss = with_algebra(site.name, apart, curves)
+        found[f"{site.path} energy"] = energy
         if loss is not None:
             found[f"{site.path} loss"] = loss[:: site.unit_size].cpu()
     return found

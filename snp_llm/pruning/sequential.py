@@ -15,7 +15,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block
-from snp_llm.models.calls import with_first_tensor
+from snp_llm.models.calls import move, with_first_tensor
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
 from snp_llm.models.projections import projection
 from snp_llm.models.site import Site, site_bias, site_weight
@@ -24,10 +24,12 @@ from snp_llm.pruning.cut import cut
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.result import Curve, SiteResult
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, for_algebra, held_out, over_all_ranks
-from snp_llm.pruning.stream import Stream, check_finite, in_batches
+from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks, with_algebra
+from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.runtime import ranks
+from snp_llm.runtime.batches import in_batches
+from snp_llm.runtime.storage import store
 
 # Gradient of a site by its number, read when its turn comes.
 Gradients = Callable[[int], Tensor | None]
@@ -98,9 +100,10 @@ class FixedSite:
     def output(self, at: slice, device: torch.device) -> Tensor:
         """What the site puts out for the windows `at`."""
         if self.inputs is None:
-            return self.outputs[at].to(device)
-        output: Tensor = self.out(self.inputs[at].to(device)[..., self.channels])
-        self.outputs[at] = output
+            known: Tensor = move(self.outputs[at], device)
+            return known
+        output: Tensor = self.out(move(self.inputs[at], device)[..., self.channels])
+        store(self.outputs, at, output)
         return output
 
 
@@ -147,7 +150,7 @@ def prune_block(
     with run.clock.phase("forward passes"):
         for at, output in in_batches(len(stream.windows), stream.batch, run_on):
             check_finite(output, stream.index)
-            stream.hidden[at] = output
+            store(stream.hidden, at, output)
     return block, results
 
 
@@ -179,18 +182,19 @@ def gather(
         for site in stage
     ]
 
-    def to_consumers(at: slice) -> tuple[list[Tensor], list[Tensor | None]]:
+    def to_consumers(at: slice) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        hidden: Tensor = move(stream.hidden[at], device)
         with _fixing(fixed, at, device) as before:
-            return before, inputs_at(block, stage, stream.hidden[at], stream.call)
+            return hidden, before, inputs_at(block, stage, hidden, stream.call)
 
-    for at, (before, inputs) in in_batches(windows, stream.batch, to_consumers):
+    for at, (hidden, before, inputs) in in_batches(windows, stream.batch, to_consumers):
         for number, (site, given) in enumerate(zip(stage, inputs, strict=True)):
-            wanted = None if reference is None else reference.of(site, at, stream.hidden, before, device)
+            wanted = None if reference is None else reference.of(site, at, hidden, before)
             with run.clock.phase("Gram matrices"):
                 sums[number] = add_inputs(sums[number], site, given, wanted, held[at])
             whole = kept[number]
             if whole is not None and given is not None:
-                whole[at] = given
+                store(whole, at, given)
     return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 
@@ -209,8 +213,8 @@ def cut_site(
     def here() -> tuple[SiteResult, Tensor, Tensor | None]:
         with run.clock.phase("Gram matrices"):
             W, bias = site_weight(block, site), site_bias(block, site)
-            statistics = for_algebra(site.name, sums.statistics(W, bias, gradient()))
-        result = cut(block, site, statistics, width, run)
+            statistics = sums.statistics(W, bias, gradient())
+        result = with_algebra(site.name, statistics, lambda found: cut(block, site, found, width, run))
         return result, site_weight(block, site), site_bias(block, site)
 
     owner = ranks.owner(site.block)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,17 +14,21 @@ from snp_llm.linalg.gram import (
     OutputSums,
     add_moments,
     add_outputs,
+    column_blocks,
     completed,
     drift_from,
     empty_moments,
     empty_output_sums,
+    multiplied_as,
 )
 from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import has_room, trim_host_memory
+from snp_llm.runtime.device import has_room, trim_host_memory, where_it_fits
 from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at most where it is factorised, in float64 if need be
@@ -212,11 +216,15 @@ def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor
         inputs: of its consumers, (batch, T, n), or with its windows flattened, as OPT has them.
         reference: of its output, (batch, T, d_out), or None without references. Of fewer windows where only the first
             of the batch have one.
-        held: which windows are held out, (batch,), bool.
+        held: which windows are held out, (batch,), bool, on the CPU.
+
+    Returns:
+        The sums, which have gone to the CPU if the device has no room for what adding takes.
     """
+    inputs = inputs.reshape(len(held), -1, inputs.shape[-1])
+    sums = _with_room(sums, inputs)
     device = sums.fitted.moments.second.device
-    held, inputs = held.to(device), inputs.to(device).reshape(len(held), -1, inputs.shape[-1])
-    reference = None if reference is None else reference.to(device)
+    inputs, reference = inputs.to(device), None if reference is None else reference.to(device)
     if sums.unreferred is not None:
         referred = 0 if reference is None else len(reference)
         if referred < len(inputs):
@@ -227,14 +235,67 @@ def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor
     if sums.held is None or not held.any():
         return replace(sums, fitted=_add(sums.fitted, inputs, reference))
     apart = ((sums.fitted, ~held), (sums.held, held))
-    fitted, held_out = (_add(part, inputs[at], None if reference is None else reference[at]) for part, at in apart)
+    fitted, held_out = (
+        _add(part, _windows(inputs, at), None if reference is None else _windows(reference, at)) for part, at in apart
+    )
     return replace(sums, fitted=fitted, held=held_out)
+
+
+def _windows(values: Tensor, which: Tensor) -> Tensor:
+    """Those of some windows, (windows, ...), without a copy where they are in a row; `which` is a mask on the CPU."""
+    at = which.nonzero().squeeze(1)
+    if len(at) and int(at[-1]) - int(at[0]) == len(at) - 1:
+        return values[int(at[0]) : int(at[-1]) + 1]
+    return values[at.to(values.device)]
+
+
+def _with_room(sums: Sums, inputs: Tensor) -> Sums:
+    """The sums where they are if there is room for what adding a batch to them takes, else on the CPU."""
+    second = sums.fitted.moments.second
+    count, n = inputs.numel(), len(second)
+    width = multiplied_as(inputs.dtype, second.dtype, second.device.type).itemsize
+    copies = count * (inputs.element_size() + width) + 2 * 4 * n * max(s - e for e, s in column_blocks(n))
+    if second.device.type == "cpu" or has_room(second.device, copies):
+        return sums
+    log.info("no room on %s for what sums of %d channels take; they go on on the CPU", second.device, n)
+    return _moved(sums)
+
+
+def _moved(value: Any) -> Any:
+    """Sums or statistics on the CPU, each tensor once."""
+
+    @cache  # all tokens and those with a reference may be the same
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.cpu()
+
+    def with_moved(part: Any) -> Any:
+        tensors = {f.name: moved(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
+        return replace(part, **tensors)
+
+    return _with_each(value, with_moved)
 
 
 def _add(sums: TokenSums, inputs: Tensor, reference: Tensor | None) -> TokenSums:
     if sums.outputs is not None and reference is not None:
         add_outputs(sums.outputs, reference, inputs)
     return replace(sums, moments=add_moments(sums.moments, inputs))
+
+
+def with_algebra(name: str, statistics: Statistics, compute: Callable[[Statistics], T]) -> T:
+    """What `compute` makes of a site's statistics, on the device where they are if there is room, else on the CPU.
+
+    Args:
+        name: of the site.
+        statistics: of it; left as they are.
+        compute: what factorises them; leaves no trace when it runs out of memory.
+    """
+    statistics = for_algebra(name, statistics)
+
+    def on(device: torch.device) -> T:
+        here = statistics.moments.second.device == device
+        return compute(statistics if here else _on_cpu(statistics))
+
+    return where_it_fits(f"{name}: linear algebra", statistics.moments.second.device, on)
 
 
 def for_algebra(name: str, statistics: Statistics) -> Statistics:
@@ -246,20 +307,13 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
     statistics = _with_each(statistics, lambda part: completed(part) if isinstance(part, Moments) else part)
     second = statistics.moments.second
     size = ALGEBRA_MATRICES * second.numel() * algebra_dtype(len(second), second.dtype).itemsize
-    if _where(name, "algebra", size, second.device) == second.device:
-        return statistics
+    here = _where(name, "algebra", size, second.device) == second.device
+    return statistics if here else _on_cpu(statistics)
 
-    @cache  # all tokens and those with a reference may be the same
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.cpu()
 
-    def with_moved(part: Any) -> Any:
-        return replace(
-            part, **{f.name: moved(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
-        )
-
+def _on_cpu(statistics: Statistics) -> Statistics:
     gradient = statistics.gradient
-    return replace(_with_each(statistics, with_moved), gradient=None if gradient is None else gradient.cpu())
+    return replace(_moved(statistics), gradient=None if gradient is None else gradient.cpu())
 
 
 def algebra_dtype(n: int, weights: torch.dtype) -> torch.dtype:

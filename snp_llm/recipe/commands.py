@@ -141,7 +141,7 @@ class InspectRecipe:
     """As for prune: tokens a window. Default: the model's maximum, at most 2048."""
     batch_size: int = 8
     """As for prune: windows run through a block at a time."""
-    hidden_device: HiddenDevice = "cpu"
+    hidden_device: HiddenDevice = "auto"
     """As for prune: where hidden states wait between blocks."""
     device: Device = "auto"
     """On which a prune would compute. Its speed is probed for a fifth of a second; of one that is not here only memory

@@ -17,7 +17,7 @@ Device = Literal["auto", "cuda", "mps", "cpu"]
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 
-HiddenDevice = Literal["cuda", "mps", "cpu", "disk"]
+HiddenDevice = Literal["auto", "cuda", "mps", "cpu", "disk"]
 
 Layout = Literal["uniform", "compact", "padded"]
 
@@ -136,8 +136,9 @@ class Recipe:
     """Draws the calibration windows and the random ordering."""
     device: Device = "auto"
     """Where blocks are run. auto: cuda, else mps, else cpu."""
-    hidden_device: HiddenDevice = "cpu"
-    """Where the hidden states of all calibration tokens wait between blocks. disk: in memory maps beside the output."""
+    hidden_device: HiddenDevice = "auto"
+    """Where the hidden states of all calibration tokens wait between blocks. auto: on a GPU if the estimate leaves room
+    there, else on the CPU. disk: in memory maps beside the output."""
     dtype: Dtype = "auto"
     """Type of the weights, while running and saved. auto: as in the checkpoint."""
     eval: bool = True

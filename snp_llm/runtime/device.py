@@ -1,19 +1,24 @@
 """Where a run computes, what is free there and how fast it is, and how long each phase takes. Knows torch only."""
 
 import ctypes
+import logging
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 
 from snp_llm.runtime.errors import SnpError
+
+log = logging.getLogger(__name__)
 
 ONCE = "embeddings and head"  # what a model runs once, however many blocks it has
 
@@ -23,6 +28,13 @@ PHASES = (
 )
 
 PROBE_SECONDS = 0.2
+
+ANOTHERS_SHARE = 0.25  # of what is free on a GPU
+
+# What errors say that have no class of their own; the last is the host's.
+OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
+T = TypeVar("T")
 
 
 def devices_here() -> list[str]:
@@ -55,12 +67,54 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
-def has_room(device: torch.device, size: int) -> bool:
-    """Whether so many bytes are free on a device, without what torch holds in reserve; always true of the host."""
+def free_bytes(device: torch.device) -> float:
+    """Bytes free on a GPU, with what torch holds in reserve; no bound is known of anything else."""
     if device.type != "cuda":
-        return True
+        return math.inf
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return size <= torch.cuda.mem_get_info(device)[0] + reserved
+    return float(torch.cuda.mem_get_info(device)[0] + reserved)
+
+
+def has_room(device: torch.device, size: float) -> bool:
+    """Whether so many bytes are free on a device; always true of the host."""
+    return size <= free_bytes(device)
+
+
+def place_for_another(device: torch.device, size: float) -> torch.device:
+    """Where another process may hold so many bytes while this one goes on: a GPU with plenty of room, else the CPU."""
+    plenty = device.type == "cuda" and ANOTHERS_SHARE * torch.cuda.mem_get_info(device)[0] >= size
+    return device if plenty else torch.device("cpu")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device, one of its libraries, or the host has no memory left."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return said or isinstance(error, torch.OutOfMemoryError)
+
+
+def where_it_fits(what: str, device: torch.device, compute: Callable[[torch.device], T]) -> T:
+    """What `compute` gives on a device, or on the CPU where that runs out of memory; a log line says so.
+
+    Args:
+        what: is computed, for people.
+        device: to compute on.
+        compute: takes the device, and leaves no trace that matters when it fails.
+    """
+    try:
+        return compute(device)
+    except RuntimeError as error:
+        if device.type == "cpu" or not ran_out(error):
+            raise
+    # Here, where what the error held on to is gone.
+    log.warning("%s: ran out of memory on %s; computed on the CPU", what, device)
+    hand_back(device)
+    return compute(torch.device("cpu"))
+
+
+def hand_back(device: torch.device) -> None:
+    """Gives memory that torch keeps for later back to the device, so that it can be cut anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def free_host_bytes() -> int:
@@ -99,7 +153,7 @@ def matmul_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[to
         if dtype == torch.float64 and device.type == "mps":
             rates[dtype] = matmul_rates(torch.device("cpu"), [dtype])[dtype]  # where its float64 is computed
             continue
-        size = 512 if device.type == "cpu" else 4096
+        size = 512 if device.type == "cpu" else 4096 if dtype.itemsize == 2 else 2048  # a probe should not be the peak
         a = torch.randn(size, size, device=device).to(dtype)
         a @ a
         synchronize(device)
@@ -125,11 +179,13 @@ class Clock:
         """Counts the time inside to a phase."""
         synchronize(self.device)
         start, before, self.within = time.perf_counter(), self.within, 0.0
-        yield
-        synchronize(self.device)
-        elapsed = time.perf_counter() - start
-        self.seconds[name] += elapsed - self.within
-        self.within = before + elapsed
+        try:
+            yield
+            synchronize(self.device)
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] += elapsed - self.within
+            self.within = before + elapsed
 
 
 def versions() -> dict[str, str]:

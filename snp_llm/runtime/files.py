@@ -27,13 +27,15 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, all of it or nothing.
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None, *, flush: bool = True
+) -> None:
+    """Writes a safetensors file, all of it or nothing; without `flush` a power cut may leave something else.
 
     Raises:
         DiskError: the disk is full, or fails.
     """
-    with _whole(file) as new:
+    with _whole(file, flush=flush) as new:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata=facts)
 
 
@@ -48,14 +50,16 @@ def write_text(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[Path]:
+def _whole(file: Path, *, flush: bool = True) -> Iterator[Path]:
     new = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        _flush(new)
+        if flush:
+            flush_to_disk(new)
         new.replace(file)
-        _flush(file.parent)
+        if flush:
+            flush_to_disk(file.parent)
     except (OSError, SafetensorError) as error:
         raise DiskError(f"{file}: cannot be written ({error}). Make room there, or allow it.") from error
     finally:
@@ -63,7 +67,7 @@ def _whole(file: Path) -> Iterator[Path]:
             new.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Waits until a file or folder is on the disk, where a power cut leaves it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, distributed
@@ -21,6 +20,8 @@ from snp_llm.runtime.errors import SnpError
 TIMEOUT = timedelta(minutes=60)
 
 LET_GO = 0.1  # seconds
+
+PIECE = 2**24  # numbers that go from the CPU over the GPU at a time, where only what is there can be summed
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")  # in torch's messages
 
@@ -77,14 +78,18 @@ def owner(index: int) -> int:
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replaces tensors of one dtype and device by their sums over ranks, in place, with one all-reduce."""
-    if rank_count() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        if distributed.get_backend() == "nccl":  # sums whatever is on the GPU, and nothing else
-            flat = flat.cuda()
-        distributed.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+    """Replaces contiguous tensors by their sums over ranks, in place, one after the other: none is held twice."""
+    if rank_count() == 1:
+        return
+    over_gpu = distributed.get_backend() == "nccl"  # which sums what is on the GPU, and nothing else
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not over_gpu:
+            distributed.all_reduce(tensor)
+            continue
+        for piece in tensor.view(-1).split(PIECE):
+            there = piece.cuda()
+            distributed.all_reduce(there)
+            piece.copy_(there)
 
 
 def from_rank(owner: int, make: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ import torch
 
 from snp_llm import prune
 from snp_llm.pruning import statistics, stream
-from snp_llm.pruning.stream import BatchSize, in_batches
+from snp_llm.runtime.batches import BatchSize, in_batches
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage, let_go
 from tests.conftest import small_model, small_recipe

@@ -21,9 +21,10 @@ from snp_llm.pruning.repair import DAMPENINGS
 from snp_llm.pruning.run import Run, read_calibration, resolve
 from snp_llm.pruning.sensitivity import visit_dense
 from snp_llm.pruning.sequential import prune_blocks
-from snp_llm.pruning.stream import BatchSize, Stream, capture
+from snp_llm.pruning.stream import Stream, capture
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.plan import Removal, Removals, plan_widths
+from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage
@@ -262,7 +263,7 @@ def test_whole_modules_share_budgets_curves_and_the_loop(kind, model_type, token
     widths = plan_widths(anatomy, curves, removals, recipe)
     cheapest = min(range(len(curves)), key=lambda i: float(curves[i].loss[0]))
     assert widths == [int(i != cheapest) for i in range(len(curves))]  # the one that costs the loss least
-    stream = capture(anatomy, windows.tokens, recipe, run.clock)
+    stream = capture(anatomy, windows.tokens, run)
     pruned, _ = prune_blocks(anatomy, stream, widths, lambda i: curves[i].gradient, run)
     gone = pruned[anatomy.sites[cheapest].block]
     if kind == "block":

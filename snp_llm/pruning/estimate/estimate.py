@@ -1,7 +1,7 @@
 """What a run will take: memory, disk and work, part by part."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +10,9 @@ from snp_llm.pruning.estimate.memory import Part, memory_parts, peak_parts
 from snp_llm.pruning.estimate.shapes import read_shapes
 from snp_llm.pruning.estimate.work import ALGEBRA_SPEED, Work, work_by_phase
 from snp_llm.recipe.recipe import ResolvedRecipe
+from snp_llm.runtime.device import device_name, devices_here, has_room
+
+ROOM = 1.25  # of the estimated peak, that has to be free: workspaces of libraries and fragments come on top
 
 
 @dataclass(frozen=True)
@@ -54,5 +57,22 @@ def estimate(model: PreTrainedModel, recipe: ResolvedRecipe) -> Estimate:
         model: dense model, or its skeleton.
         recipe: all settings.
     """
-    shapes = read_shapes(model, recipe)
+    shapes = read_shapes(model, place_hidden_states(model, recipe))
     return Estimate(tuple(part for part in memory_parts(shapes) if part.bytes), tuple(work_by_phase(shapes)))
+
+
+def place_hidden_states(model: PreTrainedModel, recipe: ResolvedRecipe) -> ResolvedRecipe:
+    """The recipe with `hidden_device` "auto" made definite: a GPU that has room for the whole run, else the CPU.
+
+    Args:
+        model: dense model, or its skeleton.
+        recipe: all settings.
+    """
+    if recipe.hidden_device != "auto":
+        return recipe
+    device = device_name(recipe.device)
+    if device == "cuda" and device in devices_here():
+        on_device = replace(recipe, hidden_device="cuda")
+        if has_room(torch.device(device), ROOM * estimate(model, on_device).peak("device")):
+            return on_device
+    return replace(recipe, hidden_device="cpu")

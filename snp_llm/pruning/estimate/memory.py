@@ -19,6 +19,8 @@ from snp_llm.pruning.widths.costs import pruned_bytes
 
 LIBRARIES = 600_000_000  # bytes that Python, torch, transformers and the dataset library take with nothing loaded
 
+CUDA_WORKSPACES = 100_000_000  # bytes that cuBLAS and cuSOLVER take on a device, once they are used
+
 
 @dataclass(frozen=True)
 class Part:
@@ -51,8 +53,9 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     """All parts, those of no bytes among them. Where the device is the CPU, the host holds the device's."""
     recipe, model, d, block = shapes.recipe, shapes.anatomy.model, shapes.hidden, shapes.block_bytes
     device, waiting, apart = shapes.device_place, shapes.waiting_place, shapes.device != "cpu"
-    states, referred, visited = (shapes.states(n) for n in (recipe.num_samples, shapes.referred, shapes.visited))
+    states, referred, visited = (shapes.waiting(n) for n in (recipe.num_samples, shapes.referred, shapes.visited))
     yield Part("", "host", "libraries", "Python and its libraries", LIBRARIES)
+    yield Part("", device, "libraries", "workspaces of CUDA's libraries", CUDA_WORKSPACES * (shapes.device == "cuda"))
     yield Part("", "host", "rest", "embeddings, norms and head", shapes.rest_bytes)
     yield Part("", "host", "block", "a block read and a block written", 2 * block * apart)
     yield Part("", "host", "tokens", "calibration text", recipe.num_samples * recipe.seq_len * BYTES_A_TOKEN)
@@ -60,7 +63,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     yield Part("", "disk", "model", "the pruned model, block by block and then in shards", written)
     yield Part("", "disk", "hidden", "hidden states, from which to resume", states + referred)
     if shapes.gone_back:
-        entering = (len(shapes.anatomy.blocks) + 2) * shapes.states(shapes.gone_back)
+        entering = (len(shapes.anatomy.blocks) + 2) * shapes.waiting(shapes.gone_back)
         logits = recipe.seq_len * embedding_rows(model) * (model.dtype.itemsize + 3 * 4)
         yield Part("", "disk", "gradients", "gradients of all sites", len(shapes.anatomy.sites) * 4 * d * d)
         yield Part("gradients", waiting, "visit", "what enters every block, kept for the way back", entering)

@@ -63,6 +63,11 @@ class Shapes:
         kinds = dict.fromkeys(site.kind for site in self.anatomy.sites)
         return [max((s for s in self.anatomy.sites if s.kind == kind), key=lambda s: s.channels) for kind in kinds]
 
+    def waiting(self, windows: int) -> int:
+        """Bytes that these take where they wait: what is pinned is rounded up to a power of two."""
+        size = self.states(windows)
+        return 1 << (size - 1).bit_length() if size and self.device == "cuda" and self.waiting_place == "host" else size
+
     def states(self, windows: int) -> int:
         """Bytes of the hidden states of so many windows."""
         return windows * self.recipe.seq_len * self.hidden * self.anatomy.model.dtype.itemsize
