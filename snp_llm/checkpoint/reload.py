@@ -1,5 +1,5 @@
 """Loads a saved model as a user would and writes its logits. Run as text by `checkpoint.fresh_process`; must not know
-the rest of the package. Gets the folder as JSON in a line of its input, once it has read its libraries."""
+the rest of the package. Gets the folder and a device as JSON in a line of its input, once it has read its libraries."""
 
 import json
 import sys
@@ -9,14 +9,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-given, result, auto_class, device = sys.argv[1:]
+given, result, auto_class = sys.argv[1:]
+loader = getattr(transformers, auto_class)
 line = sys.stdin.readline()
 if not line:  # whoever wanted to know is gone
     sys.exit(1)
-folder = json.loads(line)
+folder, device = json.loads(line)
 # On the CPU the weights stay on disk but for the layer that is being computed: a large model need not fit into memory.
 on_disk = {"device_map": {"": "disk"}, "offload_folder": f"{result}.offloaded"}
-model = getattr(transformers, auto_class).from_pretrained(
+model = loader.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", **(on_disk if device == "cpu" else {"device_map": {"": device}})
 )
 model.eval()

@@ -1,6 +1,7 @@
 """A pruned model into a folder, reloaded in a fresh process and compared with what was loaded."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
 from snp_llm.models.registry import auto_class
 from snp_llm.runtime.errors import SnpError
+
+log = logging.getLogger(__name__)
 
 LARGEST_SHARD = "500MB"  # a shard is in host memory while it is written
 
@@ -70,27 +73,33 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
         file.write_text(text, encoding="utf-8", errors="backslashreplace")  # halves of characters, as JSON escapes them
 
 
-@dataclass(frozen=True)
+@dataclass
 class FreshProcess:
     """A process that has never imported this package, and loads a saved model once it is told where that is.
 
     Attributes:
         process: that runs.
         scratch: folder of what goes in and comes out.
-        tokens: to compute logits of, (batch, T), int64.
-        device: to compute on.
+        device: that it computes on.
     """
 
     process: "subprocess.Popen[str]"
     scratch: Path
-    tokens: Tensor
-    device: torch.device
+    device: torch.device = CPU
 
-    def load(self, folder: Path) -> None:
-        """Lets it load what is in a folder, while this process goes on."""
+    def load(self, folder: Path, tokens: Tensor, device: torch.device = CPU) -> None:
+        """Lets it compute logits with what is in a folder, while this process goes on.
+
+        Args:
+            folder: of the saved model.
+            tokens: to compute logits of, (batch, T), int64.
+            device: to compute on.
+        """
         assert self.process.stdin is not None
+        self.device = device
+        save_file({"tokens": tokens.contiguous()}, self.scratch / "tokens.safetensors")
         with suppress(BrokenPipeError):  # what ended it comes out with the logits
-            self.process.stdin.write(json.dumps(str(folder.absolute())) + "\n")
+            self.process.stdin.write(json.dumps([str(folder.absolute()), device.type]) + "\n")
             self.process.stdin.close()
 
     def logits(self) -> Tensor:
@@ -107,17 +116,14 @@ class FreshProcess:
 
 
 @contextmanager
-def fresh_process(dense: PreTrainedModel, tokens: Tensor, device: torch.device = CPU) -> Iterator[FreshProcess]:
-    """Starts the process that will load a saved model. It reads its libraries while the model is still being written.
+def fresh_process(dense: PreTrainedModel) -> Iterator[FreshProcess]:
+    """Starts the process that will load a saved model. It reads its libraries while the model is not there yet.
 
     Args:
         dense: as it was loaded; says by which Auto class.
-        tokens: to compare logits on, (batch, T), int64.
-        device: to compute on.
     """
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        save_file({"tokens": tokens.contiguous()}, scratch / "tokens.safetensors")
         arguments = [
             *(str(scratch / f"{n}.safetensors") for n in ("tokens", "logits")),
             auto_class(dense.config).__name__,
@@ -125,7 +131,7 @@ def fresh_process(dense: PreTrainedModel, tokens: Tensor, device: torch.device =
         with open(scratch / "stderr", "wb") as said:
             # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
             process = subprocess.Popen(
-                [sys.executable, "-c", RELOAD.read_text(), *arguments, device.type],
+                [sys.executable, "-c", RELOAD.read_text(), *arguments],
                 cwd=scratch,
                 env={**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"},
                 stdin=subprocess.PIPE,
@@ -134,13 +140,15 @@ def fresh_process(dense: PreTrainedModel, tokens: Tensor, device: torch.device =
                 text=True,
             )
         try:
-            yield FreshProcess(process, scratch, tokens, device)
+            yield FreshProcess(process, scratch)
         finally:
             process.kill()
             process.communicate()
 
 
-def compare(dense: PreTrainedModel, pruned: PreTrainedModel, fresh: FreshProcess) -> float:
+def compare(
+    dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor, fresh: FreshProcess
+) -> float:
     """Compares a reloaded folder's logits with those of the loaded model with the pruned blocks in place of its own.
 
     What a config does not say of the model that it was made for shows there.
@@ -148,7 +156,9 @@ def compare(dense: PreTrainedModel, pruned: PreTrainedModel, fresh: FreshProcess
     Args:
         dense: as it was loaded.
         pruned: whose blocks were saved.
-        fresh: has been told to load the folder.
+        folder: where.
+        tokens: to compare logits on, (batch, T), int64.
+        fresh: has been told to load it. What a GPU has no room for, or is not shared for, is tried again on the CPU.
 
     Returns:
         The largest difference of a logit, relative to the largest logit; both are computed on the same kind of device.
@@ -156,8 +166,16 @@ def compare(dense: PreTrainedModel, pruned: PreTrainedModel, fresh: FreshProcess
     Raises:
         SnpError: the folder does not load, or its logits differ by more than rounding.
     """
-    reloaded = fresh.logits()
-    logits = logits_block_by_block(dense, fresh.tokens, find_blocks(pruned), fresh.device)
+    try:
+        reloaded = fresh.logits()
+    except SnpError as error:
+        if fresh.device.type == "cpu":
+            raise
+        log.info("%s Once more, on the CPU.", error)
+        with fresh_process(dense) as again:
+            again.load(folder, tokens)
+            return compare(dense, pruned, folder, tokens, again)
+    logits = logits_block_by_block(dense, tokens, find_blocks(pruned), fresh.device)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
         raise SnpError(
@@ -176,9 +194,9 @@ def verify(
         SnpError: the folder does not load, holds other weights, or its logits differ by more than rounding.
     """
     check_kept(dense, folder)
-    with fresh_process(dense, tokens, device) as fresh:
-        fresh.load(folder)
-        return compare(dense, pruned, fresh)
+    with fresh_process(dense) as fresh:
+        fresh.load(folder, tokens, device)
+        return compare(dense, pruned, folder, tokens, fresh)
 
 
 def check_kept(dense: PreTrainedModel, folder: Path) -> None:

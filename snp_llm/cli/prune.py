@@ -5,7 +5,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,20 +128,32 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         text.check_tokens(windows, dense)
     journal = Journal(partial / contents.JOURNAL, resolved.save_every, behind=device.type != "cpu")
     steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
-    with progress(steps if resolved.perplexity_increase is None else None) as on_step:  # a search's end is not known
-        pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
-    hand_back(device)
-    compared, models = pruned.calibration.tokens[:1, :LONGEST_COMPARISON], (dense, pruned.model)
-    sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
     perplexities: list[float | None] = [None, None]
-    place, alone = place_for_another(device, sizes[1].bytes), ranks.rank() == 0
-    fresh: Any  # on the other ranks there is none
-    with checkpoint.fresh_process(dense, compared, place) if alone else nullcontext() as fresh:
+    with ExitStack() as stack:
+
+        def start() -> checkpoint.FreshProcess:
+            return stack.enter_context(checkpoint.fresh_process(dense))
+
+        # Reads its libraries meanwhile, where host memory is not what the run itself has to live in.
+        fresh = start() if device.type == "cuda" and ranks.rank() == 0 else None
+        with progress(
+            steps if resolved.perplexity_increase is None else None
+        ) as on_step:  # a search's end is not known
+            pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
+        hand_back(device)
+        compared, models = pruned.calibration.tokens[:1, :LONGEST_COMPARISON], (dense, pruned.model)
+        sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
 
         def save() -> None:
+            nonlocal fresh
+            fresh = fresh or start()
             checkpoint.save(pruned.model, tokenizer, partial, tokenizer_of=resolved.model)
-            fresh.load(partial)
+            fresh.load(partial, compared, place_for_another(device, sizes[1].bytes))
             checkpoint.check_kept(dense, partial)
+
+        def compare() -> float:
+            assert fresh is not None
+            return checkpoint.compare(dense, pruned.model, partial, compared, fresh)
 
         with clock.phase("saving"):
             ranks.from_rank(0, save)
@@ -150,7 +162,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
                 perplexity.perplexity(m, windows.tokens, batch_size=resolved.batch_size, device=device) for m in models
             ]
         with clock.phase("saving"):
-            difference = ranks.from_rank(0, lambda: checkpoint.compare(dense, pruned.model, fresh))
+            difference = ranks.from_rank(0, compare)
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}

@@ -257,7 +257,7 @@ def held_out_curve(W: Tensor, L: Tensor, gram: Tensor) -> Tensor:
     half = solve_lower(L, gram)
     U = times_lower(W, L)
     added = torch.zeros(n, dtype=torch.float64, device=W.device)
-    for start, stop in column_blocks(n):
+    for start, stop in column_blocks(n, device=W.device.type):
         latent = solve_lower(L[:stop, :stop], half[start:stop, :stop].mT.clone())
         shares = latent.mul_(U[:, :stop].mT @ U[:, start:stop])
         # A trailing block is the one after it and a row and a column more.
@@ -278,7 +278,7 @@ def solve_lower(L: Tensor, right: Tensor) -> Tensor:
 
     A row block at a time: LAPACK wants whole matrices next to each other in memory, and would get a copy of a part.
     """
-    for start, stop in column_blocks(len(L)):
+    for start, stop in column_blocks(len(L), device=L.device.type):
         block = right[start:stop].addmm_(L[start:stop, :start], right[:start], alpha=-1)
         torch.linalg.solve_triangular(L[start:stop, start:stop], block, upper=False, unitriangular=True, out=block)
     return right
@@ -287,7 +287,7 @@ def solve_lower(L: Tensor, right: Tensor) -> Tensor:
 def times_lower(W: Tensor, L: Tensor) -> Tensor:
     """`W L` of a lower triangular L, leaving out most of the products with its zeros."""
     U = torch.empty_like(W)
-    for start, stop in column_blocks(len(L)):
+    for start, stop in column_blocks(len(L), device=L.device.type):
         torch.mm(W[:, start:], L[start:, start:stop], out=U[:, start:stop])
     return U
 

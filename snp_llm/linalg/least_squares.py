@@ -270,7 +270,7 @@ def output_energy(W: Tensor, gram: Tensor) -> float:
         gram: G of the inputs, (n, n), same type.
     """
     energy = 0.0
-    for start, stop in column_blocks(len(gram)):
+    for start, stop in column_blocks(len(gram), device=gram.device.type):
         product = W[:, start:stop] @ gram[start:stop, start:stop]
         product.addmm_(W[:, stop:], gram[stop:, start:stop], alpha=2)
         energy += float(torch.linalg.vecdot(product, W[:, start:stop]).sum(dtype=torch.float64))

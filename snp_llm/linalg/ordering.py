@@ -3,9 +3,11 @@
 To add an ordering: one function from `OrderingProblem` to scores, a line in `ORDERINGS` and in `FLOPS`, one test.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place, inverse_from
 from snp_llm.linalg.quadrature import quadrature_flops, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
+
+log = logging.getLogger(__name__)
 
 GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
 
@@ -24,6 +28,8 @@ EXCHANGES = 4  # of a dear unit for the next one, before fewer go than could
 RISE = 1.05  # times what the next in line costs: what a unit may come to cost through others that go at once
 
 ZCA_EXACT_UP_TO = 512  # channels
+
+GPU_PANEL = 384  # the same, where the host waits at every panel alone
 
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
 
@@ -136,52 +142,54 @@ def greedy(problem: OrderingProblem) -> Tensor:
     many removals in one product, and what is left of it moves to its front. At every halving the inverse is computed
     afresh, so that updates do not drift.
 
-    On a GPU the host would wait for it in every round to learn how many units go. There r slots are always filled, and
-    what is in those of units that stay is zero.
+    Where a GPU chooses itself (`fused_choice`), r slots are filled in every round, for the host does not learn how many
+    units go; what is in those of units that stay is zero.
     """
     size, gram, device = problem.unit_size, problem.definite.gram, problem.W.device
-    units, waits = len(gram) // size, _waits_for(device)
+    units = len(gram) // size
     block, last = max(1, units // GREEDY_ROUNDS), units - problem.keep
+    choose = fused_choice(device) if size == 1 and block > 1 else None
+    panel = PANEL if choose is None else GPU_PANEL
     scores = torch.empty(units, dtype=torch.float64, device=device)
     inverse = problem.definite.inverse().mT  # row order
     W = problem.W.mT.clone(memory_format=torch.contiguous_format)  # what is read and written of it are whole channels
     alive = torch.arange(units, device=device)  # units that the matrices still hold
-    fresh, removed = units, torch.zeros((), dtype=torch.int64, device=device)
+    fresh, removed, count = units, 0, torch.zeros((), dtype=torch.int64, device=device)
     while True:
         pivots = diagonal_blocks(inverse, size).clone()
         gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
-        pending = _Pending.of(inverse, PANEL + block * size)
-        while pending.filled < PANEL and not (waits and removed == last):
+        pending = _Pending.of(inverse, panel + block * size)
+        while pending.filled < panel and removed < last:
             costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
-            there, most = (units - removed).clamp(max=CANDIDATES * block), (last - removed).clamp(max=block)
-            going = torch.argsort(costs, stable=True)[: int(there) if waits else CANDIDATES * block]
-            count = most
-            if block == 1:
-                going = going[:1]
+            order = torch.argsort(costs, stable=True)
+            if choose is not None:
+                pool = order[: block + EXCHANGES + 1]
+                among = pending.taken_off(inverse[pool[:, None], pool], pool, pool)
+                of_units, of_rounds = (alive, scores, gone, count), (units, last, block, EXCHANGES, RISE)
+                going, taken = choose(among, W[pool], costs[pool], pool, *of_units, *of_rounds)
             else:
-                C = unit_channels(going, size)
-                among = pending.taken_off(inverse[C[:, None], C], C, C)
-                slots = int(most) if waits else min(block, len(going))
-                places, count = _cheap_together(among, W[C], costs[going], most, slots, size, there)
-                going = going[places[: int(count)] if waits else places]
-            taken = torch.arange(len(going), device=device) < count
-            scores[alive[going]] = torch.where(
-                taken, removed + torch.arange(len(going), device=device).double(), scores[alive[going]]
-            )
-            gone[going] |= taken
-            removed = removed + count
+                most, taken = min(block, last - removed), None
+                going = order[: min(CANDIDATES * block, units - removed)]
+                if block == 1:
+                    going = going[:1]
+                else:
+                    C = unit_channels(going, size)
+                    among = pending.taken_off(inverse[C[:, None], C], C, C)
+                    going = going[_cheap_together(among, W[C], costs[going], most, size)]
+                scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
+                gone[going] = True
+                removed += len(going)
             P = unit_channels(going, size)
             now = pending.taken_off(inverse[P], P, slice(None))
-            if waits:
-                share = torch.linalg.solve(now[:, P], now)
-            else:
-                now, share = _of_those_taken(now, P, taken.repeat_interleave(size, output_size=len(P)))
+            share = _shares(now, P, taken)
             W.addmm_(share.mT, W[P], alpha=-1)
             by_unit = (len(P), len(alive), size)
             pivots -= torch.einsum("pua,pub->uab", now.reshape(by_unit), share.reshape(by_unit))
-            identity = torch.eye(size, dtype=W.dtype, device=device)  # a pivot that was zero up to rounding
-            pivots[going] = torch.where(taken[:, None, None], identity, pivots[going])
+            if taken is None:
+                pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
             pending.add(now, share)
+        if choose is not None:
+            removed = int(count)
         if removed == last:
             places = torch.argsort(_removal_costs(W, pivots)[~gone], stable=True)
             scores[alive[~gone][places]] = torch.arange(last, units, dtype=torch.float64, device=device)
@@ -206,27 +214,38 @@ def greedy(problem: OrderingProblem) -> Tensor:
         pending.taken_off(inverse, slice(len(W)), slice(len(W)))
 
 
-def _waits_for(device: torch.device) -> bool:
-    """Whether asking a device for a number costs the host nothing."""
-    return device.type == "cpu"
+@cache
+def fused_choice(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What chooses the units of a round on a device alone, or None where the host has to.
 
-
-def _of_those_taken(now: Tensor, P: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of an inverse at channels P, zero where those are not taken, and `[G^-1]_PP^-1` times them.
-
-    Without a word to the host: a factorisation that checks its result would wait for the device.
+    It is written in Triton, which comes with torch for CUDA on Linux and wants a C compiler.
     """
-    now = now * taken[:, None]
-    both = taken[:, None] & taken
-    system = torch.where(both, now[:, P], torch.eye(len(P), dtype=now.dtype, device=now.device))
-    factor, _ = torch.linalg.cholesky_ex(system)
+    if device.type != "cuda":
+        return None
+    try:
+        from snp_llm.linalg.fused_choice import choose, works_on
+
+        works_on(device)
+    except Exception as error:  # Triton, compilers and drivers raise what they like
+        log.info("no kernel can be made with Triton, the host chooses what goes: slower (%s)", str(error)[:200])
+        return None
+    return choose
+
+
+def _shares(now: Tensor, P: Tensor, taken: Tensor | None) -> Tensor:
+    """`[G^-1]_PP^-1` times rows of `G^-1` at channels P, (p, n); with `taken` both zero where that is not set."""
+    if now.device.type == "cpu":
+        return torch.linalg.solve(now[:, P], now)
+    system = now[:, P]
+    if taken is not None:
+        now.mul_(taken[:, None])
+        system = torch.where(taken[:, None] & taken, system, torch.eye(len(P), dtype=now.dtype, device=now.device))
+    factor, _ = torch.linalg.cholesky_ex(system)  # asks the device for nothing, unlike what raises
     half = torch.linalg.solve_triangular(factor, now, upper=False)
-    return now, torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _cheap_together(
-    inverse: Tensor, W: Tensor, costs: Tensor, count: Tensor, slots: int, size: int, there: Tensor
-) -> tuple[Tensor, Tensor]:
+def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
     """Which of a pool of units go at once: the cheapest, without those that these make dear.
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
@@ -238,37 +257,30 @@ def _cheap_together(
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
         W: out-projection weight, a row a channel, (u * size, d_out).
         costs: of removing each unit alone, ascending, (u,).
-        count: units that go at most, (), int64.
-        slots: as many or more.
+        count: units that go at most.
         size: channels a unit has.
-        there: units of the pool, the first ones, that can still go, (), int64.
 
     Returns:
-        Places in the pool, (slots,), int64, and how many of them go, the first ones, ascending, (), int64.
+        Places in the pool, ascending, the first among them, int64.
     """
-    device = W.device
-    pool, slot = torch.arange(len(costs), device=device), torch.arange(slots, device=device)
-    left, beyond = there, costs[(there - 1).clamp(min=0)]
-    for exchanges_left in range(EXCHANGES, -1, -1):
-        going = pool[:slots]
+    pool = places = torch.arange(len(costs), device=W.device)
+    exchanged = 0
+    while True:
+        going, waiting = pool[:count], pool[count:]
         P = unit_channels(going, size)
         factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
         rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
-        following = costs[pool[count.clamp(max=len(pool) - 1)]]
-        limit = RISE * torch.where(count < left, following, beyond)
+        limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
         cheap = per_unit(rows.square().sum(1), size) <= limit
-        cheap &= (info == 0) | (slot[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
-        can_go = torch.minimum(count, left)
-        dear = ~cheap & (slot[: len(going)] < can_go)
-        dear[0] = False
-        first = torch.where(dear.any(), dear.int().argmax(), can_go)
-        if not exchanges_left or (_waits_for(device) and not dear.any()):
-            break
-        # Without a dear one nothing that counts moves up.
-        place = torch.arange(len(pool), device=device)
-        pool = pool[(place + (dear.any() & (place >= first))).clamp(max=len(pool) - 1)]
-        left = left - dear.any().long()
-    return going, torch.minimum(first, can_go)
+        cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
+        dear = (~cheap[1:]).nonzero()
+        if not len(dear):
+            return going
+        first = 1 + int(dear[0])
+        if exchanged == EXCHANGES:
+            return going[:first]
+        exchanged += 1
+        pool = torch.cat([pool[:first], pool[first + 1 :]])
 
 
 def random(problem: OrderingProblem) -> Tensor:

@@ -18,6 +18,8 @@ def unit_channels(units: Tensor, unit_size: int) -> Tensor:
     Returns:
         Channel indices, (u * unit_size,), int64.
     """
+    if unit_size == 1:
+        return units
     within = torch.arange(unit_size, device=units.device)
     return (units[:, None] * unit_size + within).reshape(-1)
 

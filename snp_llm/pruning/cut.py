@@ -66,7 +66,7 @@ def cut(block: nn.Module, site: Site, statistics: Statistics, width: int, run: R
         except SnpError as error:
             raise SnpError(f"{site.name}: {error}") from error
         bias = site_bias(block, site)
-        bias = None if bias is None else bias.to(parted.W)
+        bias = None if bias is None else bias.to(parted.W.device).to(parted.W.dtype)
         if parted.mean is not None and bias is not None:
             bias = absorb_mean(bias, parted.W, repaired.W, parted.kept, parted.mean) + repaired.shift
     with run.clock.phase("surgery"):

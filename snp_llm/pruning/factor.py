@@ -121,7 +121,7 @@ def factor_site(
         centred = recipe.absorb_bias and site_bias(block, site) is not None
         definite = _definite(site, statistics, DAMPENING if recipe.dampening is None else recipe.dampening, centred)
         gram = definite.gram
-        W = site_weight(block, site).to(gram)
+        W = site_weight(block, site).to(gram.device).to(gram.dtype)  # a device may not have that type
         in_weight = torch.zeros(site.units, dtype=torch.float64, device=gram.device)
         for producer, module in projecting(block, site):
             sums = weight_of(module).to(gram.device).abs().sum(1, dtype=torch.float64)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from snp_llm.linalg.gram import ROWS_AT_ONCE, OutputSums, alive_channels, random_signs, triangle_flops
+from snp_llm.linalg.gram import OutputSums, alive_channels, random_signs, rows_at_once, triangle_flops
 from snp_llm.linalg.least_squares import (
     Choice,
     Cut,
@@ -154,7 +154,8 @@ def kept_sums(
 
     def block(rows: Tensor) -> Tensor:
         second = W.new_empty(len(rows), len(kept))
-        for some, into in zip(rows.split(ROWS_AT_ONCE), second.split(ROWS_AT_ONCE), strict=True):
+        at_once = rows_at_once(rows.device)
+        for some, into in zip(rows.split(at_once), second.split(at_once), strict=True):
             part = moments.second[some[:, None], kept]
             into.copy_(part if less is None else part.sub_(less.moments.second[some[:, None], kept]))
             let_go(files)
@@ -167,6 +168,6 @@ def kept_sums(
         cross, lacking = drift.cross[:, kept], drift.first
         if less is not None and less.outputs is not None:
             cross, lacking = cross - less.outputs.cross[:, kept], lacking - less.outputs.first
-        cross, lacking = cross.to(W), lacking.to(W)
+        cross, lacking = (sums.to(W.device).to(W.dtype) for sums in (cross, lacking))
         drift = OutputSums(cross if mean is None else cross.addr(lacking, mean[kept], alpha=-1), lacking)
     return KeptSums(partial(block, kept), rest[kept], tokens, removed, drift, mean)

@@ -60,6 +60,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     positions = int(getattr(text_config(model.config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
     seq_len = window_length(recipe.seq_len, positions)
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
+    if kind == "mps" and model.dtype == torch.float64:
+        raise SnpError("--dtype float64: Apple's GPUs have no such type; expected --dtype float32, or --device cpu.")
     if recipe.hidden_device not in ("auto", "cpu", "disk", kind):
         raise SnpError(
             f"--hidden-device {recipe.hidden_device}: expected auto, cpu, disk or {kind}, where blocks are run."

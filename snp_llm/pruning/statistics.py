@@ -250,12 +250,17 @@ def _windows(values: Tensor, which: Tensor) -> Tensor:
 
 
 def _with_room(sums: Sums, inputs: Tensor) -> Sums:
-    """The sums where they are if there is room for what adding a batch to them takes, else on the CPU."""
+    """The sums where they are if there is room for what adding a batch to them takes, else on the CPU.
+
+    Looked at once: the next batches take what the first has left behind.
+    """
     second = sums.fitted.moments.second
+    if second.device.type == "cpu" or sums.fitted.moments.tokens:
+        return sums
     count, n = inputs.numel(), len(second)
     width = multiplied_as(inputs.dtype, second.dtype, second.device.type).itemsize
     copies = count * (inputs.element_size() + width) + 2 * 4 * n * max(s - e for e, s in column_blocks(n))
-    if second.device.type == "cpu" or has_room(second.device, copies):
+    if has_room(second.device, copies):
         return sums
     log.info("no room on %s for what sums of %d channels take; they go on on the CPU", second.device, n)
     return _moved(sums)

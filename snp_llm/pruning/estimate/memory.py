@@ -62,12 +62,14 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     written = 2 * pruned_bytes(shapes.size, recipe)
     yield Part("", "disk", "model", "the pruned model, block by block and then in shards", written)
     yield Part("", "disk", "hidden", "hidden states, from which to resume", states + referred)
+    all_at_hand = apart and recipe.hidden_device == shapes.device  # as a visit has them
+    visited_blocks, at_hand = ("all dense blocks", shapes.blocks_bytes) if all_at_hand else ("a dense block", block)
     if shapes.gone_back:
         entering = (len(shapes.anatomy.blocks) + 2) * shapes.waiting(shapes.gone_back)
         logits = recipe.seq_len * embedding_rows(model) * (model.dtype.itemsize + 3 * 4)
         yield Part("", "disk", "gradients", "gradients of all sites", len(shapes.anatomy.sites) * 4 * d * d)
         yield Part("gradients", waiting, "visit", "what enters every block, kept for the way back", entering)
-        yield Part("gradients, back", device, "block", "a dense block", block)
+        yield Part("gradients, back", device, "block", visited_blocks, at_hand)
         yield Part("gradients, back", device, "sums", "gradient moments of both sites", 2 * 4 * d * d)
         yield Part("gradients, back", "host", "gradients", "gradients of a block's sites", 2 * 2 * 4 * d * d)
         yield _activations("gradients, back", shapes)
@@ -75,7 +77,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         yield Part("gradients, loss", device, "rest", "embeddings, norms and head", shapes.rest_bytes * apart)
         yield Part("gradients, loss", device, "logits", "logits of one window and their gradient", logits)
     if shapes.visited:
-        yield Part("curves", device, "block", "a dense block", block)
+        yield Part("curves", device, "block", visited_blocks, at_hand)
         yield Part("curves", waiting, "visit", "hidden states of the visit", visited)
         yield from _sites("curves", shapes, shapes.widest, drifting=False, holding_out=recipe.needs_gradients)
     inputs = states * sum(site.channels for site in shapes.widest[:-1]) // d

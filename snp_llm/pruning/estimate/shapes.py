@@ -22,7 +22,7 @@ class Shapes:
         anatomy: of the dense model, or of its skeleton.
         recipe: all settings.
         size: of the model.
-        block_bytes: of the largest block.
+        block_bytes, blocks_bytes: of the largest block, and of all.
         rest_bytes: of embeddings, norms and head.
         referred, visited, gone_back: windows with a reference, windows that curves are read from, and gradients; each 0
             where there is no such thing.
@@ -32,6 +32,7 @@ class Shapes:
     recipe: ResolvedRecipe
     size: ModelSize
     block_bytes: int
+    blocks_bytes: int
     rest_bytes: int
     referred: int
     visited: int
@@ -81,4 +82,4 @@ def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     referred = enough_windows(channels, recipe.seq_len) if recipe.reference != "self" else 0
     gone_back, visited = visit_windows(channels, int(text_config(model.config).hidden_size), recipe.seq_len, recipe)
     counts = [min(count, recipe.num_samples) for count in (referred, visited, gone_back)]
-    return Shapes(anatomy, recipe, size, max(blocks), size.bytes - sum(blocks), *counts)
+    return Shapes(anatomy, recipe, size, max(blocks), sum(blocks), size.bytes - sum(blocks), *counts)

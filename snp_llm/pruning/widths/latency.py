@@ -155,12 +155,13 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
                 found.setdefault(name, {})[width] = seconds
             dense_seconds[shape] = min(medians[key(site), site.units] for site in here)
         whole += dense_seconds[shape]
+    tokens = tokens.to(device)
     with rest_on_device(model, blocks, device):
         times = []
         for _ in range(ROUNDS):
             synchronize(device)
             start = time.perf_counter()
-            run_without_blocks(model, blocks, tokens.to(device))
+            run_without_blocks(model, blocks, tokens)
             synchronize(device)
             times.append(time.perf_counter() - start)
     whole += statistics.median(times)

@@ -1,0 +1,80 @@
+"""Runs on a device, as a simulation of one places them: the same units as on the CPU, wherever things wait."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from snp_llm import prune
+from snp_llm.cli.parse import prune_main
+from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.pruning.run import resolve
+from snp_llm.pruning.widths.latency import measure_table
+from tests.conftest import small_model, small_recipe
+from tests.rehearsal import rehearsed
+
+PAPER = {"ordering": "zca", "allocation": "variance", "reference": "self", "dampening": 0.01, "metric": "error"}
+RUNS = {
+    "default": ("opt", {}),
+    "on the host": ("opt", {"hidden_device": "cpu"}),
+    "on disk": ("llama", {"hidden_device": "disk"}),
+    "paper": ("opt", PAPER),
+    "uniform": ("llama", {"layout": "uniform", "sparsity": 0.25}),
+    "padded, query heads": ("llama", {"layout": "padded", "head_unit": "query", "reference": "dense"}),
+    "half precision": ("llama", {"dtype": "bfloat16"}),
+}
+FEW = ("default", "on the host")
+
+
+def units_and_weights(model_type, tokenizer, settings, dtype=None):
+    recipe = small_recipe(**{"num_samples": 12, **settings})
+    model = small_model(model_type, dtype and getattr(torch, dtype))
+    pruned = prune(model, tokenizer, recipe)
+    return [site.kept.tolist() for site in pruned.sites], [
+        p.cpu().double() for block in find_blocks(pruned.model) for p in block.parameters()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.exhaustive) for n in RUNS])
+def test_a_device_prunes_as_the_cpu_does(name, kind, tokenizer):
+    model_type, settings = RUNS[name]
+    dtype = settings.get("dtype", "float32" if kind == "mps" else None)
+    with rehearsed(kind) as gpu:
+        units, weights = units_and_weights(model_type, tokenizer, settings | {"device": kind}, dtype)
+        assert gpu.peak > 0
+    expected, wanted = units_and_weights(
+        model_type, tokenizer, settings | {"device": "cpu", "hidden_device": "cpu"}, dtype
+    )
+    assert units == expected
+    tolerance = 2e-2 if dtype == "bfloat16" else 1e-3 if dtype else 1e-4
+    for one, other in zip(weights, wanted, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm().clamp_min(1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_latencies_are_measured_on_the_device_without_copies(kind):
+    model = small_model("opt", torch.float32)
+    with rehearsed(kind) as gpu:
+        recipe = resolve(small_recipe(device=kind, sparsity=None, target_latency="0.9x"), model)
+        table = measure_table(find_anatomy(model), recipe)
+        assert table.whole > 0 and gpu.peak > 0
+        moved = sum(gpu.uploads.values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert moved < 2 * weights  # each block once, and the rest; not once a timing
+
+
+@pytest.mark.parametrize("room", [400_000, 150_000, 60_000])
+def test_with_less_and_less_room_the_units_are_the_same_or_one_line_says_what_helps(room, tokenizer, caplog, tmp_path):
+    settings = ("tiny-opt", "--sparsity", "0.3", "--num-samples", "8", "--seq-len", "32", "--no-eval", "--quiet")
+    settings = (*settings, "--calibration", "bundled", "--batch-size", "4")
+    with rehearsed(memory=room * 100), caplog.at_level(logging.INFO):
+        code = prune_main([*settings, "--device", "cuda", "--output", str(tmp_path / "gpu")])
+    if code == 0:
+        assert prune_main([*settings, "--device", "cpu", "--output", str(tmp_path / "cpu")]) == 0
+        reports = [json.loads((tmp_path / at / "prune_report.json").read_text()) for at in ("gpu", "cpu")]
+        one, other = ([site["kept"] for site in report["sites"]] for report in reports)
+        assert one == other
+    else:
+        assert code == 2

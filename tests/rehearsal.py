@@ -1,0 +1,275 @@
+"""A simulated device: everything is computed on the CPU, and placed as on CUDA or on Apple's GPU.
+
+All tensors are ordinary CPU tensors; a mark on a tensor's storage says that it is on the device. One mode makes
+`.device`, `.to` and factories with `device=` tell of and obey the mark, another sees every ATen kernel, hands marks on
+to results, and raises what a device raises where marks are mixed: 0-dimensional CPU tensors may be mixed in, CPU
+indices may index device tensors, copies may cross. Allocations beyond the device's memory raise torch.OutOfMemoryError.
+What it cannot show: speed, kernels that do not take a type, workspaces of libraries, races.
+"""
+
+import types
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+MARK = "_rehearsed"
+
+
+class Device:
+    """What the simulated device holds, and what has happened on it.
+
+    Attributes:
+        device: that tensors seem to be on.
+        size, used, peak: bytes.
+        uploads: bytes that went to the device, by the shape of the tensor.
+        waits: how often the host had to wait for a number.
+        kernels: how many it was asked for.
+    """
+
+    def __init__(self, kind: str, size: int) -> None:
+        self.device = torch.device(kind, 0)
+        self.size, self.used, self.peak = size, 0, 0
+        self.uploads: Counter = Counter()
+        self.waits = self.kernels = 0
+
+    def take(self, size: int) -> None:
+        if self.used + size > self.size:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size:,} bytes (rehearsed).")
+        self.used += size
+        self.peak = max(self.peak, self.used)
+
+
+class Resident:
+    """The mark on a storage; its bytes are free again when the storage goes."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.device, self.size = device, 0
+        device.take(size)
+        self.size = size
+
+    def __del__(self) -> None:
+        self.device.used -= self.size
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return None if tensor.is_meta or tensor.layout != torch.strided else tensor.untyped_storage()
+
+
+def resident(tensor: Tensor) -> bool:
+    """Whether a tensor is marked as on the device."""
+    storage = storage_of(tensor)
+    return storage is not None and hasattr(storage, MARK)
+
+
+def take_off(tensor: Tensor) -> Tensor:
+    storage = storage_of(tensor)
+    if storage is not None and hasattr(storage, MARK):
+        delattr(storage, MARK)
+    return tensor
+
+
+def tensors_in(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value.values()]
+    return [t for part in value for t in tensors_in(part)] if isinstance(value, list | tuple) else []
+
+
+class Placed(TorchFunctionMode):
+    """Python's view: where tensors are, and where they are made."""
+
+    def __init__(self, gpu: Device) -> None:
+        super().__init__()
+        self.gpu, getter = gpu, lambda name: getattr(Tensor, name).__get__
+        self.handlers = {
+            getter("device"): lambda f, a, k: gpu.device if resident(a[0]) else f(*a),
+            getter("is_cuda"): lambda f, a, k: resident(a[0]) and gpu.device.type == "cuda",
+            Tensor.get_device: lambda f, a, k: 0 if resident(a[0]) else f(*a),
+            Tensor.to: self.to,
+            Tensor.cuda: lambda f, a, k: self.moved(a[0], gpu.device),
+            Tensor.cpu: lambda f, a, k: self.moved(a[0], CPU),
+            Tensor.is_pinned: lambda f, a, k: False,
+            Tensor.numpy: self.no_numpy,
+            Tensor.__array__: self.no_numpy,
+            Tensor.__deepcopy__: self.copied,
+            Tensor.tolist: self.awaited,
+        }
+
+    def put(self, tensor: Tensor) -> Tensor:
+        storage = storage_of(tensor)
+        if storage is not None and not hasattr(storage, MARK):
+            if self.gpu.device.type == "mps" and tensor.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype (rehearsed)")
+            setattr(storage, MARK, Resident(self.gpu, storage.nbytes()))
+        return tensor
+
+    def moved(self, tensor: Tensor, device=None, dtype=None, copy=False, form=None) -> Tensor:
+        """`tensor.to(device, dtype)`."""
+        options, dtype = {} if form is None else {"memory_format": form}, dtype or tensor.dtype
+        if tensor.is_meta or (device is not None and device.type not in ("cpu", self.gpu.device.type)):
+            return tensor.to(device=device, dtype=dtype, copy=copy, **options)
+        here = resident(tensor)
+        there = here if device is None else device.type != "cpu"
+        if here == there:
+            return tensor.to(dtype, copy=copy, **options)
+        result = tensor.to(dtype, copy=True, **options)
+        if there:
+            self.gpu.uploads[tuple(tensor.shape)] += tensor.numel() * dtype.itemsize
+        return self.put(result) if there else take_off(result)
+
+    def to(self, _func, args, kwargs) -> Tensor:
+        tensor, *rest = args
+        kwargs = dict(kwargs)
+        copy, other = kwargs.pop("copy", False), kwargs.pop("other", None)
+        if rest and isinstance(rest[0], Tensor):
+            other = rest[0]
+        if other is not None:
+            device = self.gpu.device if resident(other) else other.device
+            return self.moved(tensor, device, other.dtype, copy, kwargs.get("memory_format"))
+        if len(rest) == 4:
+            copy = rest.pop()
+        device, dtype, _non_blocking, form = torch._C._nn._parse_to(*rest, **kwargs)
+        return self.moved(tensor, device, dtype, copy, form)
+
+    def no_numpy(self, func, args, kwargs):
+        if resident(args[0]):
+            raise TypeError(f"can't convert {self.gpu.device} tensor to numpy. Use Tensor.cpu() first (rehearsed).")
+        return func(*args, **kwargs)
+
+    def copied(self, func, args, kwargs):
+        result = func(*args, **kwargs)  # copies the storage, behind the dispatcher's back
+        return self.put(result) if resident(args[0]) else result
+
+    def awaited(self, func, args, kwargs):
+        self.gpu.waits += resident(args[0])
+        return func(*args, **kwargs)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        try:
+            handler = self.handlers.get(func)
+        except TypeError:  # cannot be hashed
+            handler = None
+        if handler is not None:
+            return handler(func, args, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        if kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        device = kwargs["device"]
+        device = self.gpu.device if isinstance(device, int) else torch.device(device)
+        if device.type == "meta":
+            return func(*args, **kwargs)
+        result = func(*args, **{**kwargs, "device": CPU})
+        for tensor in tensors_in(result):
+            take_off(tensor) if device.type == "cpu" else self.put(tensor)
+        return result
+
+
+CROSSING = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+}
+
+
+class Kernels(TorchDispatchMode):
+    """ATen's view: every kernel, and what its tensors are on."""
+
+    def __init__(self, placed: Placed) -> None:
+        super().__init__()
+        self.placed, self.gpu = placed, placed.gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            tensors = [t for t in tensors_in(args) + tensors_in(kwargs) if not t.is_meta]
+            marks = [resident(t) for t in tensors]
+            if not any(marks):
+                return func(*args, **kwargs)
+            if func in CROSSING:
+                result = func(*args, **kwargs)
+                # A conversion stays where it was; another device is the other mode's doing.
+                return self.placed.put(result) if func is aten._to_copy.default else result
+            self.check(func, args, tensors, marks)
+            result = self.wide_product(*args) if func is aten.mm.dtype else func(*args, **kwargs)
+            for tensor in tensors_in(result):
+                self.placed.put(tensor)
+            by_mask = func in INDEXING and any(t.dtype == torch.bool for t in tensors_in(args[1]))
+            self.gpu.waits += func in WAITING or by_mask
+            self.gpu.kernels += 1
+            return result
+
+    def wide_product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """CUDA alone has it: half-precision operands, summed in float32."""
+        if self.gpu.device.type != "cuda" or a.dtype != b.dtype or a.dtype.itemsize != 2:
+            raise RuntimeError(
+                f"mm with out_dtype: expected two half-precision device tensors, got {a.dtype}, {b.dtype}"
+            )
+        return torch.mm(a.to(dtype), b.to(dtype))
+
+    def check(self, func, args, tensors: list[Tensor], marks: list[bool]) -> None:
+        if func in INDEXING:
+            here = resident(args[0])
+            if not here and any(resident(t) for t in tensors_in(args[1])):
+                raise RuntimeError("indices should be on the cpu, as the indexed tensor is (rehearsed)")
+            if any(resident(t) != here and not (t.dim() == 0 and here) for t in tensors_in(args[2:3])):
+                raise RuntimeError(f"{func}: expected values on the device of the indexed tensor (rehearsed)")
+            return
+        strangers = [t for t, mark in zip(tensors, marks, strict=True) if not mark]
+        if any(t.dim() > 0 for t in strangers) or len(strangers) > 1:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device (rehearsed)")
+
+
+@contextmanager
+def rehearsed(kind: str = "cuda", memory: float = 80e9) -> Iterator[Device]:
+    """Simulates a device of that kind with so many bytes, as long as the context lasts."""
+    gpu = Device(kind, int(memory))
+    properties = types.SimpleNamespace(name="rehearsed", total_memory=gpu.size, major=9, minor=0)
+    cuda = {
+        "is_available": lambda: kind == "cuda",
+        "is_initialized": lambda: kind == "cuda",
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "synchronize": lambda _device=None: None,
+        "empty_cache": lambda: None,
+        "get_device_name": lambda _device=None: "rehearsed",
+        "get_device_capability": lambda _device=None: (9, 0),
+        "get_device_properties": lambda _device=None: properties,
+        "mem_get_info": lambda _device=None: (gpu.size - gpu.used, gpu.size),
+        "memory_allocated": lambda _device=None: gpu.used,
+        "memory_reserved": lambda _device=None: gpu.used,
+    }
+    placed = Placed(gpu)
+    with (
+        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.object(torch.backends.mps, "is_available", lambda: kind == "mps"),
+        mock.patch.object(torch.accelerator, "synchronize", lambda _device=None: None),
+        # Large products would take a CPU minutes; another process has no such device.
+        mock.patch("snp_llm.cli.inspect.matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e13)),
+        mock.patch("snp_llm.cli.prune.place_for_another", lambda _device, _size: CPU),
+        Kernels(placed),
+        placed,
+    ):
+        yield gpu
