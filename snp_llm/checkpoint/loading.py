@@ -150,7 +150,7 @@ def check_config(name: str, config: PretrainedConfig) -> None:
             f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
             f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
         )
-    if not find_family(config).checked:  # whether its blocks are known shows in modules alone
+    if not find_family(config).alike:  # whether its blocks are known shows in modules alone
         with torch.device("meta"):
             find_anatomy(auto_class(config).from_config(config))
 

@@ -45,7 +45,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
         values.update({key: count for key, count in width_keys(family, new, None).items() if key in values})
     for kind in ffn_kinds(structure):
         channels = {width for index in kind.blocks if (width := widths[index][1]) is not None}
-        key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.checked else None
+        key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.alike else None
         if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
             return None
         if key in values:
@@ -62,7 +62,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
 
 def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> str | None:
     """The config key of the FFNs of a kind, and of nothing else; None: there is none, and they cannot change alike."""
-    if family.checked:
+    if family.alike:
         return family.ffn_key
     width, values = facts["width"], text_values(dense.config, known_values(dense))
     half = width // 2 or 1
@@ -92,7 +92,7 @@ def _head_values(
         heads: that the config is to say.
         by_query: whether query heads alone go; None: as these heads have.
     """
-    if family.checked:
+    if family.alike:
         return None if family.head_dim_key is None else {family.head_dim_key: heads.size}
     of_parts = {old for part in structure_of(dense)["parts"] if (old := part_widths(part)[0]) is not None}
     if len(of_parts) != 1:
@@ -139,7 +139,7 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     """
     if _loses_heads(dense, family, heads):
         more = _head_values(dense, family, heads)
-        if more is None or not (family.checked or _takes(dense, {**width_keys(family, heads, None), **more})):
+        if more is None or not (family.alike or _takes(dense, {**width_keys(family, heads, None), **more})):
             return None
     if not family.divides_hidden or text_config(dense.config).hidden_size % heads.query == 0:
         return family.model_type
@@ -155,7 +155,7 @@ def uniform_types(dense: PreTrainedModel, family: Family, site: Site) -> dict[in
     found = {}
     for width in range(site.step, site.units, site.step):
         heads = site.heads_after(width)
-        if family.checked:
+        if family.alike:
             kind = plain_type(dense, family, heads)
         else:
             kind = family.model_type if _takes(dense, width_keys(family, heads, None)) else None

@@ -19,7 +19,7 @@ class Family:
         head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
         heads_stay: why heads cannot go; empty where they can.
         divides_hidden: whether its config refuses head counts that do not divide the hidden size.
-        hybrid: whether blocks may lack an attention or an FFN, and have something else instead.
+        hybrid: whether blocks may differ: lack an attention or an FFN, or have experts instead of one.
         needs_bos: whether its models are lost in a window of text that does not start with BOS.
         substitute: model_type of a plain config that computes the same but takes more head counts.
         engines: what loads the plain config with another FFN width.
@@ -41,6 +41,11 @@ class Family:
     engines: tuple[str, ...] = HERE
     head_engines: tuple[str, ...] = HERE
     checked: bool = True
+
+    @property
+    def alike(self) -> bool:
+        """Whether what the table says of config keys holds for all blocks of its models; else every model is tried."""
+        return self.checked and not self.hybrid
 
 
 PRUNED = "snp_"  # what the type of a model with widths of its own begins with
