@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import AutoConfig, Cache, Gemma4TextConfig
 
 from snp_llm import checkpoint, prune
@@ -84,7 +86,7 @@ def test_pruned_equals_dense_with_those_units_zeroed(model_type, layout, tokeniz
 @pytest.mark.parametrize(
     "types", [(QUICK,), pytest.param([name for name in WRAPPERS if name != QUICK], marks=pytest.mark.exhaustive)]
 )
-def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, tmp_path):
+def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, tmp_path, record_property):
     expected = {}
     for model_type in types:
         folder = save_model(small_wrapper(model_type), tokenizer, tmp_path / model_type)
@@ -105,6 +107,54 @@ def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokeniz
     subprocess.run([sys.executable, "-c", RELOAD, *map(str, expected)], cwd=tmp_path, env=environment, check=True)
     for out, logits in expected.items():
         torch.testing.assert_close(load_file(out / "logits")["logits"], logits, rtol=1e-4, atol=1e-4)
+        record_property("model_type", out.name.rpartition("-")[0])
+
+
+@cache
+def cut_once(model_type: str, tokenizer):
+    return cut(small_wrapper(model_type, torch.float64), tokenizer)
+
+
+def writes_what_logits_say(model, model_type) -> bool:
+    """Whether generation with a cache, after a text with an image in it, takes the tokens that logits without say."""
+    given = with_image(model_type, torch.float64)
+    at = given["input_ids"].shape[1]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    written = model.generate(**given, attention_mask=torch.ones_like(given["input_ids"]), **settings)
+    text = int(model_type == "paligemma")  # whose kinds of token are a prompt's and others
+    kinds = {key: pad(value, (0, 5), value=text) for key, value in given.items() if key.endswith("token_type_ids")}
+    logits = model(**{**given, **kinds, "input_ids": written}, use_cache=False).logits
+    logits[..., 2] = -torch.inf  # min_new_tokens forbids the end of text
+    return torch.equal(logits[:, at - 1 : -1].argmax(-1), written[:, at:])
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_generation_with_a_cache_equals_logits_without(model_type, tokenizer):
+    assert writes_what_logits_say(cut_once(model_type, tokenizer).model, model_type)
+
+
+def padding_moves(model) -> float:
+    """How far logits of a text are from those that it has beside a longer one."""
+    batch = torch.cat([torch.cat([torch.full((1, 6), 1), TOKENS[:1, :10]], 1), TOKENS[1:, :16]])
+    mask = (torch.arange(16) >= torch.tensor([[6], [0]])).long()
+    together = model(batch, attention_mask=mask).logits
+    one, other = together[:1, 6:] - model(TOKENS[:1, :10]).logits, together[1:] - model(TOKENS[1:, :16]).logits
+    return float(max(one.abs().max(), other.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_padding_and_batch_do_not_change_logits(model_type, tokenizer):
+    if padding_moves(small_wrapper(model_type, torch.float64)) > 1e-4:
+        pytest.skip("it minds padding, the dense model too")
+    assert padding_moves(cut_once(model_type, tokenizer).model) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
+    once = cut_once(model_type, tokenizer)
+    twice = cut(once.model, tokenizer, ffn_sparsity=0.2, head_sparsity=0.0)
+    assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
+    assert torch.isfinite(twice.model(**with_image(model_type, torch.float64)).logits).all()
 
 
 def test_widths_stand_at_the_top_of_a_config_and_other_keys_where_they_were(tokenizer):
