@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from snp_llm.checkpoint.loading import check_config, explained, find_model
+from snp_llm.checkpoint.loading import explained, find_model, read_config
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.registry import auto_class
@@ -39,9 +39,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
         raise SnpError(
             f"model {name}: no config.json in that folder; expected a model in the Hugging Face format.{adapter}"
         )
+    config = read_config(name, trust_remote_code=trust_remote_code)
     with explained(name, part="its config "):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        check_config(name, config)
         check_values(name, config)
     return config
 
