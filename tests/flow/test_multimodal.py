@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, Cache, Gemma4TextConfig
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.skeleton import check_text_weights
 from snp_llm.checkpoint.tokenizer import PROCESSORS
 from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import blocks_path, find_blocks, text_modules
@@ -182,6 +184,13 @@ def test_towers_count_as_parameters_alone():
     assert not text_modules(model) & {*model.model.vision_tower.modules(), *model.model.multi_modal_projector.modules()}
 
 
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_whole_model_is_not_taken_for_one_without_its_text(model_type, tmp_path):
+    model = small_wrapper(model_type)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    check_text_weights(str(tmp_path), model)
+
+
 def test_the_command_carries_processors_over_and_names_the_class_that_loads(tokenizer, tmp_path, quick_prunes, capsys):
     folder = save_model(small_wrapper(QUICK), tokenizer, tmp_path / "dense")
     for number, name in enumerate(PROCESSORS):
@@ -226,7 +235,11 @@ def test_a_wrapper_without_its_text_is_refused(tokenizer, tmp_path, capsys):
     folder = save_model(small_wrapper(QUICK), tokenizer, tmp_path / "towers")
     towers = {key: value for key, value in load_file(folder / "model.safetensors").items() if "vision" in key}
     save_file(towers, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "the checkpoint lacks" in refusal(folder, tmp_path, capsys)
+    with mock.patch("snp_llm.cli.prune.load_on_disk", None):  # before anything is loaded
+        said = refusal(folder, tmp_path, capsys)
+    assert "hold no weights of the text model's blocks, such as model.language_model.layers.0." in said
+    with pytest.raises(SnpError, match="the checkpoint lacks"):
+        checkpoint.load(str(folder), "auto")
 
 
 @pytest.mark.parametrize(
