@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FFN_KEYS
+from snp_llm.models.families.decoders import FFN_AS_SAID, FFN_KEYS
 from snp_llm.models.families.family import Family
 from snp_llm.models.offload import disk_index, read_tensor
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of, width_keys
@@ -49,7 +49,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
         if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
             return None
         if key in values:
-            values[key] = channels.pop() * _numbers_a_channel(values[key], kind.facts["width"])
+            values.update(_ffn_values(values, key, kind.facts["width"], channels.pop()))
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         for key in values.keys() - known.keys():
@@ -68,15 +68,20 @@ def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> st
     half = width // 2 or 1
     part = {"of": "ffn", "was": facts, "new": {facts["key"]: half}}
     for key in FFN_KEYS:
-        times = _numbers_a_channel(values.get(key), width)
-        if values.get(key) == times * width and _says(dense, {key: times * half}, part):
+        changed = _ffn_values(values, key, width, half)
+        likely = values.get(key) in (width, 2 * width) or len(changed) > 1
+        if key in values and likely and _says(dense, changed, part):
             return key
     return None
 
 
-def _numbers_a_channel(said: Any, width: int) -> int:
-    """What a config counts for a channel of FFNs of a width: 2 where it says the rows of gate and up together."""
-    return 2 if said == 2 * width else 1
+def _ffn_values(values: dict[str, Any], key: str, was: int, width: int) -> dict[str, int]:
+    """What a config says of FFNs of a width, by the key of their width.
+
+    Some count the rows of gate and up together, and some say what the width is computed from.
+    """
+    as_said = {name: value for name, value in FFN_AS_SAID.items() if values.get(name, value) != value}
+    return {key: 2 * width if values.get(key) == 2 * was and not as_said else width, **as_said}
 
 
 def _head_values(

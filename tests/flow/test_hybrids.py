@@ -223,6 +223,28 @@ def test_where_all_is_cut_nothing_stays(model_type):
     assert what_stays(anatomy) == [] and not any(has_more(anatomy, index) for index in range(len(anatomy.blocks)))
 
 
+def test_widths_that_a_config_has_computed_are_said_as_they_are(tokenizer):
+    """LFM2's FFN is as wide as two thirds of what its config says, rounded up."""
+    dense = differing_model("lfm2", torch.float64, block_auto_adjust_ff_dim=True, block_multiple_of=16)
+    recipe = small_recipe(sparsity=0.1, layout="uniform", round_to=4, num_samples=2)
+    pruned = prune(dense, tokenizer, recipe)
+    config, widths = pruned.model.config, {len(r.kept) for r in pruned.sites if r.site.kind == "ffn"}
+    assert dense.config.intermediate_size == 64 and find_anatomy(dense).sites[0].units == 48
+    assert config.model_type == "lfm2" and {config.intermediate_size} == widths and max(widths) < 48
+    torch.testing.assert_close(pruned.model(TOKENS).logits, zeroed(dense, pruned)(TOKENS).logits, **CLOSE)
+    assert dense.config.block_auto_adjust_ff_dim and not config.block_auto_adjust_ff_dim
+
+
+def test_heads_that_a_plain_config_cannot_lose_are_refused_in_words(tokenizer):
+    """RecurrentGemma's count of heads is that of its recurrences as well, and says how large heads are."""
+    dense = differing_model("recurrent_gemma")
+    pruned = prune(dense, tokenizer, small_recipe(sparsity=0.1, layout="uniform", round_to=4, num_samples=2))
+    assert {(r.site.kind, len(r.kept) < r.site.units) for r in pruned.sites} == {("attention", False), ("ffn", True)}
+    recipe = small_recipe(head_sparsity=0.3, ffn_sparsity=0.1, layout="uniform")
+    with pytest.raises(SnpError, match="--head-sparsity: expected at most 0, .* layout uniform; got 0.3. Use --head-"):
+        check_budget(dense, resolve(recipe, dense))
+
+
 @pytest.mark.parametrize("budget", [{"sparsity": 0.3}, {"target_params": "0.9x"}, {"max_perplexity_increase": "5%"}])
 def test_a_model_of_which_nothing_may_go_is_refused_before_the_work(budget):
     dense = differing_model("olmoe")

@@ -162,6 +162,10 @@ def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_re
     looped = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 0, 1"):
         prune(looped, tokenizer, small_recipe(num_samples=2))
+    parts = {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1}
+    looped = AutoModelForCausalLM.from_config(AutoConfig.for_model("dory", **{**GROUPED, **parts})).eval()
+    with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 2, 1, 2, 3"):
+        prune(looped, tokenizer, small_recipe(num_samples=2))
     fed = small_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=2048)
     with pytest.raises(SnpError, match="blocks get other arguments for other tokens"):
         prune(fed, tokenizer, small_recipe(num_samples=2))

@@ -151,6 +151,8 @@ FFN_KEYS = (
     "d_ff",
     "dff",
 )
+# Keys that make the FFN's width another number than its key says, and the value with which it is that number.
+FFN_AS_SAID = {"block_auto_adjust_ff_dim": False}
 
 
 def find_family(config: PretrainedConfig) -> Family:
