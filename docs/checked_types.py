@@ -21,8 +21,7 @@ from snp_llm.models.families.decoders import FAMILIES, WRAPPERS
 from snp_llm.runtime.version import __version__
 
 PAGE = Path(__file__).with_name("checked_types.md")
-# By column: the tests of dense types, of those whose blocks differ, and of wrappers, each followed by what has to be in
-# the name of a case.
+# By column: tests of dense types, of those whose blocks differ, and of wrappers, and what has to be in a case's name.
 FAMILY, HYBRID, WRAPPER = (f"tests.flow.test_{name}." for name in ("every_family", "hybrids", "multimodal"))
 ZERO = "test_sparsity_zero_is_the_dense_model_to_the_bit"
 ZEROED = "test_pruned_equals_dense_with_those_units_zeroed"
@@ -32,7 +31,10 @@ AGAIN = "test_a_pruned_model_is_an_input_like_any_other"
 COLUMNS = {
     "sparsity 0": (FAMILY + ZERO, HYBRID + ZERO, WRAPPER + ZERO),
     "zeroed": (FAMILY + ZEROED, HYBRID + ZEROED, WRAPPER + ZEROED),
-    "uniform": (FAMILY + "test_the_uniform_layout_is_a_plain_config", HYBRID + ZEROED, f"{WRAPPER}{ZEROED} uniform"),
+    "uniform": (
+        FAMILY + "test_the_uniform_layout_is_a_plain_config",
+        *(f"{place}{ZEROED} uniform" for place in (FAMILY, HYBRID, WRAPPER)),
+    ),
     "padded": (FAMILY + PADDED, HYBRID + PADDED, f"{WRAPPER}{ZEROED} padded"),
     "fresh process": (
         "tests.flow.test_checkpoint.test_every_family_and_layout_reloads",
@@ -84,11 +86,11 @@ class Case:
         return "✓" if self.passed and not self.failed else "failed" if self.failed else "; ".join(set(self.reasons))
 
 
-def read(results: Path) -> dict[str, dict[str, Case]]:
+def read(results: ElementTree.ElementTree) -> dict[str, dict[str, Case]]:
     """Cases by column and type, of a run's results as pytest writes them for JUnit."""
     types = [family.model_type for family in (*FAMILIES, *WRAPPERS)]
     found: dict[str, dict[str, Case]] = {column: defaultdict(Case) for column in COLUMNS}
-    for case in ElementTree.parse(results).iter("testcase"):
+    for case in results.iter("testcase"):
         name, _, words = f"{case.get('classname')}.{case.get('name')}".rstrip("]").partition("[")
         about = {p.get("value", "") for p in case.iter("property") if p.get("name") == "model_type"}
         about |= {kind for kind in types if f"-{kind}-" in f"-{words}-"}
@@ -107,9 +109,10 @@ def read(results: Path) -> dict[str, dict[str, Case]]:
     return found
 
 
-def page(found: dict[str, dict[str, Case]]) -> str:
+def page(results: ElementTree.ElementTree) -> str:
     """The page, in Markdown."""
-    text, notes = TEXT, dict[str, int]()
+    found, text, notes = read(results), TEXT, dict[str, int]()
+    (date, *_) = (suite.get("timestamp", "").partition("T")[0] for suite in results.iter("testsuite"))
     titles = {"dense": "Dense", "hybrid": "Hybrids", "MLA": "Latent attention", "mixture": "Mixtures of experts"}
     for kind, title in {**titles, "wrapper": "Wrappers"}.items():
         families = [family for family in (*FAMILIES, *WRAPPERS) if family.kind == kind]
@@ -124,7 +127,7 @@ def page(found: dict[str, dict[str, Case]]) -> str:
     for reason, number in notes.items():
         text += f"({number}) {reason}\n\n"
     text += (
-        f"snp-llm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
+        f"{date}: snp-llm {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
         f"{platform.python_version()}, {platform.machine()}, CPU.\n"
     )
     return text
@@ -132,4 +135,4 @@ def page(found: dict[str, dict[str, Case]]) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    PAGE.write_text(page(read(Path(sys.argv[1]))))
+    PAGE.write_text(page(ElementTree.parse(sys.argv[1])))

@@ -36,6 +36,18 @@ def test_the_table_says_it_in_words(capsys):
         assert words in printed
 
 
+def test_every_type_has_been_through_every_check():
+    """By the page that a run of all the tests has left; what is skipped for a reason is counted beside it."""
+    rows = [line.strip("| \n").split(" | ") for line in (DOCS / "checked_types.md").read_text().splitlines()]
+    marks = {row[0]: row[1:] for row in rows if len(row) == 9 and row[0] != "model_type"}
+    assert set(marks) == {family.model_type for family in (*FAMILIES, *WRAPPERS)}, "docs/checked_types.py says how"
+    assert all(mark == "✓" or mark.startswith("(") for row in marks.values() for mark in row)
+    least = {"dense": 60, "hybrid": 8, "MLA": 3, "wrapper": 6}
+    for kind, count in least.items():
+        assert sum(family.kind == kind for family in (*FAMILIES, *WRAPPERS)) >= count
+    assert all(row[0] == row[1] == row[3] == row[4] == row[7] == "✓" for row in marks.values())
+
+
 def test_the_page_is_what_the_table_gives():
     page = runpy.run_path(str(DOCS / "family_table.py"))["page"]
     assert (DOCS / "families.md").read_text() == page(), "python docs/family_table.py writes it anew"
