@@ -10,6 +10,7 @@ A mark is a test that ran and passed; what was skipped has none, but its reason.
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -86,11 +87,11 @@ class Case:
         return "✓" if self.passed and not self.failed else "failed" if self.failed else "; ".join(set(self.reasons))
 
 
-def read(results: ElementTree.ElementTree) -> dict[str, dict[str, Case]]:
-    """Cases by column and type, of a run's results as pytest writes them for JUnit."""
+def read(results: Sequence[ElementTree.ElementTree]) -> dict[str, dict[str, Case]]:
+    """Cases by column and type, of the results of runs as pytest writes them for JUnit."""
     types = [family.model_type for family in (*FAMILIES, *WRAPPERS)]
     found: dict[str, dict[str, Case]] = {column: defaultdict(Case) for column in COLUMNS}
-    for case in results.iter("testcase"):
+    for case in (case for run in results for case in run.iter("testcase")):
         name, _, words = f"{case.get('classname')}.{case.get('name')}".rstrip("]").partition("[")
         about = {p.get("value", "") for p in case.iter("property") if p.get("name") == "model_type"}
         about |= {kind for kind in types if f"-{kind}-" in f"-{words}-"}
@@ -109,10 +110,10 @@ def read(results: ElementTree.ElementTree) -> dict[str, dict[str, Case]]:
     return found
 
 
-def page(results: ElementTree.ElementTree) -> str:
+def page(results: Sequence[ElementTree.ElementTree]) -> str:
     """The page, in Markdown."""
     found, text, notes = read(results), TEXT, dict[str, int]()
-    (date, *_) = (suite.get("timestamp", "").partition("T")[0] for suite in results.iter("testsuite"))
+    date = max(suite.get("timestamp", "").partition("T")[0] for run in results for suite in run.iter("testsuite"))
     titles = {"dense": "Dense", "hybrid": "Hybrids", "MLA": "Latent attention", "mixture": "Mixtures of experts"}
     for kind, title in {**titles, "wrapper": "Wrappers"}.items():
         families = [family for family in (*FAMILIES, *WRAPPERS) if family.kind == kind]
@@ -135,4 +136,4 @@ def page(results: ElementTree.ElementTree) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    PAGE.write_text(page(ElementTree.parse(sys.argv[1])))
+    PAGE.write_text(page([ElementTree.parse(file) for file in sys.argv[1:]]))
