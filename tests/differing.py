@@ -119,7 +119,6 @@ MIXTURES = {
     "qwen2_moe": {**MIXED, "shared_expert_intermediate_size": 40},
     "gpt_oss": {**MIXED, "sliding_window": 8},
     "llama4_text": {**MIXED, "num_experts_per_tok": 1, "intermediate_size_mlp": 80, "moe_layers": [1]},
-    "olmoe": MIXED,
     "mimo_v2_flash": {
         **SHARED,
         "num_experts_per_tok": 2,
@@ -136,11 +135,13 @@ MIXTURES = {
         "num_attention_heads_per_layer": [6, 6, 6],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
+    "flint": {**MIXED, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "beam": {**MIXED, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "dense", "sparse"]},
 }
 DIFFERING = {**HYBRIDS, **LATENTS, **MIXTURES}
 REFUSED = {
     "mamba": {},
+    "olmoe": MIXED,
     "zamba2": {
         "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "hybrid"] * 3,

@@ -32,6 +32,15 @@ from snp_llm.runtime.errors import SnpError, reason
 log = logging.getLogger(__name__)
 
 
+# Config keys with an entry for every layer.
+BY_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "num_attention_heads_per_layer",
+    "no_rope_layers",
+)  # and others that a type checks itself
+
 MODELING = Path(modeling_snp.__file__)
 
 
@@ -56,9 +65,7 @@ def load(
             f"model {name}: is a LoRA adapter; expected a whole model. Merge it first: "
             "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MERGED)."
         )
-    with explained(name):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    check_config(name, config)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     check_own_code(name, config, trusted=trust_remote_code)
     with explained(name):
         loaded: Any = auto_class(config).from_pretrained(
@@ -134,6 +141,45 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
 
 
+def read_config(name: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """What a model's `config.json` says.
+
+    Raises:
+        SnpError: not found, or not of a model that can be pruned.
+    """
+    path = find_model(name)
+    with explained(name, part="its config "):
+        values, _ = PretrainedConfig.get_config_dict(path)
+        for part in (values, *(value for value in values.values() if isinstance(value, dict))):
+            check_layers(name, part)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_config(name, config)
+    return config
+
+
+def check_layers(name: str, values: dict[str, Any]) -> None:
+    """Raises SnpError if what a config says layer by layer is not about as many layers as it has."""
+    layers, later = values.get("num_hidden_layers"), values.get("num_nextn_predict_layers") or 0
+    if isinstance(layers, bool) or not isinstance(layers, int) or not isinstance(later, int):
+        return  # said in other words, or refused elsewhere
+    for key in BY_LAYER:
+        said = values.get(key)
+        if isinstance(said, list) and len(said) not in (layers, layers + later):
+            raise SnpError(
+                f"model {name}: config {key}: expected {layers} entries, one for each of its num_hidden_layers, got "
+                f"{len(said)}."
+            )
+    structure = values.get("pruned_structure") or {"parts": []}
+    of = [index for part in structure["parts"] for index in part["of"]]
+    for key, said in (("pruned_layers", values.get("pruned_layers") or {}), ("pruned_structure", of)):
+        if strange := sorted({str(index) for index in said} - {str(index) for index in range(layers)}):
+            raise SnpError(f"model {name}: config {key}: expected layers 0 to {layers - 1}, got {strange[0]}.")
+    if structure["parts"] and sorted(of) != list(range(layers)):
+        raise SnpError(
+            f"model {name}: config pruned_structure: expected every one of {layers} layers once, got {len(of)}."
+        )
+
+
 def check_config(name: str, config: PretrainedConfig) -> None:
     """Refuses what cannot be pruned, before any weight is read."""
     text = text_config(config)
@@ -150,7 +196,7 @@ def check_config(name: str, config: PretrainedConfig) -> None:
             f"model {name}: its config differs from layer to layer (per_layer_config), which the modelling code of "
             f"{config.model_type} does not read; expected one config for all layers, or this package's pruned_layers."
         )
-    if not find_family(config).checked:  # whether its blocks are known shows in modules alone
+    if not find_family(config).alike:  # whether its blocks are known shows in modules alone
         with torch.device("meta"):
             find_anatomy(auto_class(config).from_config(config))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
 
-from snp_llm.checkpoint.loading import check_config, explained, find_model
-from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.checkpoint.loading import explained, find_model, read_config
+from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.registry import auto_class
 from snp_llm.models.text_part import text_config
@@ -39,9 +40,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
         raise SnpError(
             f"model {name}: no config.json in that folder; expected a model in the Hugging Face format.{adapter}"
         )
+    config = read_config(name, trust_remote_code=trust_remote_code)
     with explained(name, part="its config "):
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        check_config(name, config)
         check_values(name, config)
     return config
 
@@ -130,6 +130,31 @@ def run_dry(model: PreTrainedModel) -> None:
         except (ValueError, TypeError, IndexError):
             if mask is None:
                 raise
+
+
+def check_text_weights(name: str, model: PreTrainedModel) -> None:
+    """Raises SnpError if a local folder holds a model's towers without its text model, by the headers of its files.
+
+    Loaded, such a model would get random blocks first.
+
+    Args:
+        name: of the folder.
+        model: its skeleton.
+    """
+    files = sorted(Path(find_model(name)).glob("*.safetensors"))
+    if text_config(model.config) is model.config or not files:
+        return
+    wanted = {(f".0.{path}", tuple(p.shape)) for path, p in find_blocks(model)[0].named_parameters() if p.dim() > 1}
+    for file in files:
+        with explained(name), safe_open(file, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no mapping
+                shape = tuple(tensors.get_slice(key).get_shape())
+                if any(key.endswith(end) and shape == known for end, known in wanted):
+                    return
+    raise SnpError(
+        f"model {name}: its files hold no weights of the text model's blocks, such as {blocks_path(model)}"
+        f"{min(end for end, _ in wanted)}; expected the whole model. Towers alone cannot be pruned."
+    )
 
 
 def check_tokenizer(name: str) -> None:

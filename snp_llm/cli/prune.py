@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import checkpoint
 from snp_llm.checkpoint import contents, hub, output
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
+from snp_llm.checkpoint.skeleton import check_text_weights, check_tokenizer, load_skeleton
 from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
 from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli.push import run_push
@@ -103,6 +103,7 @@ def check_model(recipe: Recipe) -> None:
     """Refuses, by the model's config alone, what cannot be built, pruned, or brought down to the budget."""
     skeleton = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
     check_tokenizer(recipe.model)
+    check_text_weights(recipe.model, skeleton)
     check_table(recipe)
     check_budget(skeleton, run.resolve(recipe, skeleton))
 

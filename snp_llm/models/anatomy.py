@@ -123,7 +123,7 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
         try:
             attention, ffn = find_attention(block), find_ffn(block)
             for part, what in ((attention, "attention"), (ffn, "FFN")):
-                if part is None and family.checked and not family.hybrid:
+                if part is None and family.alike:
                     raise SnpError(f"has no {what} as {family.name} has it; its projections are {_projections(block)}.")
             if attention is not None:
                 sites.append(_attention_site(index, block, attention, family, head_unit))

@@ -86,7 +86,7 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
     """The config that describes the pruned blocks; a plain one wherever that can hold their widths."""
     widths, structure = [block_widths(block) for block in pruned_blocks], structure_of(dense)
     plain = plain_config(dense, family, widths)
-    if plain is not None and (family.checked or builds(plain, dense, blocks_path(dense), pruned_blocks)):
+    if plain is not None and (family.alike or builds(plain, dense, blocks_path(dense), pruned_blocks)):
         return plain
     values, heads = known_values(dense), next((heads for heads, _ in widths if heads is not None), None)
     text = text_values(dense.config, values)

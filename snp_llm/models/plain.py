@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FFN_KEYS
+from snp_llm.models.families.decoders import FFN_AS_SAID, FFN_KEYS
 from snp_llm.models.families.family import Family
 from snp_llm.models.offload import disk_index, read_tensor
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of, width_keys
@@ -45,11 +45,11 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
         values.update({key: count for key, count in width_keys(family, new, None).items() if key in values})
     for kind in ffn_kinds(structure):
         channels = {width for index in kind.blocks if (width := widths[index][1]) is not None}
-        key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.checked else None
+        key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.alike else None
         if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
             return None
         if key in values:
-            values[key] = channels.pop() * _numbers_a_channel(values[key], kind.facts["width"])
+            values.update(_ffn_values(values, key, kind.facts["width"], channels.pop()))
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         for key in values.keys() - known.keys():
@@ -62,21 +62,26 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
 
 def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> str | None:
     """The config key of the FFNs of a kind, and of nothing else; None: there is none, and they cannot change alike."""
-    if family.checked:
+    if family.alike:
         return family.ffn_key
     width, values = facts["width"], text_values(dense.config, known_values(dense))
     half = width // 2 or 1
     part = {"of": "ffn", "was": facts, "new": {facts["key"]: half}}
     for key in FFN_KEYS:
-        times = _numbers_a_channel(values.get(key), width)
-        if values.get(key) == times * width and _says(dense, {key: times * half}, part):
+        changed = _ffn_values(values, key, width, half)
+        likely = values.get(key) in (width, 2 * width) or len(changed) > 1
+        if key in values and likely and _says(dense, changed, part):
             return key
     return None
 
 
-def _numbers_a_channel(said: Any, width: int) -> int:
-    """What a config counts for a channel of FFNs of a width: 2 where it says the rows of gate and up together."""
-    return 2 if said == 2 * width else 1
+def _ffn_values(values: dict[str, Any], key: str, was: int, width: int) -> dict[str, int]:
+    """What a config says of FFNs of a width, by the key of their width.
+
+    Some count the rows of gate and up together, and some say what the width is computed from.
+    """
+    as_said = {name: value for name, value in FFN_AS_SAID.items() if values.get(name, value) != value}
+    return {key: 2 * width if values.get(key) == 2 * was and not as_said else width, **as_said}
 
 
 def _head_values(
@@ -92,7 +97,7 @@ def _head_values(
         heads: that the config is to say.
         by_query: whether query heads alone go; None: as these heads have.
     """
-    if family.checked:
+    if family.alike:
         return None if family.head_dim_key is None else {family.head_dim_key: heads.size}
     of_parts = {old for part in structure_of(dense)["parts"] if (old := part_widths(part)[0]) is not None}
     if len(of_parts) != 1:
@@ -139,7 +144,7 @@ def plain_type(dense: PreTrainedModel, family: Family, heads: Heads) -> str | No
     """
     if _loses_heads(dense, family, heads):
         more = _head_values(dense, family, heads)
-        if more is None or not (family.checked or _takes(dense, {**width_keys(family, heads, None), **more})):
+        if more is None or not (family.alike or _takes(dense, {**width_keys(family, heads, None), **more})):
             return None
     if not family.divides_hidden or text_config(dense.config).hidden_size % heads.query == 0:
         return family.model_type
@@ -155,7 +160,7 @@ def uniform_types(dense: PreTrainedModel, family: Family, site: Site) -> dict[in
     found = {}
     for width in range(site.step, site.units, site.step):
         heads = site.heads_after(width)
-        if family.checked:
+        if family.alike:
             kind = plain_type(dense, family, heads)
         else:
             kind = family.model_type if _takes(dense, width_keys(family, heads, None)) else None

@@ -168,7 +168,7 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     """
     anatomy = find_anatomy(model, run.recipe.head_unit)
     check_weights(anatomy)
-    if windows is not None and not anatomy.family.checked:
+    if windows is not None and not anatomy.family.alike:
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
         try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
     announce_heads(anatomy.sites, run.recipe)

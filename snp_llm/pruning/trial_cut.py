@@ -63,6 +63,8 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
                         f"something else (by {difference:.1e} of the largest value); expected the same. What looks "
                         f"like a layout that is known is another one: {anatomy.family.model_type} is not supported."
                     )
+    if anatomy.family.checked:
+        return
     log.warning(
         "model_type %s has no entry in the table of families: sites (%s) were told by the names and shapes of their "
         "projections, and a cut of each was tried",

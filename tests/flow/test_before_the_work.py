@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from snp_llm import SnpError, prune
+from snp_llm import SnpError, checkpoint, prune
 from snp_llm.checkpoint import hub
 from snp_llm.checkpoint.contents import REPORT
 from snp_llm.checkpoint.skeleton import load_skeleton
@@ -23,6 +23,7 @@ from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.runtime.errors import reason, shown
 from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.differing import DIFFERING, differing_config
 from tests.families import FAMILY_CONFIGS, every_family
 
 LEAST_FFN = 8  # channels, the usual --round-to
@@ -246,6 +247,50 @@ def test_configs_that_no_model_can_have(command, changes, message, no_weights, c
         "bench": (parse.bench_main, no_weights, "--prompt-lengths", "8"),
     }[command]
     assert re.search(message, refused(capsys, main, no_weights, *words))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("lfm3", "layer_types"),
+        ("glm4_moe_lite", "mlp_layer_types"),
+        ("nemotron_h", "layers_block_type"),
+        ("laguna", "num_attention_heads_per_layer"),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_lists_with_an_entry_for_every_layer_of_another_length(model_type, key, more, tmp_path, capsys):
+    config = differing_config(model_type) if model_type in DIFFERING else small_model(model_type).config
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    layers = values["num_hidden_layers"] = config.num_hidden_layers
+    values[key] = (values[key] * 2)[: layers + more]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    error = refused(capsys, parse.inspect_main, tmp_path)
+    said = f"config {key}: expected {layers} entries, one for each of its num_hidden_layers, got {layers + more}."
+    assert said in error
+    with pytest.raises(SnpError, match=said):
+        checkpoint.load(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda config: config["pruned_layers"].update({"7": {}}),
+            "pruned_layers: expected layers 0 to 2, got 7",
+        ),
+        (lambda config: config["pruned_structure"]["parts"][0]["of"].append(3), "pruned_structure: .* 0 to 2, got 3"),
+        (lambda config: config["pruned_structure"]["parts"][0]["of"].pop(), "every one of 3 layers once, got 2"),
+    ],
+)
+def test_widths_of_layers_that_a_pruned_model_has_not(change, message, tokenizer, tmp_path, capsys):
+    checkpoint.save(prune(small_opt(), tokenizer, small_recipe()).model, tokenizer, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    change(values)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert re.search(message, refused(capsys, parse.prune_main, tmp_path, "--calibration", "bundled", "--no-eval"))
 
 
 # --- files of earlier runs -------------------------------------------------------------------------------------------

@@ -8,13 +8,16 @@ import torch
 from snp_llm import prune
 from snp_llm.checkpoint.saving import folder_bytes, save
 from snp_llm.evaluate.perplexity import perplexity
-from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.size import model_size
 from snp_llm.pruning.pipeline import plan
 from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.pruning.widths.costs import unit_values
+from snp_llm.pruning.widths.latency import measure_table
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_opt, small_recipe
+from tests.differing import differing_model
 from tests.families import every_family
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -71,6 +74,25 @@ def test_latency_is_measured_once_and_read_again(tokenizer, tmp_path, monkeypatc
         file.write_text(json.dumps(odd))
         with pytest.raises(SnpError, match="expected a table written by an earlier run"):
             plan(dense, tokenizer, recipe)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "lfm2", "qwen3_next"])
+def test_all_blocks_count_in_a_latency_whatever_is_in_them(model_type, monkeypatch):
+    """By a clock on which a block takes a second for every parameter."""
+    dense, clock = differing_model(model_type), [0]
+
+    def run(block, *_args):
+        clock[0] += sum(parameter.numel() for parameter in block.parameters())
+
+    monkeypatch.setattr("snp_llm.pruning.widths.latency.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("snp_llm.pruning.widths.latency.run_block", run)
+    anatomy = find_anatomy(dense)
+    table = measure_table(anatomy, resolve(small_recipe(target_latency="0.9x"), dense))
+    assert table.whole == sum(parameter.numel() for parameter in anatomy.blocks.parameters())
+    monkeypatch.undo()
+    for site in anatomy.sites:
+        seconds, unit = table.seconds(site), site.cost + unit_values(anatomy.blocks[site.block], site)
+        assert all(seconds[site.units] - time == (site.units - width) * unit for width, time in seconds.items())
 
 
 def test_latency_buys_what_saves_time(tokenizer, tmp_path):

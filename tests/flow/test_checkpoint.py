@@ -155,7 +155,7 @@ def test_a_pruned_folder_is_an_input_like_any_other(tokenizer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("types", [SAMPLE, pytest.param((*FAMILY_CONFIGS, *VARIANTS), marks=pytest.mark.exhaustive)])
-def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types, tokenizer, tmp_path):
+def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types, tokenizer, tmp_path, record_property):
     """One process loads all folders, so that transformers is imported once."""
     tokens = torch.randint(3, 2048, (2, 20), generator=torch.Generator().manual_seed(0))
     expected, stock = {}, []
@@ -191,7 +191,9 @@ def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types,
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     reloaded = load_file(tmp_path / "logits.safetensors")
-    assert all(torch.equal(reloaded[name], logits) for name, logits in expected.items())
+    for name, logits in expected.items():
+        assert torch.equal(reloaded[name], logits), name
+        record_property("model_type", name.rpartition("-")[0])
 
 
 def test_a_tensor_in_two_files(tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -59,15 +60,21 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(model_type, tokenizer):
 
 
 @pytest.mark.parametrize("head_unit", ["kv_group", "query"])
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
 @pytest.mark.parametrize("model_type", TYPES)
-def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_repaired(model_type, head_unit, tokenizer):
+def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_repaired(model_type, layout, head_unit, tokenizer):
     dense = model_of(model_type)
-    for layout in ("compact", "uniform"):
-        pruned = cut(dense, tokenizer, layout, head_unit=head_unit)
-        torch.testing.assert_close(pruned.model(TOKENS).logits, zeroed(dense, pruned)(TOKENS).logits, **CLOSE)
-        gone = any(len(result.kept) < result.site.units for result in pruned.sites)
-        assert gone == bool((pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > 1e-3)
-        assert layout == "compact" or pruned.model.config.model_type == model_type
+    pruned = cut(dense, tokenizer, layout, head_unit=head_unit)
+    torch.testing.assert_close(pruned.model(TOKENS).logits, zeroed(dense, pruned)(TOKENS).logits, **CLOSE)
+    gone = any(len(result.kept) < result.site.units for result in pruned.sites)
+    assert gone == bool((pruned.model(TOKENS).logits - dense(TOKENS).logits).abs().max() > 1e-3)
+    if layout == "uniform":
+        assert pruned.model.config.model_type == model_type
+        if not gone:
+            with pytest.raises(SnpError, match="at most 0, .* layout uniform; got 0.3. Use --layout compact"):
+                prune(dense, tokenizer, small_recipe(layout=layout))
+            pytest.skip("no plain config holds other widths, which is said")
+    assert gone
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -97,13 +104,27 @@ def padding_moves(model: PreTrainedModel) -> float:
     return float((together[:1, 6:] - alone).abs().max())
 
 
+@cache
+def cut_once(model_type: str, tokenizer):
+    return cut(model_of(model_type), tokenizer)
+
+
 @pytest.mark.parametrize("model_type", TYPES)
-def test_caches_padding_and_a_second_pruning(model_type, tokenizer):
-    dense = model_of(model_type)
-    once = cut(dense, tokenizer)
+def test_generation_with_a_cache_equals_that_without(model_type, tokenizer):
+    once = cut_once(model_type, tokenizer)
     assert torch.equal(written(once.model, cache=True), written(once.model, cache=False))
-    if padding_moves(dense) < 1e-3:  # mixers that pass over padding do not mind it
-        assert padding_moves(once.model) < 1e-3
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_padding_moves_no_more_than_it_does_in_the_dense_model(model_type, tokenizer):
+    if padding_moves(model_of(model_type)) > 1e-3:
+        pytest.skip("its mixers see padding, in the dense model too")
+    assert padding_moves(cut_once(model_type, tokenizer).model) < 1e-3
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
+    once = cut_once(model_type, tokenizer)
     twice = cut(
         once.model, tokenizer, ffn_sparsity=0.1 * any(r.site.kind == "ffn" for r in once.sites), head_sparsity=0.0
     )
@@ -124,7 +145,7 @@ assert "snp_llm" not in sys.modules
 """
 
 
-def reloads(names, tokenizer, folder) -> None:
+def reloads(names, tokenizer, folder, record) -> None:
     torch.save(TOKENS, folder / "tokens.pt")
     wanted = {}
     for name in names:
@@ -136,16 +157,17 @@ def reloads(names, tokenizer, folder) -> None:
     subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True, cwd=folder)
     for name, logits in wanted.items():
         assert torch.equal(torch.load(folder / name / "logits.pt"), logits), name
+        record("model_type", name.rpartition("-")[0])
 
 
 @pytest.mark.slow
-def test_a_fresh_process_reads_the_same(tokenizer, tmp_path):
-    reloads(FEW, tokenizer, tmp_path)
+def test_a_fresh_process_reads_the_same(tokenizer, tmp_path, record_property):
+    reloads(FEW, tokenizer, tmp_path, record_property)
 
 
 @pytest.mark.exhaustive
-def test_a_fresh_process_reads_all_of_them(tokenizer, tmp_path):
-    reloads(DIFFERING, tokenizer, tmp_path)
+def test_a_fresh_process_reads_all_of_them(tokenizer, tmp_path, record_property):
+    reloads(DIFFERING, tokenizer, tmp_path, record_property)
 
 
 def test_sparsity_is_a_share_of_all_linear_weights_of_the_blocks(tokenizer):
@@ -199,6 +221,38 @@ def test_mixers_are_named(model_type, words):
 def test_where_all_is_cut_nothing_stays(model_type):
     anatomy = find_anatomy(small_model(model_type))
     assert what_stays(anatomy) == [] and not any(has_more(anatomy, index) for index in range(len(anatomy.blocks)))
+
+
+def test_widths_that_a_config_has_computed_are_said_as_they_are(tokenizer):
+    """LFM2's FFN is as wide as two thirds of what its config says, rounded up."""
+    dense = differing_model("lfm2", torch.float64, block_auto_adjust_ff_dim=True, block_multiple_of=16)
+    recipe = small_recipe(sparsity=0.1, layout="uniform", round_to=4, num_samples=2)
+    pruned = prune(dense, tokenizer, recipe)
+    config, widths = pruned.model.config, {len(r.kept) for r in pruned.sites if r.site.kind == "ffn"}
+    assert dense.config.intermediate_size == 64 and find_anatomy(dense).sites[0].units == 48
+    assert config.model_type == "lfm2" and {config.intermediate_size} == widths and max(widths) < 48
+    torch.testing.assert_close(pruned.model(TOKENS).logits, zeroed(dense, pruned)(TOKENS).logits, **CLOSE)
+    assert dense.config.block_auto_adjust_ff_dim and not config.block_auto_adjust_ff_dim
+
+
+def test_heads_that_a_plain_config_cannot_lose_are_refused_in_words(tokenizer):
+    """RecurrentGemma's count of heads is that of its recurrences as well, and says how large heads are."""
+    dense = differing_model("recurrent_gemma")
+    pruned = prune(dense, tokenizer, small_recipe(sparsity=0.1, layout="uniform", round_to=4, num_samples=2))
+    assert {(r.site.kind, len(r.kept) < r.site.units) for r in pruned.sites} == {("attention", False), ("ffn", True)}
+    recipe = small_recipe(head_sparsity=0.3, ffn_sparsity=0.1, layout="uniform")
+    with pytest.raises(SnpError, match="--head-sparsity: expected at most 0, .* layout uniform; got 0.3. Use --head-"):
+        check_budget(dense, resolve(recipe, dense))
+
+
+@pytest.mark.parametrize("budget", [{"sparsity": 0.3}, {"target_params": "0.9x"}, {"max_perplexity_increase": "5%"}])
+def test_a_model_of_which_nothing_may_go_is_refused_before_the_work(budget):
+    dense = differing_model("olmoe")
+    with pytest.raises(
+        SnpError, match="this one has none: heads stay, since a norm over all of them at once would cha"
+    ):
+        check_budget(dense, resolve(small_recipe(**budget), dense))
+    check_budget(dense, resolve(small_recipe(sparsity=0.0), dense))
 
 
 def test_what_has_no_site_or_shares_its_blocks_is_refused():

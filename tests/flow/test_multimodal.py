@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import AutoConfig, Cache, Gemma4TextConfig
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.skeleton import check_text_weights
 from snp_llm.checkpoint.tokenizer import PROCESSORS
 from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import blocks_path, find_blocks, text_modules
@@ -84,7 +88,7 @@ def test_pruned_equals_dense_with_those_units_zeroed(model_type, layout, tokeniz
 @pytest.mark.parametrize(
     "types", [(QUICK,), pytest.param([name for name in WRAPPERS if name != QUICK], marks=pytest.mark.exhaustive)]
 )
-def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, tmp_path):
+def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, tmp_path, record_property):
     expected = {}
     for model_type in types:
         folder = save_model(small_wrapper(model_type), tokenizer, tmp_path / model_type)
@@ -105,6 +109,54 @@ def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokeniz
     subprocess.run([sys.executable, "-c", RELOAD, *map(str, expected)], cwd=tmp_path, env=environment, check=True)
     for out, logits in expected.items():
         torch.testing.assert_close(load_file(out / "logits")["logits"], logits, rtol=1e-4, atol=1e-4)
+        record_property("model_type", out.name.rpartition("-")[0])
+
+
+@cache
+def cut_once(model_type: str, tokenizer):
+    return cut(small_wrapper(model_type, torch.float64), tokenizer)
+
+
+def writes_what_logits_say(model, model_type) -> bool:
+    """Whether generation with a cache, after a text with an image in it, takes the tokens that logits without say."""
+    given = with_image(model_type, torch.float64)
+    at = given["input_ids"].shape[1]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    written = model.generate(**given, attention_mask=torch.ones_like(given["input_ids"]), **settings)
+    text = int(model_type == "paligemma")  # whose kinds of token are a prompt's and others
+    kinds = {key: pad(value, (0, 5), value=text) for key, value in given.items() if key.endswith("token_type_ids")}
+    logits = model(**{**given, **kinds, "input_ids": written}, use_cache=False).logits
+    logits[..., 2] = -torch.inf  # min_new_tokens forbids the end of text
+    return torch.equal(logits[:, at - 1 : -1].argmax(-1), written[:, at:])
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_generation_with_a_cache_equals_logits_without(model_type, tokenizer):
+    assert writes_what_logits_say(cut_once(model_type, tokenizer).model, model_type)
+
+
+def padding_moves(model) -> float:
+    """How far logits of a text are from those that it has beside a longer one."""
+    batch = torch.cat([torch.cat([torch.full((1, 6), 1), TOKENS[:1, :10]], 1), TOKENS[1:, :16]])
+    mask = (torch.arange(16) >= torch.tensor([[6], [0]])).long()
+    together = model(batch, attention_mask=mask).logits
+    one, other = together[:1, 6:] - model(TOKENS[:1, :10]).logits, together[1:] - model(TOKENS[1:, :16]).logits
+    return float(max(one.abs().max(), other.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_padding_and_batch_do_not_change_logits(model_type, tokenizer):
+    if padding_moves(small_wrapper(model_type, torch.float64)) > 1e-4:
+        pytest.skip("it minds padding, the dense model too")
+    assert padding_moves(cut_once(model_type, tokenizer).model) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
+    once = cut_once(model_type, tokenizer)
+    twice = cut(once.model, tokenizer, ffn_sparsity=0.2, head_sparsity=0.0)
+    assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
+    assert torch.isfinite(twice.model(**with_image(model_type, torch.float64)).logits).all()
 
 
 def test_widths_stand_at_the_top_of_a_config_and_other_keys_where_they_were(tokenizer):
@@ -130,6 +182,13 @@ def test_towers_count_as_parameters_alone():
     attended = 4 * 48 * 2
     assert size.flops == 2 * (size.block_linear + model.lm_head.weight.numel()) + attended
     assert not text_modules(model) & {*model.model.vision_tower.modules(), *model.model.multi_modal_projector.modules()}
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_whole_model_is_not_taken_for_one_without_its_text(model_type, tmp_path):
+    model = small_wrapper(model_type)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    check_text_weights(str(tmp_path), model)
 
 
 def test_the_command_carries_processors_over_and_names_the_class_that_loads(tokenizer, tmp_path, quick_prunes, capsys):
@@ -176,7 +235,11 @@ def test_a_wrapper_without_its_text_is_refused(tokenizer, tmp_path, capsys):
     folder = save_model(small_wrapper(QUICK), tokenizer, tmp_path / "towers")
     towers = {key: value for key, value in load_file(folder / "model.safetensors").items() if "vision" in key}
     save_file(towers, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "the checkpoint lacks" in refusal(folder, tmp_path, capsys)
+    with mock.patch("snp_llm.cli.prune.load_on_disk", None):  # before anything is loaded
+        said = refusal(folder, tmp_path, capsys)
+    assert "hold no weights of the text model's blocks, such as model.language_model.layers.0." in said
+    with pytest.raises(SnpError, match="the checkpoint lacks"):
+        checkpoint.load(str(folder), "auto")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConf
 from snp_llm import prune
 from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
 from snp_llm.models.families import decoders
-from snp_llm.models.families.decoders import find_family
-from snp_llm.models.outline import block_widths
+from snp_llm.models.families.decoders import FAMILIES, WRAPPERS, find_family
+from snp_llm.models.outline import block_widths, ffn_kinds, structure_of
+from snp_llm.models.plain import ffn_key, uniform_widths
+from snp_llm.models.staying import what_stays
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_opt, small_recipe
-from tests.families import GROUPED, every_family
+from tests.differing import DIFFERING, differing_model
+from tests.families import FAMILY_CONFIGS, GROUPED, every_family
+from tests.wrappers import WRAPPERS as TEXT_AND_IMAGES
+from tests.wrappers import small_wrapper
 
 
 def test_sites_of_an_opt_model():
@@ -82,7 +87,37 @@ def test_the_table_says_what_modules_say_of_heads(model_type):
     assert first.kind == "attention" and first.stay == family.heads_stay
 
 
-@every_family()
+def test_every_family_has_a_small_config_here():
+    assert {*FAMILY_CONFIGS, *DIFFERING} == {family.model_type for family in FAMILIES}
+    assert {*TEXT_AND_IMAGES} == {family.model_type for family in WRAPPERS}
+    assert {*FAMILY_CONFIGS} - {*DIFFERING} == {family.model_type for family in FAMILIES if family.alike}
+
+
+FEW = ("lfm3", "deepseek_v3", "mixtral", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [t if t in FEW else pytest.param(t, marks=pytest.mark.exhaustive) for t in (*DIFFERING, *TEXT_AND_IMAGES)],
+)
+def test_what_the_table_says_of_those_that_are_tried_is_so(model_type):
+    """Which heads are units, what a plain config can hold, and what stays."""
+    model = (differing_model if model_type in DIFFERING else small_wrapper)(model_type)
+    (entry,) = (family for family in (*FAMILIES, *WRAPPERS) if family.model_type == model_type)
+    anatomy = find_anatomy(model)
+    attentions = [site for site in anatomy.sites if site.heads is not None]
+    assert {site.stay for site in attentions} == {entry.heads_stay}
+    assert any(site.heads.query > site.heads.key_value for site in attentions) == (entry.kv_heads_key is not None)
+    kinds = [ffn_key(model, anatomy.family, kind.facts) for kind in ffn_kinds(structure_of(model))]
+    heads = any(site.prunable and uniform_widths(model, anatomy.family, site) for site in attentions)
+    ffn = ("FFN",) if kinds and all(kinds) else ("dense FFN",) if any(kinds) else ()
+    assert entry.uniform == (("heads",) if heads else ()) + ffn
+    said = " ".join(what_stays(anatomy))
+    assert bool(entry.stays.removeprefix("towers")) == bool(said) or "experts" in entry.stays
+    assert "experts" in entry.stays or "experts" not in said
+
+
+@every_family("beam", "flint", "laguna")  # their blocks are tried instead
 def test_what_the_table_says_of_head_sizes_is_so(model_type):
     """A config of fewer heads of the same size gives such blocks, which run, or the table says that it cannot."""
     model = small_model(model_type)
@@ -126,6 +161,10 @@ def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_re
     config = AutoConfig.for_model("hrm_text", **GROUPED, num_layers_per_stack=2)
     looped = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 0, 1"):
+        prune(looped, tokenizer, small_recipe(num_samples=2))
+    parts = {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1}
+    looped = AutoModelForCausalLM.from_config(AutoConfig.for_model("dory", **{**GROUPED, **parts})).eval()
+    with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 2, 1, 2, 3"):
         prune(looped, tokenizer, small_recipe(num_samples=2))
     fed = small_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=2048)
     with pytest.raises(SnpError, match="blocks get other arguments for other tokens"):

@@ -5,13 +5,13 @@ import torch
 
 from snp_llm import prune
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FAMILIES, find_family
+from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import weight_of
 from snp_llm.models.site import Heads
 from snp_llm.models.surgery import prune_site
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_recipe
-from tests.families import FAMILY_CONFIGS, every_family
+from tests.families import every_family
 
 TOKENS = torch.randint(3, 2048, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -135,7 +135,3 @@ def test_heads_under_a_joint_norm_stay(tokenizer):
     ):
         prune(dense, tokenizer, small_recipe(head_sparsity=0.2, ffn_sparsity=0.2))
     assert not sites_of(small_model("stablelm", qk_layernorm=True), "kv_group")[0].prunable
-
-
-def test_every_family_has_a_small_config_here():
-    assert set(FAMILY_CONFIGS) == {family.model_type for family in FAMILIES}

@@ -13,6 +13,11 @@ from snp_llm.models.text_part import text_config
 TIED: dict[str, Any] = {"head_dim_key": None}
 ALIBI = "its ALiBi slopes belong to the number of heads"
 JOINT_NORM = "a norm over all of them at once would change"
+HYBRID: dict[str, Any] = {"kind": "hybrid"}
+LATENT: dict[str, Any] = {"kind": "MLA", "kv_heads_key": None}
+MIXTURE: dict[str, Any] = {"kind": "mixture", "stays": "experts"}
+TOWERS: dict[str, Any] = {"kind": "wrapper", "stays": "towers"}
+SOME: dict[str, Any] = {"uniform": ("heads", "dense FFN")}  # experts that all tokens share have no key of their own
 ALL: dict[str, Any] = {"engines": EVERYWHERE, "head_engines": EVERYWHERE}
 
 FAMILIES = (
@@ -35,7 +40,6 @@ FAMILIES = (
     Family("Apertus", "apertus"),
     Family("Apertus 1.5 text", "apertus1p5_text"),
     Family("Arcee", "arcee", divides_hidden=True),
-    Family("Beam", "beam", hybrid=True),
     Family("BioGPT", "biogpt", **TIED),
     Family("BLOOM", "bloom", **TIED, heads_stay=ALIBI),
     Family("CodeGen", "codegen", **TIED),
@@ -48,7 +52,6 @@ FAMILIES = (
     Family("EXAONE", "exaone", divides_hidden=True),
     Family("EXAONE 4", "exaone4"),
     Family("Falcon", "falcon", **TIED),
-    Family("Flint", "flint", hybrid=True),
     Family("Gemma 4 text", "gemma4_text", **TIED, needs_bos=True),  # heads of another size in every other kind of block
     Family("Gemma 4 unified text", "gemma4_unified_text", **TIED, needs_bos=True),
     Family("GLM", "glm"),
@@ -64,7 +67,6 @@ FAMILIES = (
     Family("InternLM 3", "internlm3", divides_hidden=True),
     Family("IQuest-Coder", "iquestcoder", divides_hidden=True),
     Family("Jais 2", "jais2", divides_hidden=True),
-    Family("Laguna", "laguna", **TIED, hybrid=True),  # its config lists the heads of every block
     Family("Ministral", "ministral"),
     Family("Ministral 3", "ministral3"),
     Family("ModernBERT decoder", "modernbert-decoder", **TIED),
@@ -81,6 +83,56 @@ FAMILIES = (
     Family("StarCoder 2", "starcoder2"),
     Family("VaultGemma", "vaultgemma", divides_hidden=True, needs_bos=True),
     Family("XGLM", "xglm", **TIED),
+    Family("Bailing hybrid", "bailing_hybrid", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
+    Family("Bamba", "bamba", **HYBRID, stays="Mamba 2 mixers"),
+    Family("Falcon-H1", "falcon_h1", **HYBRID, stays="Mamba 2 mixers"),
+    Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("Jamba", "jamba", **HYBRID, uniform=("heads",), stays="Mamba mixers, experts"),
+    Family("Kimi Linear", "kimi_linear", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
+    Family("LFM2", "lfm2", **HYBRID, stays="short convolutions"),
+    Family("LFM3", "lfm3", **HYBRID, stays="short convolutions"),
+    Family("MiniMax", "minimax", **HYBRID, uniform=(), stays="lightning attention, experts"),
+    Family("Nemotron-H", "nemotron_h", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("OLMo hybrid", "olmo_hybrid", **HYBRID, uniform=("FFN",), heads_stay=JOINT_NORM, stays="gated delta nets"),
+    Family("Qwen3-Next", "qwen3_next", **HYBRID, stays="gated delta nets, experts"),
+    Family("Qwen3.5 text", "qwen3_5_text", **HYBRID, stays="gated delta nets"),
+    Family("RecurrentGemma", "recurrent_gemma", **HYBRID, uniform=("FFN",), stays="recurrences"),
+    Family("A.X K1", "axk1", **LATENT, **SOME, stays="experts"),
+    Family("DeepSeek-V2", "deepseek_v2", **LATENT, **SOME, stays="experts"),
+    Family("DeepSeek-V3", "deepseek_v3", **LATENT, **SOME, stays="experts"),
+    Family("GLM-4 MoE Lite", "glm4_moe_lite", **LATENT, **SOME, stays="experts"),
+    Family("MiniCPM3", "minicpm3", **LATENT),
+    Family("Sarvam MLA", "sarvam_mla", **LATENT, **SOME, stays="experts"),
+    Family("Youtu", "youtu", **LATENT),
+    Family("AFMoE", "afmoe", **MIXTURE, **SOME),
+    Family("Beam", "beam", **MIXTURE),
+    Family("Flint", "flint", **MIXTURE),
+    Family("GPT-OSS", "gpt_oss", **MIXTURE, uniform=("heads",)),
+    Family("Laguna", "laguna", **MIXTURE, uniform=("FFN",)),  # its config lists the heads of every block
+    Family("Llama 4 text", "llama4_text", **MIXTURE, **SOME),
+    Family("MiMo-V2 Flash", "mimo_v2_flash", **MIXTURE, uniform=("FFN",)),
+    Family("Mixtral", "mixtral", **MIXTURE, uniform=("heads",)),
+    Family("Qwen2 MoE", "qwen2_moe", **MIXTURE),
+    Family("Qwen3 MoE", "qwen3_moe", **MIXTURE),
+)
+
+# They read images as well; their text models are what is pruned.
+WRAPPERS = (
+    Family("Aya Vision", "aya_vision", **TOWERS),
+    Family("Gemma 3", "gemma3", **TOWERS),
+    Family("GOT-OCR2", "got_ocr2", **TOWERS),
+    Family("Idefics3", "idefics3", **TOWERS),
+    Family("InternVL", "internvl", **TOWERS),
+    Family("Llava", "llava", **TOWERS),
+    Family("Llava-Next", "llava_next", **TOWERS),
+    Family("Llava-OneVision", "llava_onevision", **TOWERS),
+    Family("Mistral 3", "mistral3", **TOWERS),
+    Family("PaliGemma", "paligemma", **TOWERS),
+    Family("Qwen2.5-VL", "qwen2_5_vl", **TOWERS, uniform=("FFN",)),
+    Family("Qwen3-VL", "qwen3_vl", **TOWERS),
+    Family("Qwen3.5", "qwen3_5", kind="wrapper", stays="towers, gated delta nets"),
+    Family("SmolVLM", "smolvlm", **TOWERS),
+    Family("VipLlava", "vipllava", **TOWERS),
 )
 
 # Config keys that a type may have, the first of each that is there counts.
@@ -99,6 +151,8 @@ FFN_KEYS = (
     "d_ff",
     "dff",
 )
+# Keys that make the FFN's width another number than its key says, and the value with which it is that number.
+FFN_AS_SAID = {"block_auto_adjust_ff_dim": False}
 
 
 def find_family(config: PretrainedConfig) -> Family:
@@ -118,13 +172,16 @@ def find_family(config: PretrainedConfig) -> Family:
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a text model, or of a part of one, by its own config.
 
-    A type without an entry gets one from its config's keys; whether its blocks are known shows in its modules.
+    A type without an entry gets one from its config's keys, and so does one whose blocks may differ; whether blocks are
+    known shows in modules.
     """
     model_type, keys = dense_type(config), config.to_dict()
     known = next((family for family in FAMILIES if family.model_type == model_type), None)
-    family = known or Family(
-        model_type, model_type, head_dim_key="head_dim" if "head_dim" in keys else None, checked=False
-    )
+    family = known or Family(model_type, model_type, checked=False)
+    if not family.alike:
+        family = replace(
+            family, kv_heads_key=READ, ffn_key=READ, head_dim_key="head_dim" if "head_dim" in keys else None
+        )
     names = {"heads_key": HEADS_KEYS, "kv_heads_key": KV_HEADS_KEYS, "ffn_key": FFN_KEYS}
     found: dict[str, Any] = {
         field: next((name for name in usual if name in keys), HEADS_KEYS[0] if usual is HEADS_KEYS else None)

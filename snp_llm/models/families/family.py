@@ -1,7 +1,11 @@
 """What modules cannot say of a type of model: its config's keys, and what loads a config with other widths."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+# What differs in the blocks of a type: nothing; some have other mixers than attention; heads share a latent vector;
+# some have experts.
+Kind = Literal["dense", "hybrid", "MLA", "mixture", "wrapper"]
 EVERYWHERE = ("transformers", "vLLM", "llama.cpp")
 HERE = ("transformers",)
 READ = ""  # a config key that the table does not name
@@ -19,7 +23,10 @@ class Family:
         head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
         heads_stay: why heads cannot go; empty where they can.
         divides_hidden: whether its config refuses head counts that do not divide the hidden size.
-        hybrid: whether blocks may lack an attention or an FFN, and have something else instead.
+        kind: what its blocks may have beside attention and FFN, or instead; "wrapper": a text model with towers. Of all
+            but dense ones keys are read off every model, and cuts are tried.
+        stays: what is left as it is beside embeddings, norms and head, in words.
+        uniform: what a plain config can hold other widths of, where the type is not dense.
         needs_bos: whether its models are lost in a window of text that does not start with BOS.
         substitute: model_type of a plain config that computes the same but takes more head counts.
         engines: what loads the plain config with another FFN width.
@@ -35,12 +42,19 @@ class Family:
     head_dim_key: str | None = "head_dim"
     heads_stay: str = ""
     divides_hidden: bool = False
-    hybrid: bool = False
+    kind: Kind = "dense"
+    stays: str = ""
+    uniform: tuple[str, ...] = ("heads", "FFN")
     needs_bos: bool = False
     substitute: str | None = None
     engines: tuple[str, ...] = HERE
     head_engines: tuple[str, ...] = HERE
     checked: bool = True
+
+    @property
+    def alike(self) -> bool:
+        """Whether what the table says of config keys holds for all blocks of its models; else every model is tried."""
+        return self.checked and self.kind == "dense"
 
 
 PRUNED = "snp_"  # what the type of a model with widths of its own begins with

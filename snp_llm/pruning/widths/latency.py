@@ -144,16 +144,19 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
     hidden = hidden.to(device)
     found: dict[str, dict[int, float]] = {}
     whole = 0.0
-    dense_seconds: dict[tuple[str, ...], float] = {}
+    dense_seconds: dict[tuple[object, ...], float] = {}
     for index, block in enumerate(blocks):
         here = anatomy.sites_of(index)
-        shape = tuple(key(site) for site in here)
+        beside = [(type(child), sum(p.numel() for p in child.parameters())) for child in block.children()]
+        shape = (*(key(site) for site in here), *beside)  # mixers and experts take time, too
         if shape not in dense_seconds:
             with on_device(block, device):
                 medians = _time_all(block, here, hidden, move(calls[index], device))
+            units = {key(site): site.units for site in here}
             for (name, width), seconds in medians.items():
-                found.setdefault(name, {})[width] = seconds
-            dense_seconds[shape] = min(medians[key(site), site.units] for site in here)
+                if name in units:
+                    found.setdefault(name, {})[width] = seconds
+            dense_seconds[shape] = min(s for (name, width), s in medians.items() if width == units.get(name, 0))
         whole += dense_seconds[shape]
     tokens = tokens.to(device)
     with rest_on_device(model, blocks, device):
@@ -175,7 +178,7 @@ def _widths(site: Site) -> list[int]:
 
 
 def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: BlockCall) -> dict[tuple[str, int], float]:
-    """Median seconds of a block at every width of either site, all taking turns.
+    """Median seconds of a block at every width of its sites, all taking turns.
 
     Args:
         block: with its weights, where `hidden` and what is in `call` are.
@@ -184,18 +187,19 @@ def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Blo
         call: its other arguments.
 
     Returns:
-        By key and width of a site.
+        By key and width of a site; of a block without sites as it is, under "" and 0.
     """
+    turns: list[tuple[Site | None, int]] = [(s, width) for s in sites for width in sorted({s.units, *_widths(s)})]
     times: dict[tuple[str, int], list[float]] = {}
     for _ in range(ROUNDS + 1):
-        for site in sites:
-            for width in sorted({site.units, *_widths(site)}):
-                narrow = _narrow(block, site, width)  # made anew each time: all of them at once are many blocks
-                synchronize(hidden.device)
-                start = time.perf_counter()
-                run_block(narrow, hidden, call)
-                synchronize(hidden.device)
-                times.setdefault((key(site), width), []).append(time.perf_counter() - start)
+        for site, width in turns or [(None, 0)]:
+            # Made anew each time: all of them at once are many blocks.
+            narrow = block if site is None else _narrow(block, site, width)
+            synchronize(hidden.device)
+            start = time.perf_counter()
+            run_block(narrow, hidden, call)
+            synchronize(hidden.device)
+            times.setdefault(("" if site is None else key(site), width), []).append(time.perf_counter() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
 
 

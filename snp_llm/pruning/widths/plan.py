@@ -67,8 +67,9 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
     """A recipe's budget in numbers.
 
     Raises:
-        SnpError: the model costs less already; a latency table of another model.
+        SnpError: the model costs less already; a latency table of another model; nothing may go.
     """
+    check_something_goes(anatomy.sites, recipe)
     budget, all_kinds = recipe.budget, tuple(dict.fromkeys(site.kind for site in anatomy.sites))
     if budget is not None:
         costs = budget_costs(anatomy, budget, recipe)
@@ -87,6 +88,18 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
     return Removals(costs, parts)
 
 
+def check_something_goes(sites: Sequence[Site], recipe: Recipe) -> None:
+    """Raises SnpError if units are to go, and none may."""
+    asked = recipe.budget is not None or recipe.perplexity_increase is not None
+    asked = asked or any(recipe.sparsity_of(site.kind) for site in sites)
+    if asked and not any(site.prunable for site in sites):
+        names = {"attention": "heads", "ffn": "FFN channels"}
+        why = "; ".join(dict.fromkeys(f"{names[site.kind]} stay, since {site.stay}" for site in sites))
+        raise SnpError(
+            f"expected a model with units that may go; this one has none: {why}. It can only be left as it is."
+        )
+
+
 def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     """Refuses a budget that cannot be met, before any weight or text is read.
 
@@ -100,11 +113,12 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
+    anatomy = find_anatomy(model, recipe.head_unit)
+    check_something_goes(anatomy.sites, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
     if unknown or recipe.perplexity_increase is not None:
         return
-    anatomy = find_anatomy(model, recipe.head_unit)
     sites, removals = anatomy.sites, find_removals(anatomy, recipe)
     all_budgets = site_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
     for removal in removals.parts:
