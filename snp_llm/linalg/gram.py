@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -136,7 +137,13 @@ def triangle_flops(n: int) -> float:
 
 def random_signs(rows: int, columns: int, like: Tensor) -> Tensor:
     """Entries 1 and -1, always the same, (rows, columns); products keep norms on average (Achlioptas, 2003)."""
-    return (2 * torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(0)) - 1).to(like)
+    return _drawn_signs(rows, columns).to(like)
+
+
+@lru_cache(maxsize=1)
+def _drawn_signs(rows: int, columns: int) -> Tensor:
+    drawn = torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(0))
+    return (2 * drawn - 1).to(torch.int8)
 
 
 def _mostly_zero(x: Tensor) -> bool:

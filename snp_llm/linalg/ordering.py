@@ -3,11 +3,9 @@
 To add an ordering: one function from `OrderingProblem` to scores, a line in `ORDERINGS` and in `FLOPS`, one test.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,8 +14,6 @@ from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place, inverse_from
 from snp_llm.linalg.quadrature import quadrature_flops, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
-
-log = logging.getLogger(__name__)
 
 GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
 
@@ -29,7 +25,7 @@ RISE = 1.05  # times what the next in line costs: what a unit may come to cost t
 
 ZCA_EXACT_UP_TO = 512  # channels
 
-GPU_PANEL = 384  # the same, where the host waits at every panel alone
+GPU_PANEL = 384  # the same on a GPU, which is done with a few rows before it has been asked
 
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
 
@@ -141,55 +137,41 @@ def greedy(problem: OrderingProblem) -> Tensor:
     symmetric elimination with pivots chosen on the way, so it is done as LAPACK does that: the large matrix takes up
     many removals in one product, and what is left of it moves to its front. At every halving the inverse is computed
     afresh, so that updates do not drift.
-
-    Where a GPU chooses itself (`fused_choice`), r slots are filled in every round, for the host does not learn how many
-    units go; what is in those of units that stay is zero.
     """
     size, gram, device = problem.unit_size, problem.definite.gram, problem.W.device
     units = len(gram) // size
     block, last = max(1, units // GREEDY_ROUNDS), units - problem.keep
-    choose = fused_choice(device) if size == 1 and block > 1 else None
-    panel = PANEL if choose is None else GPU_PANEL
+    panel = PANEL if device.type == "cpu" else GPU_PANEL
     scores = torch.empty(units, dtype=torch.float64, device=device)
     inverse = problem.definite.inverse().mT  # row order
     W = problem.W.mT.clone(memory_format=torch.contiguous_format)  # what is read and written of it are whole channels
     alive = torch.arange(units, device=device)  # units that the matrices still hold
-    fresh, removed, count = units, 0, torch.zeros((), dtype=torch.int64, device=device)
+    fresh, removed = units, 0
     while True:
         pivots = diagonal_blocks(inverse, size).clone()
         gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
         pending = _Pending.of(inverse, panel + block * size)
         while pending.filled < panel and removed < last:
             costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
-            order = torch.argsort(costs, stable=True)
-            if choose is not None:
-                pool = order[: block + EXCHANGES + 1]
-                among = pending.taken_off(inverse[pool[:, None], pool], pool, pool)
-                of_units, of_rounds = (alive, scores, gone, count), (units, last, block, EXCHANGES, RISE)
-                going, taken = choose(among, W[pool], costs[pool], pool, *of_units, *of_rounds)
+            count = min(block, last - removed)
+            going = torch.argsort(costs, stable=True)[: min(count + EXCHANGES + 1, CANDIDATES * block, units - removed)]
+            if block == 1:
+                going = going[:1]
             else:
-                most, taken = min(block, last - removed), None
-                going = order[: min(CANDIDATES * block, units - removed)]
-                if block == 1:
-                    going = going[:1]
-                else:
-                    C = unit_channels(going, size)
-                    among = pending.taken_off(inverse[C[:, None], C], C, C)
-                    going = going[_cheap_together(among, W[C], costs[going], most, size)]
-                scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
-                gone[going] = True
-                removed += len(going)
+                C = unit_channels(going, size)
+                among = pending.taken_off(inverse[C[:, None], C], C, C)
+                going = going[_cheap_together(among, W[C] @ W[C].mT, costs[going], count, size).to(device)]
+            scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
+            gone[going] = True
+            removed += len(going)
             P = unit_channels(going, size)
             now = pending.taken_off(inverse[P], P, slice(None))
-            share = _shares(now, P, taken)
+            share = _shares(now, P)
             W.addmm_(share.mT, W[P], alpha=-1)
             by_unit = (len(P), len(alive), size)
             pivots -= torch.einsum("pua,pub->uab", now.reshape(by_unit), share.reshape(by_unit))
-            if taken is None:
-                pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
+            pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
             pending.add(now, share)
-        if choose is not None:
-            removed = int(count)
         if removed == last:
             places = torch.argsort(_removal_costs(W, pivots)[~gone], stable=True)
             scores[alive[~gone][places]] = torch.arange(last, units, dtype=torch.float64, device=device)
@@ -214,48 +196,28 @@ def greedy(problem: OrderingProblem) -> Tensor:
         pending.taken_off(inverse, slice(len(W)), slice(len(W)))
 
 
-@cache
-def fused_choice(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """What chooses the units of a round on a device alone, or None where the host has to.
-
-    It is written in Triton, which comes with torch for CUDA on Linux and wants a C compiler.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        from snp_llm.linalg.fused_choice import choose, works_on
-
-        works_on(device)
-    except Exception as error:  # Triton, compilers and drivers raise what they like
-        log.info("no kernel can be made with Triton, the host chooses what goes: slower (%s)", str(error)[:200])
-        return None
-    return choose
-
-
-def _shares(now: Tensor, P: Tensor, taken: Tensor | None) -> Tensor:
-    """`[G^-1]_PP^-1` times rows of `G^-1` at channels P, (p, n); with `taken` both zero where that is not set."""
+def _shares(now: Tensor, P: Tensor) -> Tensor:
+    """`[G^-1]_PP^-1` times rows of `G^-1` at channels P, (p, n)."""
     if now.device.type == "cpu":
         return torch.linalg.solve(now[:, P], now)
-    system = now[:, P]
-    if taken is not None:
-        now.mul_(taken[:, None])
-        system = torch.where(taken[:, None] & taken, system, torch.eye(len(P), dtype=now.dtype, device=now.device))
-    factor, _ = torch.linalg.cholesky_ex(system)  # asks the device for nothing, unlike what raises
+    factor, _ = torch.linalg.cholesky_ex(now[:, P])  # asks the device for nothing, unlike what raises
     half = torch.linalg.solve_triangular(factor, now, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
+def _cheap_together(inverse: Tensor, products: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
     """Which of a pool of units go at once: the cheapest, without those that these make dear.
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
-    a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
-    more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
+    a unit's have as their squared norm what it costs once those before it are gone: the diagonal of `C^-1 K C^-T` with
+    `K = W W^T`. The first unit for which that is more than `RISE` times what the next in line costs alone waits for a
+    later round, and the next takes its place. All of it is small, and done on the CPU: a GPU computes it in less time
+    than it takes to be asked.
     After some such exchanges only those before it go.
 
     Args:
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
-        W: out-projection weight, a row a channel, (u * size, d_out).
+        products: `K`, of the rows of W that are the pool's channels, (u * size, u * size).
         costs: of removing each unit alone, ascending, (u,).
         count: units that go at most.
         size: channels a unit has.
@@ -263,15 +225,17 @@ def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size:
     Returns:
         Places in the pool, ascending, the first among them, int64.
     """
-    pool = places = torch.arange(len(costs), device=W.device)
+    inverse, products, costs = (together.cpu() for together in (inverse, products, costs))
+    pool = places = torch.arange(len(costs))
     exchanged = 0
     while True:
         going, waiting = pool[:count], pool[count:]
         P = unit_channels(going, size)
         factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
-        rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
+        right = torch.cat([products[P[:, None], P], torch.eye(len(P), dtype=factor.dtype)], dim=1)
+        turned, inverted = torch.linalg.solve_triangular(factor, right, upper=False).chunk(2, dim=1)
         limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
-        cheap = per_unit(rows.square().sum(1), size) <= limit
+        cheap = per_unit((turned * inverted).sum(1), size) <= limit
         cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
         dear = (~cheap[1:]).nonzero()
         if not len(dear):

@@ -167,7 +167,8 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         run: of this phase.
     """
     anatomy = find_anatomy(model, run.recipe.head_unit)
-    check_weights(anatomy)
+    with run.clock.phase("loading"):
+        check_weights(anatomy, run.clock.device)
     if windows is not None and not anatomy.family.alike:
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
         try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])

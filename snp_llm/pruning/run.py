@@ -95,11 +95,10 @@ def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
         log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
-def check_weights(anatomy: Anatomy) -> None:
+def check_weights(anatomy: Anatomy, device: torch.device) -> None:
     """Raises SnpError with the tensor's name if a weight is NaN or Inf; one block is in memory at a time."""
     model, blocks = anatomy.model, anatomy.blocks
     names = {id(module): name for name, module in model.named_modules()}
-    cpu = torch.device("cpu")
 
     def check(modules: Iterable[nn.Module]) -> None:
         for module in modules:
@@ -110,10 +109,10 @@ def check_weights(anatomy: Anatomy) -> None:
                         "is damaged."
                     )
 
-    with rest_on_device(model, blocks, cpu):
+    with rest_on_device(model, blocks, device):
         check(model.modules())  # blocks that are on disk are passed over here
     for block in blocks:
-        with on_device(block, cpu):
+        with on_device(block, device):
             check(block.modules())
 
 
