@@ -160,7 +160,7 @@ def greedy(problem: OrderingProblem) -> Tensor:
             else:
                 C = unit_channels(going, size)
                 among = pending.taken_off(inverse[C[:, None], C], C, C)
-                going = going[_cheap_together(among, W[C] @ W[C].mT, costs[going], count, size).to(device)]
+                going = going[_cheap_together(among, W[C], costs[going], count, size)]
             scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
             gone[going] = True
             removed += len(going)
@@ -205,19 +205,17 @@ def _shares(now: Tensor, P: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def _cheap_together(inverse: Tensor, products: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
+def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
     """Which of a pool of units go at once: the cheapest, without those that these make dear.
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
-    a unit's have as their squared norm what it costs once those before it are gone: the diagonal of `C^-1 K C^-T` with
-    `K = W W^T`. The first unit for which that is more than `RISE` times what the next in line costs alone waits for a
-    later round, and the next takes its place. All of it is small, and done on the CPU: a GPU computes it in less time
-    than it takes to be asked.
+    a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
+    more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
     After some such exchanges only those before it go.
 
     Args:
         inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
-        products: `K`, of the rows of W that are the pool's channels, (u * size, u * size).
+        W: out-projection weight, a row a channel, (u * size, d_out).
         costs: of removing each unit alone, ascending, (u,).
         count: units that go at most.
         size: channels a unit has.
@@ -225,17 +223,15 @@ def _cheap_together(inverse: Tensor, products: Tensor, costs: Tensor, count: int
     Returns:
         Places in the pool, ascending, the first among them, int64.
     """
-    inverse, products, costs = (together.cpu() for together in (inverse, products, costs))
-    pool = places = torch.arange(len(costs))
+    pool = places = torch.arange(len(costs), device=W.device)
     exchanged = 0
     while True:
         going, waiting = pool[:count], pool[count:]
         P = unit_channels(going, size)
         factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
-        right = torch.cat([products[P[:, None], P], torch.eye(len(P), dtype=factor.dtype)], dim=1)
-        turned, inverted = torch.linalg.solve_triangular(factor, right, upper=False).chunk(2, dim=1)
+        rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
         limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
-        cheap = per_unit((turned * inverted).sum(1), size) <= limit
+        cheap = per_unit(rows.square().sum(1), size) <= limit
         cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
         dear = (~cheap[1:]).nonzero()
         if not len(dear):

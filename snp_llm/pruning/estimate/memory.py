@@ -54,7 +54,8 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     recipe, model, d, block = shapes.recipe, shapes.anatomy.model, shapes.hidden, shapes.block_bytes
     device, waiting, apart = shapes.device_place, shapes.waiting_place, shapes.device != "cpu"
     states, referred, visited = (shapes.waiting(n) for n in (recipe.num_samples, shapes.referred, shapes.visited))
-    yield Part("", "host", "libraries", "Python and its libraries", LIBRARIES)
+    # Beside a GPU the process that will reload the model reads its own meanwhile.
+    yield Part("", "host", "libraries", "Python and its libraries", LIBRARIES * (1 + (shapes.device == "cuda")))
     yield Part("", device, "libraries", "workspaces of CUDA's libraries", CUDA_WORKSPACES * (shapes.device == "cuda"))
     yield Part("", "host", "rest", "embeddings, norms and head", shapes.rest_bytes)
     yield Part("", "host", "block", "a block read and a block written", 2 * block * apart)
