@@ -9,7 +9,7 @@ from snp_llm.models.size import model_size
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate import estimate
 from snp_llm.pruning.estimate.estimate import Estimate
-from snp_llm.pruning.estimate.memory import Part
+from snp_llm.pruning.estimate.memory import LIBRARIES, Part
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
 from snp_llm.pruning.widths.costs import pruned_bytes
 from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
@@ -97,7 +97,7 @@ def test_memory_of_a_cpu_run_is_all_host_memory():
     model = small_model("llama", torch.float32)
     here, there = of(model, device="cpu"), of(model, device="cuda")
     assert here.peak("device") == 0 and here.parts("device") == []
-    assert there.peak("device") > 0 and there.peak("host") < here.peak("host")
+    assert there.peak("device") > 0 and there.peak("host") - LIBRARIES < here.peak("host")  # two processes
     assert sum(part.bytes for part in there.parts("device")) == there.peak("device")
     waiting = of(model, device="cuda", hidden_device="cuda")
     assert waiting.peak("device") > there.peak("device") and waiting.peak("host") < there.peak("host")
