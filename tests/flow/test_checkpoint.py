@@ -97,7 +97,7 @@ def test_loading_respects_the_checkpoints_dtype_or_the_users(tokenizer, tmp_path
 def test_unknown_models():
     with pytest.raises(SnpError, match="model ./nowhere: no such folder"):
         checkpoint.load("./nowhere", "auto")
-    with pytest.raises(SnpError, match="model nobody/nothing: cannot be loaded"):
+    with pytest.raises(SnpError, match="model nobody/nothing: its config cannot be loaded"):
         checkpoint.load("nobody/nothing", "auto")
 
 
