@@ -88,11 +88,12 @@ class Case:
 
 
 def read(results: Sequence[ElementTree.ElementTree]) -> dict[str, dict[str, Case]]:
-    """Cases by column and type, of the results of runs as pytest writes them for JUnit."""
+    """Cases by column and type, of the results of runs as pytest writes them for JUnit; the last of a test counts."""
     types = [family.model_type for family in (*FAMILIES, *WRAPPERS)]
     found: dict[str, dict[str, Case]] = {column: defaultdict(Case) for column in COLUMNS}
-    for case in (case for run in results for case in run.iter("testcase")):
-        name, _, words = f"{case.get('classname')}.{case.get('name')}".rstrip("]").partition("[")
+    last = {f"{case.get('classname')}.{case.get('name')}": case for run in results for case in run.iter("testcase")}
+    for test_name, case in last.items():
+        name, _, words = test_name.rstrip("]").partition("[")
         about = {p.get("value", "") for p in case.iter("property") if p.get("name") == "model_type"}
         about |= {kind for kind in types if f"-{kind}-" in f"-{words}-"}
         for column, tests in COLUMNS.items():

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OPTCon
 
 from snp_llm import Recipe
 from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.cli.parse import prune_main
 from snp_llm.data.sources import BUNDLED
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
@@ -82,14 +83,32 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
 
 
-@pytest.fixture
-def quick_prunes(monkeypatch):
+def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
     from snp_llm import checkpoint
     from snp_llm.cli import prune
 
     monkeypatch.setattr(prune, "write_page", lambda _folder: None)
     monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
+
+
+@pytest.fixture
+def quick_prunes(monkeypatch):
+    """Prunes that do no more than a test is about, as `make_quick` says."""
+    make_quick(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def pruned_opt(tmp_path_factory, tokenizer) -> Path:
+    """A small OPT, `dense`, and what a run made of it, `pruned`; tests that write there take a copy."""
+    root = tmp_path_factory.mktemp("pruned-opt")
+    dense = str(save_model(small_opt(), tokenizer, root / "dense"))
+    options = "--no-eval --quiet --allocation uniform --metric error --ffn-sparsity 0.5 --num-samples 4 --seq-len 32"
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        command = [dense, "--output", str(root / "pruned"), "--calibration", "bundled", *options.split()]
+        assert prune_main(command) == 0
+    return root
 
 
 @pytest.fixture

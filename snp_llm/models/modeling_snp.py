@@ -65,6 +65,18 @@ class Pruned:
                     resize_block(blocks[index], part, config, changed)
         self.post_init()
 
+    def initialize_weights(self):
+        """Computes what no file holds, as of a class of transformers' own.
+
+        Of code that it takes for foreign, transformers passes over modules without tensors, some of which, such as
+        Falcon-H1's model, compute what their children hold; that would stay whatever was in memory.
+        """
+        self.is_custom_code = self.is_remote_code = lambda: False
+        try:
+            super().initialize_weights()
+        finally:
+            del self.is_custom_code, self.is_remote_code
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         stock = cls.__mro__[cls.__mro__.index(Pruned) + 1]  # it looks for an answer in the file of its class

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, OPTForCausalLM
 
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import evaluate_main, prune_main
@@ -27,6 +27,7 @@ def refuse(capsys, arguments, message, command=prune_main):
     assert re.search(message, error), error
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_demo_end_to_end(tmp_path):
     """The bundled model through a real process, then loaded where the package cannot be imported."""
@@ -122,9 +123,7 @@ def test_only_ffn_and_uniform_is_a_plain_opt(opt_folder, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "opt" and config["ffn_dim"] == 32 and "auto_map" not in config
     assert not list(out.glob("*.py"))
-    code = "import sys, transformers as t; print(t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).config.ffn_dim)"
-    run = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
-    assert run.stdout.strip() == "32"
+    assert type(AutoModelForCausalLM.from_pretrained(out)) is OPTForCausalLM
     assert json.loads((out / "prune_report.json").read_text())["pruned"]["perplexity"] is None
 
 
@@ -248,7 +247,7 @@ def test_console_script(monkeypatch, capsys):
     assert "unknown command 'prnue'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["prune", "evaluate"])
+@pytest.mark.parametrize("module", ["prune", pytest.param("evaluate", marks=pytest.mark.exhaustive)])
 def test_modules_have_help(module):
     run = subprocess.run([sys.executable, "-m", f"snp_llm.{module}", "--help"], capture_output=True, text=True)
     assert run.returncode == 0 and "--seq-len" in run.stdout and run.stderr == ""

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from snp_llm import SnpError
-from snp_llm.cli.parse import evaluate_main, prune_main
+from snp_llm.cli.parse import evaluate_main
 from snp_llm.evaluate import tasks
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
 from tests.conftest import save_model, small_model, small_opt
-from tests.entry.test_cli import QUICK, refuse
+from tests.entry.test_cli import refuse
 
 DATASET = ["--dataset", "bundled", "--seq-len", "32", "--max-windows", "6"]
 
@@ -49,13 +49,12 @@ def test_sliding_by_whole_windows_is_the_usual_protocol():
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer, tmp_path_factory):
+def folders(pruned_opt, tokenizer, tmp_path_factory):
     """An OPT and a Llama with one tokenizer, and what was made of the OPT."""
     root = tmp_path_factory.mktemp("models")
-    save_model(small_opt(), tokenizer, root / "one")
+    shutil.copytree(pruned_opt / "dense", root / "one")
+    shutil.copytree(pruned_opt / "pruned", root / "out")
     save_model(small_model("llama", torch.float32), tokenizer, root / "two")
-    options = ["--no-eval", "--quiet", "--allocation", "uniform", "--metric", "error"]
-    assert prune_main([str(root / "one"), "--output", str(root / "out"), *options, *QUICK]) == 0
     return root
 
 

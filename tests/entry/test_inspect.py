@@ -150,7 +150,7 @@ def test_inspect_refuses(tmp_path, capsys):
     refuse(capsys, ["tiny-opt", "--log-level", "loud"], "loud.*--log-level", inspect_main)
 
 
-def test_json_is_all_that_is_on_stdout(opt_folder, tmp_path, capsys):
+def test_json_is_all_that_is_on_stdout(opt_folder, tmp_path, quick_prunes, capsys):
     assert prune_main([str(opt_folder), "--output", str(tmp_path / "out"), "--json", "--no-eval", *QUICK]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.out)

@@ -157,21 +157,23 @@ def test_prune_and_eval_say_which_was_used(bos, tmp_path, capsys, quick_prunes):
     tokenizer = make_tokenizer("adds")
     folder = save_model(small_model("gemma", torch.float32), tokenizer, tmp_path / "gemma")
     assert AutoTokenizer.from_pretrained(folder)("x")["input_ids"][0] == BOS
+    text = tmp_path / "text.txt"
+    text.write_text((BUNDLED / "evaluation.txt").read_text()[:4000])
     options = [] if bos is None else ["--bos", bos]
     used = bos or "always"
-    quick = ["--allocation", "uniform", "--metric", "error", "--quiet", "--eval-dataset", "bundled", *options]
+    quick = ["--allocation", "uniform", "--metric", "error", "--quiet", "--eval-dataset", str(text), *options]
     assert prune_main([str(folder), "--output", str(tmp_path / "out"), *QUICK, *quick]) == 0
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     remark = {"always": ", each after BOS", "once": "", "never": ", without BOS"}[used]
-    for text in (report["calibration"]["text"], report["evaluation"]):
-        assert text.endswith(f" windows of 32 tokens{remark}")
+    for named in (report["calibration"]["text"], report["evaluation"]):
+        assert named.endswith(f" windows of 32 tokens{remark}")
     assert load_recipe(tmp_path / "out/recipe.yaml").bos == used
-    windows = evaluation_windows(tokenizer, Dataset("bundled"), seq_len=32, bos=used)
+    windows = evaluation_windows(tokenizer, Dataset(str(text)), seq_len=32, bos=used)
     assert report["dense"]["perplexity"] == pytest.approx(
         perplexity(small_model("gemma", torch.float32), windows.tokens), rel=1e-4
     )
     capsys.readouterr()
-    measured = [str(folder), str(tmp_path / "out"), "--dataset", "bundled", "--seq-len", "32", "--json", *options]
+    measured = [str(folder), str(tmp_path / "out"), "--dataset", str(text), "--seq-len", "32", "--json", *options]
     assert evaluate_main(measured) == 0
     found = json.loads(capsys.readouterr().out)["models"]
     assert {model["sha256"] for model in found} == {windows.digest}

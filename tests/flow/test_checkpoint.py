@@ -25,7 +25,7 @@ from tests.families import FAMILY_CONFIGS, SAMPLE, VARIANTS
     ("variant", "dtype"),
     [
         ("pre-norm", torch.float32),
-        ("350m", torch.bfloat16),
+        pytest.param("350m", torch.bfloat16, marks=pytest.mark.exhaustive),
         *(pytest.param(v, torch.float16, marks=pytest.mark.exhaustive) for v in ("pre-norm", "350m")),
     ],
 )
@@ -97,7 +97,7 @@ def test_loading_respects_the_checkpoints_dtype_or_the_users(tokenizer, tmp_path
 def test_unknown_models():
     with pytest.raises(SnpError, match="model ./nowhere: no such folder"):
         checkpoint.load("./nowhere", "auto")
-    with pytest.raises(SnpError, match="model nobody/nothing: cannot be loaded"):
+    with pytest.raises(SnpError, match="model nobody/nothing: its config cannot be loaded"):
         checkpoint.load("nobody/nothing", "auto")
 
 
@@ -290,7 +290,9 @@ def test_code_of_a_model_runs_when_it_is_trusted(opt_folder, trap):
     assert trap.exists()
 
 
-@pytest.mark.parametrize("module", ["custom", "somebody/repository--custom"])
+@pytest.mark.parametrize(
+    "module", [pytest.param("custom", marks=pytest.mark.exhaustive), "somebody/repository--custom"]
+)
 def test_a_pruned_model_does_not_point_to_code_that_was_not_trusted(module, opt_folder, trap, tmp_path):
     """Users are told to trust the code of a pruned model, which must then be none but its own."""
     with_code(opt_folder, trap, "config.json", auto_map={"AutoConfig": f"{module}.Config"})
@@ -334,11 +336,9 @@ def test_a_pickle_of_tensors_loads(opt_folder):
     assert torch.equal(dense(tokens).logits, same(tokens).logits)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.exhaustive) for s in (signal.SIGKILL, signal.SIGINT))],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_run_killed_while_writing_leaves_no_output_but_can_be_resumed(number, tmp_path):
     """A real process, really killed once its temporary folder holds weights."""
     out = tmp_path / "out"

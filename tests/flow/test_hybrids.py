@@ -20,7 +20,7 @@ from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe, zeroed
 from tests.differing import DIFFERING, HYBRIDS, LATENTS, MIXTURES, differing_model
 
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
-FEW = ("lfm3", "deepseek_v3")  # in every run of the tests
+FEW = ("lfm3", "falcon_h1", "deepseek_v3")  # in every run of the tests
 TYPES = [name if name in FEW else pytest.param(name, marks=pytest.mark.exhaustive) for name in DIFFERING]
 IN_FLOAT64 = {"qwen3_5_text", "lfm2", "lfm3", "bamba", "falcon_h1", "granitemoehybrid", "olmo_hybrid"} | {
     "recurrent_gemma",
