@@ -21,6 +21,11 @@ GROUPED = {**MULTI_HEAD, "num_key_value_heads": 3}
 WIDE_HEADS = {**GROUPED, "head_dim": 16}  # six heads of 16 of a hidden size of 48
 TWO_KINDS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 OWN_EMBEDDINGS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2048}  # in every block
+SHARED_KEYS = {  # blocks 4 and 5 read those of 2 and 3
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 

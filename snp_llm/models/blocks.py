@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from snp_llm.models import carried
-from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move, without_cache
+from snp_llm.models.calls import BlockCall, call_of, for_windows, move, through, without_cache
+from snp_llm.models.carried import lay_out, like
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
@@ -43,10 +42,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
     seen: list[tuple[int, Tensor, BlockCall]] = []
 
     def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [*signature(type(blocks[index]).forward).parameters][2:]  # after itself and the hidden states
-        if args and carried.OWN in names:
-            args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
-        seen.append((index, hidden, BlockCall(args, kwargs)))
+        seen.append((index, hidden, call_of(blocks[index], args, kwargs)))
         return hidden
 
     def run() -> None:
@@ -63,7 +59,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
             f"{', '.join(map(str, order))}. What cutting one changes is not known; this model is not supported."
         )
     calls = [call for _, _, call in seen]
-    state, laid_out = carried.lay_out(blocks, seen[0][1], [call.kwargs for call in calls])
+    state, laid_out = lay_out(blocks, seen[0][1], [call.kwargs for call in calls])
     return state, [replace(call, carried=of) for call, of in zip(calls, laid_out, strict=True)]
 
 
@@ -71,7 +67,7 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
     device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
-    return _through(block, move(hidden, device), move(for_windows(call, len(hidden)), device))
+    return through(block, move(hidden, device), move(for_windows(call, len(hidden)), device))
 
 
 @torch.no_grad()
@@ -94,7 +90,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     """
 
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return carried.like(hidden, given) if index == len(blocks) - 1 else given
+        return like(hidden, given) if index == len(blocks) - 1 else given
 
     logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **without_cache(model))).logits
     return logits
@@ -150,7 +146,7 @@ def input_gradient(
         output.register_hook(watch)
 
     with torch.enable_grad(), watch_outputs({module: partial(hook, watch) for module, watch in watchers.items()}):
-        output = _through(block, leaf, move(for_windows(call, len(leaf)), device))
+        output = through(block, leaf, move(for_windows(call, len(leaf)), device))
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 
@@ -282,14 +278,6 @@ def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             module._hf_hook = hook
         for held, name, tensor in replaced:
             held[name] = tensor
-
-
-def _through(block: nn.Module, state: Tensor, call: BlockCall) -> Tensor:
-    """The stream after a block, all that is in it where the block is."""
-    if call.carried is None:
-        return first_tensor(block(state, *call.args, **call.kwargs))
-    hidden, given = call.carried.arguments(state)
-    return call.carried.after(state, first_tensor(block(hidden, *call.args, **{**call.kwargs, **given})), given)
 
 
 def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import text_model
-from snp_llm.models.carried import Carried
+from snp_llm.models.carried import OWN, Carried
 from snp_llm.runtime.errors import SnpError
 
 
@@ -26,6 +26,22 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     carried: Carried | None = None
+
+
+def call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+    """A block's arguments, by name where some may be part of the stream."""
+    names = [*signature(type(block).forward).parameters][2:]  # after itself and the hidden states
+    return (
+        BlockCall((), {**dict(zip(names, args, strict=False)), **kwargs}) if OWN in names else BlockCall(args, kwargs)
+    )
+
+
+def through(block: nn.Module, state: Tensor, call: BlockCall) -> Tensor:
+    """The stream after a block, from that before it and its other arguments, all where the block is."""
+    if call.carried is None:
+        return first_tensor(block(state, *call.args, **call.kwargs))
+    hidden, given = call.carried.arguments(state)
+    return call.carried.after(state, first_tensor(block(hidden, *call.args, **{**call.kwargs, **given})), given)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,7 @@ def reloads(names, tokenizer, folder, record) -> None:
     torch.save(TOKENS, folder / "tokens.pt")
     wanted = {}
     for name in names:
-        # Its class in transformers belongs to another type's config, under which no remote code can be registered.
-        for layout in ("uniform",) if name == "sarvam_mla" else ("compact", "uniform"):
+        for layout in ("compact", "uniform"):
             pruned = cut(differing_model(name), tokenizer, layout)
             checkpoint.save(pruned.model, tokenizer, folder / f"{name}-{layout}")
             wanted[f"{name}-{layout}"] = pruned.model(TOKENS).logits

@@ -10,18 +10,13 @@ from snp_llm.models.blocks import capture_calls, input_gradient, loss_gradient, 
 from snp_llm.models.carried import stream_channels
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.window import capture_window
-from tests.families import FAMILY_CONFIGS, OWN_EMBEDDINGS
+from tests.families import FAMILY_CONFIGS, OWN_EMBEDDINGS, SHARED_KEYS
 
 TOKENS = torch.randint(3, 1900, (3, 24), generator=torch.Generator().manual_seed(0))
-SIX = {
-    "num_hidden_layers": 6,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "num_kv_shared_layers": 2,
-    **OWN_EMBEDDINGS,
-}
+SHARED = {**SHARED_KEYS, **OWN_EMBEDDINGS}
 CONFIGS = {
-    "gemma4_text": SIX,
-    "gemma3n_text": {**SIX, "altup_num_inputs": 3, "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0, 0.0, 0.0]},
+    "gemma4_text": SHARED,
+    "gemma3n_text": {**SHARED, "altup_num_inputs": 3, "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0, 0.0, 0.0]},
 }
 
 

@@ -190,6 +190,7 @@ def family_of(config: PretrainedConfig) -> Family:
         for field, usual in names.items()
         if getattr(family, field) == READ
     }
-    if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size
+    # Norms as wide as the hidden size shared by all heads; blocks that read others' keys, and keep all their heads.
+    if keys.get("qk_layernorm") or keys.get("num_kv_shared_layers"):
         found["head_dim_key"] = None
     return replace(family, **found, heads_stay=family.heads_stay or (ALIBI if keys.get("alibi") else ""))
