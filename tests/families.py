@@ -124,6 +124,8 @@ VARIANTS = {
     "olmo:clipped": {**GROUPED, "clip_qkv": 0.5},
 }
 
+MORE = ("gemma3n_text",)  # blocks add more to the stream than their sites put out
+
 IN_FLOAT32 = ("xglm",)  # transformers runs it in no wider type
 
 SAMPLE = ("opt", "llama", "gpt2", "gpt_neox", "gemma3_text", "phi3", "falcon", "cohere")  # as unlike as can be
