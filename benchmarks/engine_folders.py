@@ -73,7 +73,7 @@ TYPES: dict[str, dict] = {
     "falcon": {},
     "gpt_bigcode": {},
     "gptj": {"rotary_dim": 32},
-    "lfm2": {**FOUR, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm2": {**FOUR, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False, "conv_dim": 256},
     "granitemoehybrid": {
         **FOUR,
         **MAMBA,

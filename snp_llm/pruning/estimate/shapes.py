@@ -65,9 +65,9 @@ class Shapes:
         kinds = dict.fromkeys(site.kind for site in self.anatomy.sites)
         return [max((s for s in self.anatomy.sites if s.kind == kind), key=lambda s: s.channels) for kind in kinds]
 
-    def waiting(self, windows: int) -> int:
+    def waiting(self, windows: int, channels: int | None = None) -> int:
         """Bytes that these take where they wait: what is pinned is rounded up to a power of two."""
-        size = self.states(windows)
+        size = self.states(windows, channels)
         return 1 << (size - 1).bit_length() if size and self.device == "cuda" and self.waiting_place == "host" else size
 
     def states(self, windows: int, channels: int | None = None) -> int:
