@@ -102,7 +102,7 @@ def check_converter(folder: Path, tokens: Tensor, path: Path, llama_cpp: Path) -
         reason = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
         return [Check(f"{script.name}: {reason}", float("inf"))]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    checks = check_gguf(model, tokens, path)
+    checks = check_gguf(model, tokens, path) if model.config.model_type in gguf_export.KNOWN else []
     if find_spec("xllamacpp"):
         ids = AutoTokenizer.from_pretrained(folder)(SAID, return_tensors="pt")["input_ids"]
         checks += [check_llama_cpp(model, tokens, path), check_llama_cpp(model, ids, path, SAID)]
@@ -187,6 +187,7 @@ def check_llama_cpp(model: PreTrainedModel, tokens: Tensor, path: Path, said: st
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.n_gpu_layers = tokens.shape[1] + 8, 1, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it would use float16
     params.verbosity, params.warmup = -1, False
     server = xllamacpp.Server(params)
     difference = 0.0

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+KNOWN = ("llama", "mistral")
 TENSORS = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -73,7 +74,7 @@ def metadata(config: PretrainedConfig) -> dict[str, tuple[object, gguf.GGUFValue
     """
     rope = getattr(config, "rope_parameters", {})
     window = getattr(config, "sliding_window", None)
-    if config.model_type not in ("llama", "mistral") or rope["rope_type"] != "default" or window:
+    if config.model_type not in KNOWN or rope["rope_type"] != "default" or window:
         raise SystemExit(
             f"expected a Llama or Mistral config with plain rotary positions and full attention, got "
             f"{config.model_type} with rope {rope.get('rope_type')} and window {window}. Use llama.cpp's converter."

@@ -25,10 +25,11 @@ def main() -> int:
     args = parser.parse_args()
     vocabulary = AutoConfig.from_pretrained(args.folder).vocab_size
     tokens = torch.randint(vocabulary, (PROMPTS, LENGTH), generator=torch.Generator().manual_seed(0))
-    version, found = vllm_log_probabilities(args.folder, tokens, vocabulary)
+    # torch first: vLLM's own backend of transformers' models changes the classes that it takes from there.
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits[:, -1]
+    version, found = vllm_log_probabilities(args.folder, tokens, vocabulary)
     difference = float((logits.log_softmax(-1) - found).abs().max() / logits.abs().max())
     agrees = difference <= TOLERANCE  # false for nan, where a token is missing
     print(

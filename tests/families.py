@@ -20,6 +20,12 @@ MULTI_HEAD = {**TINY, "intermediate_size": 64}
 GROUPED = {**MULTI_HEAD, "num_key_value_heads": 3}
 WIDE_HEADS = {**GROUPED, "head_dim": 16}  # six heads of 16 of a hidden size of 48
 TWO_KINDS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+OWN_EMBEDDINGS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2048}  # in every block
+SHARED_KEYS = {  # blocks 4 and 5 read those of 2 and 3
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+}
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -60,6 +66,7 @@ FAMILY_CONFIGS = {
     "exaone4": {**GROUPED, **TWO_KINDS},
     "falcon": {**TINY, "ffn_hidden_size": 64, "num_kv_heads": 3, "new_decoder_architecture": True},
     "flint": {**WIDE_HEADS, **TWO_KINDS},
+    "gemma3n_text": {**WIDE_HEADS, **TWO_KINDS, **OWN_EMBEDDINGS, "num_kv_shared_layers": 0, "laurel_rank": 4},
     "gemma4_text": {**WIDE_HEADS, **TWO_KINDS, "hidden_size_per_layer_input": 0, "global_head_dim": 32},
     "gemma4_unified_text": {**WIDE_HEADS, **TWO_KINDS, "global_head_dim": 32},
     "glm": WIDE_HEADS,
@@ -116,6 +123,8 @@ VARIANTS = {
     "phi:norms": {**GROUPED, "qk_layernorm": True},
     "olmo:clipped": {**GROUPED, "clip_qkv": 0.5},
 }
+
+MORE = ("gemma3n_text",)  # blocks add more to the stream than their sites put out
 
 IN_FLOAT32 = ("xglm",)  # transformers runs it in no wider type
 

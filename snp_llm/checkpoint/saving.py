@@ -22,6 +22,7 @@ from snp_llm.checkpoint.loading import explained, find_model
 from snp_llm.checkpoint.tokenizer import carry_over, find_processor_files, find_tokenizer_files, without_code
 from snp_llm.models.anatomy import blocks_path, find_blocks
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
+from snp_llm.models.layouts import needs_code
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
 from snp_llm.models.registry import auto_class
@@ -55,7 +56,9 @@ def save(
     folder = Path(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+        # Of a type that transformers does not know it would turn back the names of parts alone, which 4 cannot read.
+        stock = not needs_code(model.config)
+        model.save_pretrained(folder, max_shard_size=LARGEST_SHARD, save_original_format=stock)
     _rewrite(folder / "config.json", config_for_both)
     if tokenizer_of is None:
         tokenizer.save_pretrained(folder)

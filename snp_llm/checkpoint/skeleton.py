@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.checkpoint.loading import explained, find_model, read_config
-from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
+from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites, text_model
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.registry import auto_class
 from snp_llm.models.text_part import text_config
@@ -111,7 +111,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
 
 
 def run_dry(model: PreTrainedModel) -> None:
-    """Runs two tokens through shapes alone, which fails where a config's values do not fit together.
+    """Runs two tokens through shapes of the text model, which fails where a config's values do not fit together.
 
     A model whose code asks for values, which shapes have not, is taken at its word. Most do for the sake of packed
     sequences, and only where no whole mask is given; a whole one that a model does not take (OPT) says nothing of its
@@ -121,7 +121,7 @@ def run_dry(model: PreTrainedModel) -> None:
     for mask in (None, torch.zeros(1, 1, 2, 2, dtype=model.dtype, device="meta")):
         try:
             with torch.no_grad(), torch.device("meta"):
-                model.eval()(tokens, attention_mask=mask, use_cache=False)
+                text_model(model.eval())(tokens, attention_mask=mask, use_cache=False)
             return
         except (RuntimeError, NotImplementedError) as error:
             # Grouped products of shapes want bfloat16; some turn a mask by its dimensions.

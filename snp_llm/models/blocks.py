@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move, without_cache
+from snp_llm.models.calls import BlockCall, call_of, for_windows, move, through, without_cache
+from snp_llm.models.carried import lay_out, like
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
@@ -34,12 +36,13 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
         tokens: (batch, T), int64.
 
     Returns:
-        Hidden states (batch, T, d) and one call per block, on the model's device.
+        Hidden states (batch, T, d), with what else is carried along in further channels, and one call per block, on the
+        model's device.
     """
     seen: list[tuple[int, Tensor, BlockCall]] = []
 
     def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append((index, hidden, BlockCall(args, kwargs)))
+        seen.append((index, hidden, call_of(blocks[index], args, kwargs)))
         return hidden
 
     def run() -> None:
@@ -55,15 +58,16 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
             f"{type(model).__name__}: expected blocks that run once each, one after the other, got blocks "
             f"{', '.join(map(str, order))}. What cutting one changes is not known; this model is not supported."
         )
-    return seen[0][1], [call for _, _, call in seen]
+    calls = [call for _, _, call in seen]
+    state, laid_out = lay_out(blocks, seen[0][1], [call.kwargs for call in calls])
+    return state, [replace(call, carried=of) for call, of in zip(calls, laid_out, strict=True)]
 
 
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
     device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
-    call = move(for_windows(call, len(hidden)), device)
-    return first_tensor(block(move(hidden, device), *call.args, **call.kwargs))
+    return through(block, move(hidden, device), move(for_windows(call, len(hidden)), device))
 
 
 @torch.no_grad()
@@ -86,7 +90,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     """
 
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        return hidden if index == len(blocks) - 1 else given
+        return like(hidden, given) if index == len(blocks) - 1 else given
 
     logits: Tensor = _run_past(blocks, put, lambda: model(tokens, **without_cache(model))).logits
     return logits
@@ -142,8 +146,7 @@ def input_gradient(
         output.register_hook(watch)
 
     with torch.enable_grad(), watch_outputs({module: partial(hook, watch) for module, watch in watchers.items()}):
-        call = move(for_windows(call, len(leaf)), device)
-        output = first_tensor(block(leaf, *call.args, **call.kwargs))
+        output = through(block, leaf, move(for_windows(call, len(leaf)), device))
         return torch.autograd.grad(output, leaf, gradient)[0]
 
 

@@ -1,7 +1,7 @@
 """What a block is called with and what it gives back. Knows no blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -10,15 +10,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import text_model
+from snp_llm.models.carried import OWN, Carried
 from snp_llm.runtime.errors import SnpError
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """All arguments that the model passed to a block besides the hidden states."""
+    """All arguments that the model passed to a block besides the hidden states.
+
+    Attributes:
+        args, kwargs: as they were.
+        carried: those that are part of the stream, where there are any.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    carried: Carried | None = None
+
+
+def call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+    """A block's arguments, by name where some may be part of the stream."""
+    names = [*signature(type(block).forward).parameters][2:]  # after itself and the hidden states
+    return (
+        BlockCall((), {**dict(zip(names, args, strict=False)), **kwargs}) if OWN in names else BlockCall(args, kwargs)
+    )
+
+
+def through(block: nn.Module, state: Tensor, call: BlockCall) -> Tensor:
+    """The stream after a block, from that before it and its other arguments, all where the block is."""
+    if call.carried is None:
+        return first_tensor(block(state, *call.args, **call.kwargs))
+    hidden, given = call.carried.arguments(state)
+    return call.carried.after(state, first_tensor(block(hidden, *call.args, **{**call.kwargs, **given})), given)
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,7 @@ def for_windows(call: BlockCall, windows: int) -> BlockCall:
 def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
     """A nested structure with each of its leaves changed."""
     if isinstance(value, BlockCall):
-        return BlockCall(_changed(value.args, change), _changed(value.kwargs, change))
+        return replace(value, args=_changed(value.args, change), kwargs=_changed(value.kwargs, change))
     if isinstance(value, dict):
         return {k: _changed(v, change) for k, v in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
@@ -72,7 +95,7 @@ def marked(one: Any, two: Any) -> Any:
         if not torch.equal(PerWindow(one).of(2) if doubled else one, two):
             raise SnpError(
                 f"blocks get other arguments for other tokens, of shape {tuple(one.shape)}; expected what depends on "
-                "positions alone. Models with embeddings of their own in every block are not supported."
+                "positions alone. Such models are not supported."
             )
         return PerWindow(one) if doubled else one
     if isinstance(one, dict):

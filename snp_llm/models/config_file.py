@@ -24,8 +24,9 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         The config with more keys. What transformers 5 makes of it differs at most in keys that repeat others.
     """
     family = str(config.get("model_type", "")).removeprefix("snp_")
-    if isinstance(text := config.get("text_config"), dict):
-        config = {**config, "text_config": config_for_both(text)}
+    if isinstance(text := config.get("text_config"), dict):  # where 4 reads whether the head is tied, and 5 does not
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+        config = {**config, "text_config": {**config_for_both(text), **tied}}
     more: dict[str, Any] = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope and family != "gemma3_text":
@@ -42,7 +43,9 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         more[base] = rope["rope_theta"]
     if "partial_rotary_factor" in rope and (family, rope["partial_rotary_factor"]) != ("phi3", 1.0):  # 5 would keep it
         more[share] = rope["partial_rotary_factor"]
-    if rope.get("rope_type", "default") != "default":
+    if "mrope_section" in rope:  # of Qwen's VL
+        more["rope_scaling"] = rope
+    elif rope.get("rope_type", "default") != "default":
         more |= _scaling(family, rope, config.get("max_position_embeddings"))
     return {**config, **more}
 

@@ -5,7 +5,7 @@ linear attention of hybrids, and whatever else a block has.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -139,12 +139,20 @@ def find_attention(block: nn.Module) -> Attention | None:
         names = next((names for names in ATTENTIONS if _is(module, names)), None)
         if names is not None and not _strangers(module, names) and not any(word in path for word in ELSEWHERE):
             found[path] = names
-    if not found:
+    if not found or fills_keys(block) is not None:
         return None
     if len(found) > 1:
         raise SnpError(f"{', '.join(found)}: expected one attention in a block, got {len(found)}.")
     ((path, names),) = found.items()
     return _read_attention(block.get_submodule(path), path, names)
+
+
+def fills_keys(block: nn.Module) -> Any | None:
+    """The attention of a block, where later blocks read its keys and values; they need all of its heads."""
+    for module in block.modules():
+        if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
+            return module
+    return None
 
 
 def of_experts(path: str) -> bool:
@@ -192,6 +200,8 @@ def find_ffn(block: nn.Module) -> Ffn | None:
                 "weights, or this is no FFN that is known here."
             )
     more, stay = _other_channels(module, path, channels, {*inwards, outwards}) if path else ((), "")
+    if getattr(module, "activation_sparsity", 0):
+        stay = "which of them are on depends on the mean and the spread of all"
     return Ffn((*rows, *more), _join(path, outwards), channels, stay)
 
 

@@ -1,5 +1,7 @@
 """How a model calls its blocks for one window, in a form that holds for any number of them. Knows no blocks inside."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,6 @@ def capture_window(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor
     first, calls = capture_calls(model, blocks, tokens)
     _, both = capture_calls(model, blocks, torch.cat([tokens, tokens.roll(1, 1)]))
     return first, [
-        BlockCall(marked(one.args, two.args), marked(one.kwargs, two.kwargs))
+        replace(one, args=marked(one.args, two.args), kwargs=marked(one.kwargs, two.kwargs))
         for one, two in zip(calls, both, strict=True)
     ]

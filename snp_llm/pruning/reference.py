@@ -17,7 +17,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import run_block, watch_outputs
 from snp_llm.models.calls import move
 from snp_llm.models.projections import projection
-from snp_llm.models.site import Site
+from snp_llm.models.site import Site, site_weight
 from snp_llm.models.staying import has_more
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import enough_windows
@@ -161,7 +161,7 @@ def block_reference(
         residual: whether the stream is part of the reference.
         device: to compute on.
     """
-    wanted = {site: dense.like_hidden() for site in sites}
+    wanted = {site: dense.room_for(len(site_weight(block, site))) for site in sites}
     scale = _stream_scale(block) if residual else None
     for at, (hidden, output, outputs) in _outputs(block, sites, dense, len(dense.hidden), device):
         check_finite(output, dense.index)
@@ -185,6 +185,8 @@ def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream, devic
 
     def same() -> bool:
         [(_, (hidden, output, outputs))] = _outputs(block, sites, dense, 1, device)
+        if output.shape != outputs[0].shape:  # more than one hidden state, or other things that go along
+            return False
         added = output - hidden
         whole = outputs[0]
         for other in outputs[1:]:
@@ -219,7 +221,7 @@ def _outputs(
     def run(at: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
         hidden: Tensor = move(dense.hidden[at], device)
         output = run_block(block, hidden, dense.call)
-        outputs = [seen[site].reshape(output.shape) for site in sites]  # some blocks flatten windows inside
+        outputs = [seen[site].reshape(*output.shape[:2], -1) for site in sites]  # some blocks flatten windows inside
         return hidden, output, outputs
 
     with watch_outputs(watchers):

@@ -17,7 +17,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
 from snp_llm.models.offload import copy_unhooked, leave_on_disk
-from snp_llm.models.projections import projection
+from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.cut import cut
@@ -230,7 +230,9 @@ def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream:
     assert site.module is not None
     out = projection(block, site.consumers[0])
     channels = unit_channels(result.kept, site.unit_size).to(out.weight.device)
-    return FixedSite(block.get_submodule(site.module), form, inputs, stream.like_hidden(), channels, out)
+    return FixedSite(
+        block.get_submodule(site.module), form, inputs, stream.room_for(len(weight_of(out))), channels, out
+    )
 
 
 def _form(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite]) -> Any:

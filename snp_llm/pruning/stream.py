@@ -22,7 +22,7 @@ class Stream:
     """Calibration windows of this rank before some block.
 
     Attributes:
-        hidden: hidden states, (windows, T, d), on the storage.
+        hidden: hidden states, (windows, T, d), on the storage; further channels hold what else blocks read of it.
         calls: every block's other arguments, for one window; windows are equally long, so they hold for any batch.
         index: of the block that comes next.
         windows: which of all calibration windows these are.
@@ -50,7 +50,11 @@ class Stream:
 
     def like_hidden(self) -> Tensor:
         """Room for as many hidden states, on the storage."""
-        return self.storage.empty(*self.hidden.shape, dtype=self.hidden.dtype)
+        return self.room_for(self.hidden.shape[-1])
+
+    def room_for(self, channels: int) -> Tensor:
+        """Room for so many values a token, (windows, T, channels), on the storage."""
+        return self.storage.empty(*self.hidden.shape[:2], channels, dtype=self.hidden.dtype)
 
     def first(self, count: int) -> "Stream":
         """Stream of the first so many of all windows, this rank's among them, with hidden states of its own."""

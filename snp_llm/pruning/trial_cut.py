@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -80,7 +81,14 @@ def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:
     """
     texts = torch.cat([window, window.flip(1)])
     home = next(model.get_input_embeddings().parameters()).device
-    wanted = model(texts.to("cpu" if home.type == "meta" else home), **without_cache(model)).logits.cpu().double()
+    texts = texts.to("cpu" if home.type == "meta" else home)
+    try:
+        wanted = model(texts, **without_cache(model)).logits.cpu().double()
+    except AttributeError as error:  # of its own code
+        raise SnpError(
+            f"{type(model).__name__} does not run over a text in transformers {transformers.__version__}, dense or "
+            f"pruned: {reason(error)}. Use another version."
+        ) from error
     try:
         difference = float((logits_block_by_block(model, texts) - wanted).abs().max() / wanted.abs().max())
         said = f"differ by {difference:.1e} of the largest"

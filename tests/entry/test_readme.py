@@ -157,6 +157,10 @@ def test_a_block_does_what_it_says(block, here, done, monkeypatch):
     elif block.language == "":
         for words in commands(block):
             run_or_parse(words, done, monkeypatch)
+    elif block.language == "diff":
+        named, *added = block.text.splitlines()
+        lines = (ROOT / named.removeprefix("--- a/")).read_text().splitlines()
+        assert all(line.startswith("+") and line[1:] in lines for line in added)
     else:
         assert block.language == "text", (
             f"{block}: {block.language!r} is no kind of block"

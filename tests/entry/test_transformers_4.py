@@ -16,22 +16,33 @@ from snp_llm.data.sources import BUNDLED
 from tests.conftest import small_model, small_recipe
 from tests.entry.test_readme import ROOT
 from tests.families import IN_BOTH, every_family
+from tests.flow.test_multimodal import cut
 from tests.models.test_config_file import TYPES, rope_overrides
+from tests.wrappers import WRAPPERS, small_wrapper
 
 PYTHON = ROOT / ".venv-transformers-4/bin/python"
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no environment with transformers 4: make venv-transformers-4"
+)
+# 4 lacks the others, or computes something else of them (PaliGemma, VipLlava), saved by transformers 5 itself as well.
+WRAPPERS_IN_BOTH = (
+    *("gemma3", "llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "mistral3", "idefics3", "smolvlm"),
+    *("internvl", "aya_vision", "got_ocr2"),
+)
 TEXT = "The value <tool> of x"
 # Runs in either version.
 READ = """
 import json, sys, torch, transformers
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+auto = getattr(transformers, sys.argv[3])
 root, version = Path(sys.argv[1]), transformers.__version__[0]
 tokens, found, said = load_file(root / "tokens.safetensors")["tokens"], {}, {}
 for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto.from_pretrained(
             folder, dtype="auto", trust_remote_code=folder.name.endswith("-compact"), attn_implementation="eager"
         ).eval()
         with torch.no_grad():
@@ -50,8 +61,6 @@ save_file(found, root / f"logits-{version}.safetensors")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Logits and words of both versions, by folder: every family, pruned and with every kind of rotary embedding."""
-    if not PYTHON.exists():
-        pytest.skip("no environment with transformers 4: make venv-transformers-4")
     root = tmp_path_factory.mktemp("folders")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
@@ -80,12 +89,16 @@ def results(tmp_path_factory):
         {"tokens": torch.randint(3, 2048, (2, 48), generator=torch.Generator().manual_seed(0))},
         root / "tokens.safetensors",
     )
+    return in_both(root, "AutoModelForCausalLM")
+
+
+def in_both(root, auto):
+    """Logits and words of both versions, by folder in `root`."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(root.parent / "modules")}
     environment.pop("PYTHONPATH", None)
     for python in (PYTHON, sys.executable):
-        run = subprocess.run(
-            [str(python), "-c", READ, str(root), TEXT], cwd=root, env=environment, capture_output=True, text=True
-        )
+        command = [str(python), "-c", READ, str(root), TEXT, auto]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
     return {
         version: (
@@ -114,3 +127,25 @@ def test_every_folder_computes_the_same_in_both(model_type, results):
             difference = float((four[name] - five[name]).abs().max() / five[name].abs().max())
             print(f"{name}: {difference:.1e}")
             assert difference <= close, name
+
+
+@pytest.mark.exhaustive
+def test_models_that_read_images_compute_the_same_in_both(tmp_path, monkeypatch):
+    root, tokenizer = tmp_path / "folders", AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
+    root.mkdir()
+    tokens = torch.randint(3, 1900, (2, 48), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, root / "tokens.safetensors")
+    for model_type in WRAPPERS_IN_BOTH:
+        text = WRAPPERS[model_type][0]["text_config"]
+        if model_type != "gemma3":  # a base that is no default
+            rope = {"rope_type": "default", **text.get("rope_parameters", {}), "rope_theta": 500.0}
+            monkeypatch.setitem(text, "rope_parameters", rope)
+        dense = small_wrapper(model_type)
+        checkpoint.save(dense, tokenizer, root / f"{model_type}-dense")
+        for layout in ("uniform", "compact"):
+            checkpoint.save(cut(dense, tokenizer, layout=layout).model, tokenizer, root / f"{model_type}-{layout}")
+    found = in_both(root, "AutoModelForImageTextToText")
+    (four, _), (five, _) = found["4"], found["5"]
+    assert set(four) == set(five) and len(five) == 3 * len(WRAPPERS_IN_BOTH)
+    for name, logits in five.items():
+        assert (four[name] - logits).abs().max() <= 1e-5 * logits.abs().max(), name

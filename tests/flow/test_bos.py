@@ -21,7 +21,7 @@ from tests.entry.test_cli import QUICK, refuse
 from tests.families import every_family
 
 BOS = 0
-GEMMAS = ["gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "vaultgemma"]
+GEMMAS = ["gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "vaultgemma"]
 
 
 def make_tokenizer(kind):

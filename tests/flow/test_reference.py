@@ -11,12 +11,12 @@ from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, input_of, output_of, run_block
 from snp_llm.models.projections import projection, weight_of
 from tests.conftest import small_model, small_recipe
-from tests.families import IN_FLOAT32, every_family
+from tests.families import IN_FLOAT32, MORE, every_family
 
 CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples": 12, "dampening": 1e-9}
 # What their sites put out goes through a norm before it is added, or the sum does.
 NORMALISED = (
-    *("gemma2", "gemma3_text", "olmo2", "beam", "exaone4", "gemma4_text", "gemma4_unified_text", "glm4", "hyperclovax"),
+    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo2", "beam", "exaone4", "glm4", "hyperclovax"),
     *("olmo3", "openai-gpt"),
     "gpt_neox_japanese",  # its last block adds a bias of its own, which its FFN is taken to put out as well
 )
@@ -33,7 +33,7 @@ def flat(x):
 
 @pytest.mark.parametrize("referred", [12, 9], ids=["all", "some"])
 @pytest.mark.parametrize("reference", ["dense", "residual"])
-@every_family(*NORMALISED, *STUCK, *IN_FLOAT32)
+@every_family(*NORMALISED, *STUCK, *MORE, *IN_FLOAT32)
 def test_every_site_is_the_least_squares_solution(model_type, reference, referred, tokenizer, monkeypatch):
     """At each site lstsq on what really arrives there, for a reference taken from the dense model's own stream.
 

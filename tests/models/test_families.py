@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config, ViTConfig
 
 from snp_llm import prune
+from snp_llm.models import carried
 from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
 from snp_llm.models.families import decoders
 from snp_llm.models.families.decoders import FAMILIES, WRAPPERS, find_family
@@ -157,7 +158,7 @@ def test_a_type_without_an_entry_is_pruned_with_a_remark(tokenizer, monkeypatch,
     assert pruned.config.model_type == "snp_arcee" and any("no entry in the table" in m for m in caplog.messages)
 
 
-def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_refused(tokenizer):
+def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_refused(tokenizer, monkeypatch):
     config = AutoConfig.for_model("hrm_text", **GROUPED, num_layers_per_stack=2)
     looped = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 0, 1"):
@@ -166,6 +167,7 @@ def test_models_that_run_blocks_again_or_give_them_what_depends_on_tokens_are_re
     looped = AutoModelForCausalLM.from_config(AutoConfig.for_model("dory", **{**GROUPED, **parts})).eval()
     with pytest.raises(SnpError, match="expected blocks that run once each, .* got blocks 0, 1, 2, 1, 2, 3"):
         prune(looped, tokenizer, small_recipe(num_samples=2))
+    monkeypatch.setattr(carried, "OWN", "of another name")
     fed = small_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=2048)
     with pytest.raises(SnpError, match="blocks get other arguments for other tokens"):
         prune(fed, tokenizer, small_recipe(num_samples=2))

@@ -81,7 +81,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         yield Part("curves", device, "block", visited_blocks, at_hand)
         yield Part("curves", waiting, "visit", "hidden states of the visit", visited)
         yield from _sites("curves", shapes, shapes.widest, drifting=False, holding_out=recipe.needs_gradients)
-    inputs = states * sum(site.channels for site in shapes.widest[:-1]) // d
+    inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in shapes.widest[:-1])
     yield Part("prune", device, "block", "a dense block and its copy", 2 * block)
     yield Part("prune", waiting, "hidden", "hidden states of the calibration tokens", 2 * states + inputs)
     yield Part("prune", waiting, "hidden", "hidden states of the dense model", 3 * referred)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import Anatomy, find_anatomy
+from snp_llm.models.carried import stream_channels
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.text_part import text_config
@@ -40,7 +41,7 @@ class Shapes:
 
     @property
     def hidden(self) -> int:
-        """d, channels of the stream between blocks."""
+        """d, channels that a site puts out."""
         return int(text_config(self.anatomy.model.config).hidden_size)
 
     @property
@@ -64,14 +65,15 @@ class Shapes:
         kinds = dict.fromkeys(site.kind for site in self.anatomy.sites)
         return [max((s for s in self.anatomy.sites if s.kind == kind), key=lambda s: s.channels) for kind in kinds]
 
-    def waiting(self, windows: int) -> int:
+    def waiting(self, windows: int, channels: int | None = None) -> int:
         """Bytes that these take where they wait: what is pinned is rounded up to a power of two."""
-        size = self.states(windows)
+        size = self.states(windows, channels)
         return 1 << (size - 1).bit_length() if size and self.device == "cuda" and self.waiting_place == "host" else size
 
-    def states(self, windows: int) -> int:
-        """Bytes of the hidden states of so many windows."""
-        return windows * self.recipe.seq_len * self.hidden * self.anatomy.model.dtype.itemsize
+    def states(self, windows: int, channels: int | None = None) -> int:
+        """Bytes of so many windows of the stream between blocks, or of so many channels."""
+        channels = channels or stream_channels(self.anatomy.blocks, self.hidden)
+        return windows * self.recipe.seq_len * channels * self.anatomy.model.dtype.itemsize
 
 
 def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
