@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from snp_llm.models.calls import BlockCall, first_tensor, for_windows, move, without_cache
+from snp_llm.models.segments import Segments
+from snp_llm.models.task import task_of
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
     Returns:
         Hidden states (batch, T, d) and one call per block, on the model's device.
     """
+    if isinstance(blocks, Segments):
+        return tokens, [BlockCall((), {}) for _ in blocks]
     seen: list[tuple[int, Tensor, BlockCall]] = []
 
     def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -85,6 +89,9 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
         (batch, T, vocabulary).
     """
 
+    if isinstance(blocks, Segments):
+        return hidden
+
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden if index == len(blocks) - 1 else given
 
@@ -93,7 +100,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of the summed negative log-likelihood of tokens 2..T with respect to what the last block puts out.
+    """Gradient of the summed negative log-likelihood, the task's, with respect to what the last block puts out.
 
     Args:
         model: its embeddings, last norm and head are where `hidden` is.
@@ -108,8 +115,7 @@ def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor,
     for window, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one at a time: logits are large
         leaf = states.detach().requires_grad_()
         with torch.enable_grad():
-            logits = logits_of(model, blocks, window, leaf)[0, :-1]
-            loss = nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum")
+            loss = task_of(model.config).loss(logits_of(model, blocks, window, leaf), window)
             gradients.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(gradients)
 
