@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from snp_llm.checkpoint.processor import load_processor
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
 from snp_llm.data.sources import BUNDLED
 from snp_llm.models import modeling_snp
@@ -25,6 +26,7 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.offload import complete_index, in_two_files, other_shapes
 from snp_llm.models.registry import auto_class
+from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import TINY_OPT
 from snp_llm.runtime.errors import SnpError, reason
@@ -47,7 +49,7 @@ MODELING = Path(modeling_snp.__file__)
 def load(
     name: str, dtype: str, *, trust_remote_code: bool = False, on_disk: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model of a supported family and its tokenizer, on the CPU.
+    """A model of a supported family, and its tokenizer or image processor, on the CPU.
 
     Args:
         name: hub id, local folder, or `tiny-opt`.
@@ -94,16 +96,16 @@ def load(
     for verb, keys in (("lacks", info["missing_keys"]), ("has no place in its config for", info["unexpected_keys"])):
         if keys:
             raise SnpError(f"model {name}: the checkpoint {verb} {len(keys)} tensors, {sorted(keys)[0]} first.")
-    return model.eval().requires_grad_(False), load_tokenizer(name, model, trust_remote_code=trust_remote_code)
+    load_reader = READERS[task_of(config).name]
+    return model.eval().requires_grad_(False), load_reader(name, path, model, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(name: str, model: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+def load_tokenizer(name: str, path: str, model: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, which transformers finds at a path.
 
     Raises:
         SnpError: there is none, it cannot be loaded, or it is another model's.
     """
-    path = find_model(name)
     with explained(name, "tokenizer of "):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         missing = not find_tokenizer_files(path, tokenizer)
@@ -122,6 +124,9 @@ def load_tokenizer(name: str, model: PreTrainedModel, *, trust_remote_code: bool
             f"it has {len(ids):,}, up to id {max(ids, default=-1):,}. They do not belong together."
         )
     return tokenizer
+
+
+READERS: dict[str, Callable[..., Any]] = {"text": load_tokenizer, "images": load_processor}
 
 
 def find_model(name: str) -> str:

@@ -7,9 +7,8 @@ import sys
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
-given, result, auto_class = sys.argv[1:]
+given, result, auto_class, reader, options = sys.argv[1:]
 loader = getattr(transformers, auto_class)
 line = sys.stdin.readline()
 if not line:  # whoever wanted to know is gone
@@ -21,8 +20,8 @@ model = loader.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", **(on_disk if device == "cpu" else {"device_map": {"": device}})
 )
 model.eval()
-AutoTokenizer.from_pretrained(folder)
+getattr(transformers, reader).from_pretrained(folder)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
 tokens = load_file(given)["tokens"].to(device)
 with torch.no_grad():
-    save_file({"logits": model(tokens, use_cache=False).logits.cpu().contiguous()}, result)
+    save_file({"logits": model(tokens, **json.loads(options)).logits.cpu().contiguous()}, result)

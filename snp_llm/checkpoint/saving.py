@@ -16,16 +16,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.loading import explained, find_model
-from snp_llm.checkpoint.tokenizer import carry_over, find_processor_files, find_tokenizer_files, without_code
-from snp_llm.models.anatomy import blocks_path, find_blocks
+from snp_llm.checkpoint.readers import reader_for
+from snp_llm.checkpoint.tokenizer import carry_over, without_code
+from snp_llm.models.anatomy import block_prefixes, find_blocks
+from snp_llm.models.blocks import on_device
+from snp_llm.models.calls import without_cache
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
 from snp_llm.models.registry import auto_class
+from snp_llm.models.segments import Segments
+from snp_llm.models.task import task_of
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -65,8 +71,7 @@ def save(
         without_code(folder)
         _rewrite(folder / "tokenizer_config.json", tokenizer_for_both)
     else:
-        source = find_model(tokenizer_of)
-        carry_over({**find_tokenizer_files(source, tokenizer), **find_processor_files(source)}, folder)
+        carry_over(reader_for(model.config).files(find_model(tokenizer_of), tokenizer), folder)
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -129,7 +134,7 @@ def fresh_process(dense: PreTrainedModel) -> Iterator[FreshProcess]:
         scratch = Path(name)
         arguments = [
             *(str(scratch / f"{n}.safetensors") for n in ("tokens", "logits")),
-            auto_class(dense.config).__name__,
+            *(auto_class(dense.config).__name__, task_of(dense.config).reader, json.dumps(without_cache(dense))),
         ]
         with open(scratch / "stderr", "wb") as said:
             # The code goes in as text and the process starts elsewhere, so that neither can be found through the path.
@@ -178,7 +183,7 @@ def compare(
         with fresh_process(dense) as again:
             again.load(folder, tokens)
             return compare(dense, pruned, folder, tokens, again)
-    logits = logits_block_by_block(dense, tokens, find_blocks(pruned), fresh.device)
+    logits = expected_logits(dense, pruned, tokens, fresh.device)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
         raise SnpError(
@@ -186,6 +191,16 @@ def compare(
             f"largest, expected at most {LOGIT_TOLERANCE[pruned.dtype]:.0e}."
         )
     return difference
+
+
+def expected_logits(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: Tensor, device: torch.device) -> Tensor:
+    """Logits of the loaded model with the pruned blocks, or with the pruned tensors in all of its layers."""
+    blocks = find_blocks(pruned)
+    if not isinstance(blocks, Segments):
+        return logits_block_by_block(dense, tokens, blocks, device)
+    with torch.no_grad(), on_device(dense, device), on_device(pruned, device):
+        found: Tensor = functional_call(dense, dict(pruned.state_dict()), (tokens.to(device),)).logits
+    return found.cpu()
 
 
 def verify(
@@ -210,9 +225,10 @@ def check_kept(dense: PreTrainedModel, folder: Path) -> None:
         )
         saved, info = found
         complete_index(saved)
-        prefix = blocks_path(dense) + "."
+        prefixes, blocks = block_prefixes(dense), find_blocks(dense)
+        inside = {prefix + k for prefix, block in zip(prefixes, blocks, strict=True) for k in block.state_dict()}
         loaded, kept = (
-            {name: (tensor, index.get(name)) for name, tensor in model.state_dict().items() if prefix not in name}
+            {name: (tensor, index.get(name)) for name, tensor in model.state_dict().items() if name not in inside}
             for model, index in ((dense, disk_index(dense)), (saved, disk_index(saved)))
         )
         wrong = [*info["missing_keys"], *info["unexpected_keys"], *(loaded.keys() ^ kept.keys())]

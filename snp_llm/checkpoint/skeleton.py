@@ -12,16 +12,15 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.checkpoint.loading import explained, find_model, read_config
-from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites, text_model
+from snp_llm.checkpoint.readers import reader_for
+from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.registry import auto_class
+from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.runtime.errors import SnpError, reason, shown
 
 MOST_BLOCKS = 10_000  # that are built to look at their shapes
-
-# What a tokenizer's files are called, in all of transformers.
-TOKENIZER_FILES = ("token*", "vocab*", "merges*", "spiece*", "tekken*", "*.model", "*.tiktoken")
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -43,6 +42,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConf
     config = read_config(name, trust_remote_code=trust_remote_code)
     with explained(name, part="its config "):
         check_values(name, config)
+        reader_for(config).prepare(config, path)
     return config
 
 
@@ -111,24 +111,24 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
 
 
 def run_dry(model: PreTrainedModel) -> None:
-    """Runs two tokens through shapes of the text model, which fails where a config's values do not fit together.
+    """Runs a smallest input through shapes of the part to be pruned, which fails where values do not fit together.
 
     A model whose code asks for values, which shapes have not, is taken at its word. Most do for the sake of packed
     sequences, and only where no whole mask is given; a whole one that a model does not take (OPT) says nothing of its
     config either.
     """
-    tokens = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    for mask in (None, torch.zeros(1, 1, 2, 2, dtype=model.dtype, device="meta")):
+    run = task_of(model.config).smallest
+    for masked in (False, True):
         try:
             with torch.no_grad(), torch.device("meta"):
-                text_model(model.eval())(tokens, attention_mask=mask, use_cache=False)
+                run(model.eval(), masked)
             return
         except (RuntimeError, NotImplementedError) as error:
             # Grouped products of shapes want bfloat16; some turn a mask by its dimensions.
             if not any(word in str(error) for word in ("meta", "mat_a", "permute")):
                 raise
         except (ValueError, TypeError, IndexError):
-            if mask is None:
+            if not masked:
                 raise
 
 
@@ -157,11 +157,11 @@ def check_text_weights(name: str, model: PreTrainedModel) -> None:
     )
 
 
-def check_tokenizer(name: str) -> None:
-    """Raises SnpError if a local folder holds no tokenizer, before its weights are read."""
-    path = Path(find_model(name))
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+def check_reader(name: str, config: PretrainedConfig) -> None:
+    """Raises SnpError if a local folder holds no tokenizer, or image processor, before its weights are read."""
+    path, reader, auto = Path(find_model(name)), reader_for(config), task_of(config).reader
+    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in reader.patterns):
         raise SnpError(
-            f"model {name}: no tokenizer in that folder; expected tokenizer.json or another tokenizer's files beside "
-            "the weights. Save it there: AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
+            f"model {name}: no {reader.word} in that folder; expected {reader.usual} or another {reader.word}'s files "
+            f"beside the weights. Save it there: {auto}.from_pretrained(ORIGINAL).save_pretrained(FOLDER)."
         )

@@ -67,8 +67,11 @@ def find_processor_files(source: str) -> dict[str, Path]:
 
 
 def reader_of(folder: Path) -> str:
-    """The Auto class that reads inputs for the model in a folder: its processor's, where it has one."""
-    return "AutoProcessor" if any((folder / name).exists() for name in PROCESSORS) else "AutoTokenizer"
+    """The Auto class that reads inputs for the model in a folder: for images, for texts, or for both."""
+    processor, tokenizer = (any((folder / name).exists() for name in names) for names in (PROCESSORS, NAMES))
+    if not processor:
+        return "AutoTokenizer"
+    return "AutoProcessor" if tokenizer else "AutoImageProcessor"
 
 
 def carry_over(files: dict[str, Path], folder: Path) -> None:

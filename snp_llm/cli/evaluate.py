@@ -1,4 +1,4 @@
-"""`snp-llm eval`: perplexity and tasks, as a table. Parses no arguments."""
+"""`snp-llm eval`: perplexity and tasks, or accuracy, as a table. Parses no arguments."""
 
 import logging
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ from rich.table import Table
 
 from snp_llm.checkpoint import contents
 from snp_llm.checkpoint.contents import check_own_folder
+from snp_llm.checkpoint.skeleton import load_config
 from snp_llm.cli.report import write_page
 from snp_llm.evaluate import side_by_side
+from snp_llm.evaluate.classified import classify
 from snp_llm.evaluate.side_by_side import Evaluated
+from snp_llm.models.task import task_of
 from snp_llm.recipe.commands import EvaluationRecipe, Talk
 from snp_llm.report import evaluation as evaluation_report
 from snp_llm.runtime.terminal import print_json, print_table, progress, table_of
@@ -64,7 +67,40 @@ def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
 
 
 def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
-    """Measure perplexity and tasks, and print them with everything needed to repeat the numbers."""
+    """Measure how good models are, and print it with everything needed to repeat the numbers."""
+    first = load_config(recipe.models[0], trust_remote_code=recipe.trust_remote_code)
+    RUNS[task_of(first).name](recipe, talk)
+
+
+def run_classified(recipe: EvaluationRecipe, talk: Talk) -> None:
+    """Measure the accuracy of classifiers of images."""
+    own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
+    if recipe.save and not own:
+        check_own_folder("--save", recipe.models[0])
+    with progress(len(recipe.models), "evaluating") as on_step:
+        results = classify(recipe, on_step)
+    if talk.json:
+        print_json({"models": [asdict(result) for result in results]})
+    else:
+        columns = ["", "top-1, %", "top-5, %", "parameters", "size, MB", "MFLOPs an image", "images a second"]
+        rows = [
+            [
+                *(r.model, f"{r.top1:.2f}", "-" if r.top5 is None else f"{r.top5:.2f}", f"{r.parameters:,}"),
+                *(f"{r.bytes / 1e6:,.2f}", f"{r.flops / 1e6:,.1f}", f"{r.speed:,.0f}"),
+            ]
+            for r in results
+        ]
+        print_table(table_of(columns, rows))
+        for text in dict.fromkeys(result.text for result in results):
+            print(f"accuracy on {text}")
+    for result in results if recipe.save else []:
+        if result.model in own:
+            evaluation_report.save_classified(result, Path(result.model))
+            write_page(Path(result.model))
+
+
+def run_texts(recipe: EvaluationRecipe, talk: Talk) -> None:
+    """Measure perplexity and tasks."""
     own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
@@ -88,3 +124,6 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
             if result.model in own:
                 evaluation_report.save(result, recipe, Path(result.model))
                 write_page(Path(result.model))
+
+
+RUNS = {"text": run_texts, "images": run_classified}

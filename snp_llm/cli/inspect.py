@@ -12,23 +12,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.skeleton import load_skeleton
+from snp_llm.cli.inspect_segments import inspect_segments, print_segments, segment_layout_facts
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_types
 from snp_llm.models.projections import Projection
 from snp_llm.models.registry import dense_type
+from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.staying import mixers, what_stays
 from snp_llm.models.structure import of_experts
+from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.plan import site_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
-from snp_llm.recipe.recipe import Layout, Recipe
+from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
 from snp_llm.runtime.device import device_name, devices_here, matmul_rates
 from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
 from snp_llm.runtime.terminal import print_json, print_table, table_of
@@ -62,13 +65,15 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         recipe: of the prune whose resources are estimated; not resolved.
     """
     anatomy = find_anatomy(model, recipe.head_unit)
+    if isinstance(anatomy.blocks, Segments):
+        return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks
     firsts = {site.kind: site for site in reversed(anatomy.sites)}
     resolved = resolve(recipe, model)
     size = model_size(model, resolved.seq_len)
-    needed = estimate(model, resolved)
     return {
         "model": recipe.model,
+        "task": task_of(model.config).name,
         "family": family.name,
         "model_type": model.config.model_type,
         "blocks": len(blocks),
@@ -86,7 +91,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
             layout: layout_facts(anatomy, layout, resolve(replace(recipe, layout=layout), model).round_to)
             for layout in LAYOUTS
         },
-        "prune": _resource_facts(needed, resolved),
+        "prune": resource_facts(model, resolved),
     }
 
 
@@ -182,6 +187,8 @@ def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, A
         what else does where all heads stay.
     """
     dense, family = anatomy.model, anatomy.family
+    if isinstance(anatomy.blocks, Segments):
+        return segment_layout_facts(anatomy, layout, round_to)
     attentions = [site for site in anatomy.sites if site.heads is not None and site.prunable]
     own, alone = dense_type(dense.config), text_config(dense.config) is dense.config
     heads_go, types, engines = bool(attentions), [own], family.engines
@@ -209,6 +216,11 @@ def layout_line(layout: str, facts: dict[str, Any]) -> str:
     """What a layout writes and what loads it, on one line."""
     also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
     channels = "" if facts["channels"] == "go" else f"FFN channels {facts['channels']}; "
+    if "heads" not in facts:
+        return (
+            f"layout {layout}: widths: {facts['widths']}, in multiples of {facts['round_to']}; saved as "
+            f"{' or '.join(facts['saved_as'])}; loads in {', '.join(facts['loads_in'])}"
+        )
     return (
         f"layout {layout}: widths: {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
         f"{facts['heads']}; {channels}saved as {' or '.join(facts['saved_as'])}; loads in "
@@ -227,8 +239,9 @@ def _site_facts(site: Site) -> dict[str, Any]:
     }
 
 
-def _resource_facts(needed: Estimate, recipe: Recipe) -> dict[str, Any]:
-    name = device_name(recipe.device)
+def resource_facts(model: PreTrainedModel, recipe: ResolvedRecipe) -> dict[str, Any]:
+    """What a prune takes, ready for JSON."""
+    name, needed = device_name(recipe.device), estimate(model, recipe)
     return {
         "windows": recipe.num_samples,
         "seq_len": recipe.seq_len,
@@ -254,6 +267,10 @@ def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, A
 
 def print_inspection(facts: dict[str, Any]) -> None:
     """Prints an inspection for people."""
+    if "segments" in facts:
+        print_segments(facts)
+        print_estimate(facts["prune"], facts["prune"]["device"])
+        return
     print(
         f"{facts['model']}: {facts['family']} ({facts['model_type']}), {facts['blocks']} blocks, hidden size "
         f"{facts['hidden_size']:,}, {facts['positions']:,} positions, {facts['dtype']}, "
@@ -274,7 +291,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     kinds = [(k, n) for k, n in facts["parameters"].items() if n or k == "head"]
     rows = [(kind, f"{count:,}", f"{100 * count / everything:.1f} %") for kind, count in kinds]
     print_table(table_of(("parameters", "", "share"), rows))
-    if not facts["parameters"]["head"]:
+    if not facts["parameters"]["head"] and facts["task"] == "text":
         print("the head is tied to the embeddings")
     print()
     print_sparsity(facts["sparsity"])
@@ -296,7 +313,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print_table(table_of(columns, rows))
     print()
     prune = facts["prune"]
-    print(f"A prune on {prune['windows']} windows of {prune['seq_len']:,} tokens, evaluation not counted:")
+    what = "images" if facts["task"] == "images" else "windows"
+    print(f"A prune on {prune['windows']} {what} of {prune['seq_len']:,} tokens, evaluation not counted:")
     print_estimate(prune, prune["device"])
 
 

@@ -6,7 +6,6 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from snp_llm import checkpoint
 from snp_llm.checkpoint import contents, hub, output
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.skeleton import check_text_weights, check_tokenizer, load_skeleton
-from snp_llm.checkpoint.tokenizer import check_carried, find_tokenizer_files
+from snp_llm.checkpoint.readers import reader_for
+from snp_llm.checkpoint.skeleton import check_reader, check_text_weights, load_config, load_skeleton
 from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
-from snp_llm.data.sources import BUNDLED, Dataset, check_dataset
-from snp_llm.data.windows import Windows, evaluation_windows
-from snp_llm.evaluate import perplexity, prefill
+from snp_llm.data.sources import BUNDLED
+from snp_llm.evaluate.material import Figures, material_of
 from snp_llm.models import size as model_sizes
-from snp_llm.models import text
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
 from snp_llm.models.staying import what_stays
@@ -39,19 +36,16 @@ from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
 from snp_llm.recipe.file import save_recipe
-from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts
-from snp_llm.report.rows import closing_table
+from snp_llm.report.rows import closing_table, measured_by
 from snp_llm.report.words import asked
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import Clock, compute_device, describe_device, hand_back, place_for_another
 from snp_llm.runtime.terminal import print_json, progress
 
 log = logging.getLogger("snp_llm")
-
-
-LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
 
 
 def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | None = None) -> None:
@@ -64,12 +58,10 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
         config: the recipe file that it started from.
     """
     folder, inputs = output_folder(recipe), inputs_of(recipe, config)
-    usual = usual_text(recipe.model)
-    calibration, eval_dataset = recipe.calibration or usual, recipe.eval_dataset or usual
-    recipe = replace(recipe, calibration=calibration, eval_dataset=eval_dataset)
-    check_dataset(Dataset(calibration, recipe.calibration_split, recipe.text_column), "calibration")
+    material = material_of(load_config(recipe.model, trust_remote_code=recipe.trust_remote_code))
+    material.check(recipe, "calibration")
     if recipe.eval:
-        check_dataset(Dataset(eval_dataset, recipe.eval_split, recipe.text_column), "evaluation")
+        material.check(recipe, "evaluation")
     if not recipe.dry_run:
         output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
@@ -102,7 +94,7 @@ def output_folder(recipe: Recipe) -> Path:
 def check_model(recipe: Recipe) -> None:
     """Refuses, by the model's config alone, what cannot be built, pruned, or brought down to the budget."""
     skeleton = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-    check_tokenizer(recipe.model)
+    check_reader(recipe.model, skeleton.config)
     check_text_weights(recipe.model, skeleton)
     check_table(recipe)
     check_budget(skeleton, run.resolve(recipe, skeleton))
@@ -119,17 +111,16 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     with clock.phase("loading"):
         dense, tokenizer = load_on_disk(recipe, partial)
     resolved = place_hidden_states(dense, run.resolve(recipe, dense, tokenizer))
-    files = find_tokenizer_files(checkpoint.find_model(resolved.model), tokenizer)
-    check_carried(resolved.model, files, tokenizer, possible_types(dense, resolved.layout))
+    material, reader = material_of(dense.config), reader_for(dense.config)
+    files = reader.files(checkpoint.find_model(resolved.model), tokenizer)
+    reader.check(resolved.model, files, tokenizer, possible_types(dense, resolved.layout))
     announce(dense, resolved, partial.parent, talk)
-    windows: Windows | None = None
-    if resolved.eval:  # read before pruning, so that a mistake in it costs seconds
-        dataset = Dataset(resolved.eval_dataset, resolved.eval_split, resolved.text_column)
-        windows = evaluation_windows(tokenizer, dataset, seq_len=resolved.seq_len, bos=resolved.bos)
-        text.check_tokens(windows, dense)
+    # Read before pruning, so that a mistake in it costs seconds.
+    evaluation = material.evaluation(tokenizer, resolved, dense) if resolved.eval else None
     journal = Journal(partial / contents.JOURNAL, resolved.save_every, behind=device.type != "cpu")
     steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
-    perplexities: list[float | None] = [None, None]
+    figures: list[Figures] = [{}, {}]
+    measured_on: str | None = None
     with ExitStack() as stack:
 
         def start() -> checkpoint.FreshProcess:
@@ -142,7 +133,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         ) as on_step:  # a search's end is not known
             pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
         hand_back(device)
-        compared, models = pruned.calibration.tokens[:1, :LONGEST_COMPARISON], (dense, pruned.model)
+        compared, models = material.compared(pruned.calibration), (dense, pruned.model)
         sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
 
         def save() -> None:
@@ -158,22 +149,23 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
         with clock.phase("saving"):
             ranks.from_rank(0, save)
-        if windows is not None:  # while the other process loads
-            perplexities = [
-                perplexity.perplexity(m, windows.tokens, batch_size=resolved.batch_size, device=device) for m in models
-            ]
+        if evaluation is not None:  # while the other process loads
+            figures, measured_on = evaluation.measure(models, device)
         with clock.phase("saving"):
             difference = ranks.from_rank(0, compare)
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}
-    speeds = prefill.prefill_speed(models, pruned.calibration.tokens[:1], device=device)
+    speeds = material.speed(models, pruned.calibration, device)
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
-    before, after = (facts.Measured(*figures) for figures in zip(sizes, disks, perplexities, speeds, strict=True))
+    before, after = (
+        facts.Measured(size, disk, speed=speed, **found)
+        for size, disk, speed, found in zip(sizes, disks, speeds, figures, strict=True)
+    )
     more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
     more["device"] = describe_device(device)
-    if windows is not None:
-        more["evaluation"] = windows.description
+    if measured_on is not None:
+        more["evaluation"] = measured_on
     summary = facts.build_report(pruned, before, after, more)
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     model_cards.write_card(summary, pruned, base_model, partial)
@@ -198,7 +190,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
     print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe.as_dict())} asked for")
     Console().print(closing_table(summary))
     if "evaluation" in summary:
-        print(f"perplexity on {summary['evaluation']}")
+        print(f"{' and '.join(measured_by(summary))} on {summary['evaluation']}")
     print(f"calibrated on {summary['calibration']['text']}")
     difference = summary["largest_logit_difference"]
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")

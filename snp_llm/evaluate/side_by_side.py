@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
+from snp_llm.checkpoint.skeleton import check_reader, load_skeleton
 from snp_llm.data.sources import Dataset, check_dataset
 from snp_llm.data.windows import BOS_REMARKS, evaluation_text, evaluation_windows
 from snp_llm.evaluate.perplexity import Sliding, perplexity, strided_perplexity
@@ -60,7 +60,7 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
     for name in recipe.models:
         config = load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code).config
         positions.append(int(getattr(text_config(config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW)))
-        check_tokenizer(name)
+        check_reader(name, config)
     seq_len = window_length(recipe.seq_len, min(positions))
     if recipe.stride is not None and recipe.stride > seq_len:
         raise SnpError(f"--stride: expected at most the window's {seq_len:,} tokens, got {recipe.stride:,}.")

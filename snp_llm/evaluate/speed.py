@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint.skeleton import check_tokenizer, load_skeleton
+from snp_llm.checkpoint.skeleton import check_reader, load_skeleton
 from snp_llm.evaluate.cells import MODELS, Cell, Comparison, Timing
 from snp_llm.evaluate.memory import peak_memory
 from snp_llm.evaluate.work import cell_flops, weights_read
@@ -53,7 +53,7 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
     for name, skeleton in zip(names, skeletons, strict=True):
         check_positions(name, skeleton.config, wanted)
-        check_tokenizer(name)
+        check_reader(name, skeleton.config)
     # Before anything is loaded here, so that there is memory for them.
     memory = [peak_memory(name, wanted, device, recipe) if recipe.memory else None for name in names]
     if recipe.memory:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.projections import Projection, projection, weight_of
+from snp_llm.models.segments import Segments, find_segments, segment_sites
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
 from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn, nearly_attentions
 from snp_llm.models.text_part import text_config
@@ -93,10 +94,22 @@ def blocks_path(model: PreTrainedModel) -> str:
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks."""
+    """The decoder blocks, or the segments of a convolutional network."""
+    segments = find_segments(model)
+    if segments is not None:
+        return segments
     blocks = model.get_submodule(blocks_path(model))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def block_prefixes(model: PreTrainedModel) -> list[str]:
+    """What stands before the names of each block's tensors in the model's."""
+    blocks = find_blocks(model)
+    if isinstance(blocks, Segments):
+        return [f"{prefix}." if prefix else "" for prefix in blocks.prefixes]
+    path = blocks_path(model)
+    return [f"{path}.{index}." for index in range(len(blocks))]
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -118,6 +131,8 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
     Raises:
         SnpError: no block has a site; shapes that do not fit together; two projections that are one tensor.
     """
+    if isinstance(blocks, Segments):
+        return segment_sites(blocks)
     sites: list[Site] = []
     for index, block in enumerate(blocks):
         try:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.calls import BlockCall, call_of, for_windows, move, through, without_cache
 from snp_llm.models.carried import lay_out, like
+from snp_llm.models.segments import Segments
+from snp_llm.models.task import task_of
 from snp_llm.runtime.errors import SnpError
 
 T = TypeVar("T")
@@ -39,6 +41,8 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
         Hidden states (batch, T, d), with what else is carried along in further channels, and one call per block, on the
         model's device.
     """
+    if isinstance(blocks, Segments):
+        return tokens, [BlockCall((), {}) for _ in blocks]
     seen: list[tuple[int, Tensor, BlockCall]] = []
 
     def note(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,6 +93,9 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
         (batch, T, vocabulary).
     """
 
+    if isinstance(blocks, Segments):
+        return hidden
+
     def put(index: int, given: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return like(hidden, given) if index == len(blocks) - 1 else given
 
@@ -97,7 +104,7 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
 
 
 def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of the summed negative log-likelihood of tokens 2..T with respect to what the last block puts out.
+    """Gradient of the summed negative log-likelihood, the task's, with respect to what the last block puts out.
 
     Args:
         model: its embeddings, last norm and head are where `hidden` is.
@@ -112,8 +119,7 @@ def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor,
     for window, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one at a time: logits are large
         leaf = states.detach().requires_grad_()
         with torch.enable_grad():
-            logits = logits_of(model, blocks, window, leaf)[0, :-1]
-            loss = nn.functional.cross_entropy(logits.float(), window[0, 1:], reduction="sum")
+            loss = task_of(model.config).loss(logits_of(model, blocks, window, leaf), window)
             gradients.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(gradients)
 

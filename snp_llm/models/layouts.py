@@ -7,13 +7,22 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models import modeling_snp
-from snp_llm.models.anatomy import blocks_path
+from snp_llm.models.anatomy import block_prefixes, blocks_path, find_blocks
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import PRUNED, Family
 from snp_llm.models.offload import disk_index, wait_on_disk
 from snp_llm.models.outline import block_widths, part_widths, structure_of, width_keys
 from snp_llm.models.plain import known_values, plain_config, says_tied, stays_tied
-from snp_llm.models.registry import auto_class, dense_type, is_own, pruned_class_name, pruned_config_class
+from snp_llm.models.registry import (
+    architectures,
+    auto_class,
+    dense_type,
+    is_own,
+    pruned_class_name,
+    pruned_config_class,
+)
+from snp_llm.models.segment_configs import segments_config
+from snp_llm.models.segments import Segments
 from snp_llm.models.text_part import parts_of, text_config, text_values
 from snp_llm.models.trial_config import builds
 from snp_llm.runtime.errors import SnpError
@@ -54,14 +63,17 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     Tensors are shared with the arguments, not copied; those on disk stay there.
     """
     config = config_for(dense, family, pruned_blocks)
+    config.architectures = architectures(config, dense)
     parts = {key: part._attn_implementation for key, part in parts_of(dense.config).items()}
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, attn_implementation={"": dense.config._attn_implementation, **parts}
         )
-    prefix = blocks_path(dense) + "."
-    state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if not k.startswith(prefix)}
-    state.update({prefix + k: v for k, v in pruned_blocks.state_dict().items()})
+    blocks, prefixes = find_blocks(dense), block_prefixes(dense)
+    inside = {prefix + k for prefix, block in zip(prefixes, blocks, strict=True) for k in block.state_dict()}
+    state: dict[str, Tensor] = {k: v for k, v in dense.state_dict().items() if k not in inside}
+    for prefix, block in zip(prefixes, pruned_blocks, strict=True):
+        state.update({prefix + k: v for k, v in block.state_dict().items()})
     model.load_state_dict(state, assign=True, strict=True)
     model.tie_weights()
     # Buffers that are not saved (rotary frequencies) are not in the state either, and still on meta.
@@ -70,20 +82,23 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
         module = model.get_submodule(path)
         if getattr(module, attribute).is_meta:
             setattr(module, attribute, buffer)
-    index = {k: v for k, v in disk_index(dense).items() if not k.startswith(prefix)}
-    index.update({prefix + k: v for k, v in disk_index(pruned_blocks).items()})
+    index = {k: v for k, v in disk_index(dense).items() if k not in inside}
+    for prefix, block in zip(prefixes, pruned_blocks, strict=True):
+        index.update({prefix + k: v for k, v in disk_index(block).items()})
     if index:
         wait_on_disk(model, index)
         model.hf_device_map = {"": "disk", "-": "cpu"}  # for save_pretrained, which before 5.15 asks for two places
     if says_tied(dense) and not says_tied(model):
         log.warning("the config says that the head is tied to the embeddings, the checkpoint has its own: it is kept")
-    if dense.generation_config is not None:
+    if getattr(dense, "generation_config", None) is not None:  # classifiers have none
         model.generation_config = _stock_generation(dense.generation_config)
     return model.eval().requires_grad_(False)
 
 
 def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PretrainedConfig:
     """The config that describes the pruned blocks; a plain one wherever that can hold their widths."""
+    if isinstance(blocks := find_blocks(dense), Segments):
+        return segments_config(dense, blocks, pruned_blocks)
     widths, structure = [block_widths(block) for block in pruned_blocks], structure_of(dense)
     plain = plain_config(dense, family, widths)
     if plain is not None and (family.alike or builds(plain, dense, blocks_path(dense), pruned_blocks)):
@@ -106,7 +121,7 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
 
 
 def _auto_map(dense: PreTrainedModel) -> dict[str, str]:
-    name = f"{modeling_snp.__name__.rpartition('.')[2]}.{pruned_class_name(dense.config)}"
+    name = f"{modeling_snp.__name__.rpartition('.')[2]}.{pruned_class_name(dense)}"
     return dict.fromkeys(modeling_snp.auto_classes(dense_type(dense.config)), name)
 
 

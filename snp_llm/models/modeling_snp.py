@@ -4,7 +4,8 @@
 
 needs nothing but transformers; models that read images as well have an Auto class of their own, which `config.json`
 names. It carries the widths under `pruned_layers`, in the schema of transformers' `per_layer_config`: a map from block
-index to the config keys that differ there. All other keys keep their dense values; where there is a `head_dim` it is
+index to the config keys that differ there; a convolutional network's are rows and columns by module, under
+`pruned_shapes`. All other keys keep their dense values; where there is a `head_dim` it is
 explicit, since it must stay what it was when the number of heads changes. What a head or a channel is in the tensors of
 a block stands under `pruned_structure`.
 
@@ -23,7 +24,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # In the order in which they are looked up: the whole model before its text alone.
-AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+AUTO_CLASSES = (
+    *("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"),
+    "AutoModelForImageClassification",
+)
 
 DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the package is
 
@@ -54,6 +58,12 @@ class Pruned:
 
     def __init__(self, config):
         super().__init__(config)
+        shapes = getattr(config, "pruned_shapes", None)
+        if shapes is not None:
+            for path, (rows, columns) in shapes.items():
+                resize(self, path, rows=rows, columns=columns)
+            self.post_init()
+            return
         structure = getattr(config, "pruned_structure", None)
         if structure is None:  # a folder of an earlier version, read by a later one
             structure = config.pruned_structure = DESCRIBE["model"](self)
@@ -142,6 +152,12 @@ def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | 
     old = getattr(owner, name)
     if isinstance(old, nn.Parameter):
         setattr(owner, name, nn.Parameter(old.new_empty(rows, *old.shape[1:]), requires_grad=False))
+    elif isinstance(old, nn.Conv2d):
+        height, width = rows or old.weight.shape[0], columns or old.weight.shape[1]
+        old.weight = nn.Parameter(old.weight.new_empty(height, width, *old.kernel_size), old.weight.requires_grad)
+        old.out_channels, old.in_channels = height, width
+        if old.bias is not None:
+            old.bias = nn.Parameter(old.bias.new_empty(height), requires_grad=old.bias.requires_grad)
     elif isinstance(old, nn.Linear | Conv1D):
         turned = isinstance(old, Conv1D)
         shape = old.weight.shape[::-1] if turned else old.weight.shape
@@ -152,9 +168,14 @@ def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | 
         old.in_features, old.out_features = width, height
         if old.bias is not None:
             old.bias = nn.Parameter(old.bias.new_empty(height), requires_grad=old.bias.requires_grad)
-    else:  # a norm with values for every head
+    else:  # a norm with values for every head, or channel
         for key, tensor in list(old.named_parameters(recurse=False)):
             setattr(old, key, nn.Parameter(tensor.new_empty(rows, *tensor.shape[1:]), requires_grad=False))
+        for key, tensor in list(old.named_buffers(recurse=False)):
+            if tensor.dim():
+                setattr(old, key, tensor.new_empty(rows, *tensor.shape[1:]))
+        if hasattr(old, "num_features"):
+            old.num_features = rows
 
 
 def auto_classes(model_type: str) -> list[str]:

@@ -140,6 +140,15 @@ def leave_on_disk(module: nn.Module, file: Path) -> None:
     wait_on_disk(module, index)
 
 
+def read_buffers(module: nn.Module, file: Path) -> None:
+    """Gives a module the buffers that a file written before has of it, such as a batch norm's statistics."""
+    with safe_open(file, framework="pt") as tensors:
+        names = {*tensors.keys()}
+        for name, buffer in module.named_buffers():
+            if name in names:
+                buffer.copy_(tensors.get_tensor(name))
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the files that a model's weights are in; of a model in memory, nothing."""
     digest = hashlib.sha256()

@@ -66,6 +66,22 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Units that other blocks make than the one that reads them, and that several sites may read.
+
+    All of these sites keep the same units. Until the last of them is cut, all channels are there, and what gone ones
+    are multiplied with is zero.
+
+    Attributes:
+        name: for people, and unlike that of others.
+        producers: by block, whose rows the units' channels are.
+    """
+
+    name: str
+    producers: tuple[tuple[int, Producer], ...]
+
+
+@dataclass(frozen=True)
 class Site:
     """A place where units can go: what produces their channels, and what reads them.
 
@@ -90,6 +106,12 @@ class Site:
         stay: why units cannot go; empty where they can.
         droppable: whether all of them may, and then the module with them.
         routed: whether only some tokens come by, as to an expert.
+        taps: of a wide convolution, or of a linear layer on a flattened feature map, columns that a channel has. What
+            remains of its channels is mixed for all taps alike, and a site is as wide as it has channels; 0 elsewhere.
+        norm: path of a batch norm on the consumer's output, whose statistics take up what a bias would.
+        shared: where other blocks make the units.
+        order: of units, most important first, where it is known before the cut, as for sites that share them.
+        drifts: whether units before it have gone, so that its norm sees something else.
     """
 
     block: int
@@ -107,6 +129,11 @@ class Site:
     stay: str = ""
     droppable: bool = False
     routed: bool = False
+    taps: int = 0
+    norm: str = ""
+    shared: Shared | None = None
+    order: tuple[int, ...] = ()
+    drifts: bool = False
 
     @property
     def path(self) -> str:
@@ -126,6 +153,11 @@ class Site:
     def has_reference(self) -> bool:
         """Whether what it adds to the stream can be compared with what it adds in the dense model, token by token."""
         return len(self.consumers) == 1 and self.module is not None and not self.routed
+
+    @property
+    def spatial(self) -> bool:
+        """Whether it is read at many positions of an image, whose errors add up in one loss."""
+        return self.kind in ("convolution", "stream")
 
     @property
     def prunable(self) -> bool:
@@ -174,18 +206,65 @@ def consumers_of(block: nn.Module, site: Site) -> list[Projection]:
     return [projection(block, path) for path in site.consumers]
 
 
+def outputs_of(block: nn.Module, site: Site) -> int:
+    """d_out, outputs of all consumers together; of a whole block, its channels."""
+    return sum(len(weight_of(consumer)) for consumer in consumers_of(block, site)) or site.channels
+
+
+def block_dtype(block: nn.Module) -> torch.dtype:
+    """The type of a block's parameters."""
+    return next(block.parameters()).dtype
+
+
 def site_weight(block: nn.Module, site: Site) -> Tensor:
-    """W, (d_out, channels): the weights of all consumers, one below the other; the identity for a whole block."""
+    """W, (d_out, channels): the weights of all consumers, one below the other.
+
+    The identity for a whole block, and where channels are mixed: what is repaired is then what they were.
+    """
     weights = [weight_of(consumer) for consumer in consumers_of(block, site)]
-    if not weights:
+    if not weights or site.taps:
         like = next(block.parameters())
         return torch.eye(site.channels, dtype=like.dtype, device=like.device)
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def site_bias(block: nn.Module, site: Site) -> Tensor | None:
-    """The biases of all consumers, (d_out,), or None unless each has one."""
+    """The biases of all consumers, (d_out,), or None unless each has one.
+
+    A batch norm after a consumer is one: less its running mean. Of mixed channels it is what a constant would add.
+    """
+    if site.norm or site.taps:
+        return _constant(block, site)
     biases = [bias for consumer in consumers_of(block, site) if (bias := bias_of(consumer)) is not None]
     if not biases or len(biases) < len(site.consumers):
         return None
     return biases[0] if len(biases) == 1 else torch.cat(biases)
+
+
+def _constant(block: nn.Module, site: Site) -> Tensor | None:
+    (consumer,) = consumers_of(block, site)
+    bias = bias_of(consumer)
+    if site.taps:
+        return None if bias is None and not site.norm else weight_of(consumer).new_zeros(site.units)
+    return normed_bias(block, site)
+
+
+def normed_bias(block: nn.Module, site: Site) -> Tensor:
+    """What a batch norm adds to its consumer's product: the bias there, less the running mean, (d_out,)."""
+    (consumer,) = consumers_of(block, site)
+    mean, bias = norm_of(block, site).running_mean, bias_of(consumer)
+    assert mean is not None
+    return -mean if bias is None else bias - mean
+
+
+def norm_of(block: nn.Module, site: Site) -> nn.BatchNorm2d:
+    """The batch norm on a consumer's output."""
+    norm = block.get_submodule(site.norm)
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm
+
+
+def tap_weights(block: nn.Module, site: Site) -> Tensor:
+    """The consumer's weight by tap, (taps, d_out, units)."""
+    (consumer,) = consumers_of(block, site)
+    return weight_of(consumer).unflatten(1, (site.units, site.taps)).permute(2, 0, 1)

@@ -7,9 +7,11 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
 from snp_llm.models.families.decoders import find_family
+from snp_llm.models.positions import layer_positions, positions
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.structure import of_experts
+from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
 
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
@@ -23,7 +25,7 @@ class ModelSize:
         parameters: all, tied ones once.
         block_linear: weights of the decoder blocks' linears, experts not counted: what sparsity is a fraction of.
         bytes: of all parameters in their dtypes, tied ones once: the safetensors files less their headers.
-        flops: a token at prefill, LM head included, `token_flops`.
+        flops: a token at prefill, LM head included, `token_flops`; or an image.
     """
 
     parameters: int
@@ -39,8 +41,24 @@ def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
         parameters=sum(p.numel() for p in unique),
         block_linear=sum(map(linear_weights, find_blocks(model))),
         bytes=sum(p.numel() * p.element_size() for p in unique),
-        flops=token_flops(text_weights(model), attention_channels(model), mean_positions(seq_len)),
+        flops=FLOPS[task_of(model.config).name](model, seq_len),
     )
+
+
+def prefill_flops(model: PreTrainedModel, seq_len: int) -> float:
+    """FLOPs of a token of a window of text."""
+    return token_flops(text_weights(model), attention_channels(model), mean_positions(seq_len))
+
+
+def image_flops(model: PreTrainedModel, _positions: int) -> float:
+    """FLOPs of an image: two for each weight at each position where it counts, and what positions attend to."""
+    counts, weights = layer_positions(model), dict(model.named_modules())
+    flops = sum(2.0 * count * weights[path].weight.numel() for path, count in counts.items())
+    attended, tokens = attention_channels(model), positions(model)
+    return flops + tokens * token_flops(0, attended, tokens)
+
+
+FLOPS = {"text": prefill_flops, "images": image_flops}
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -43,6 +43,8 @@ def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:
     """The modules right below a block that project or convolve, and hold no site and no experts."""
     here = anatomy.sites_of(index)
     cut = {path for site in here for path in (*site.consumers, *(producer.path for producer in site.producers))}
+    shared = {site.shared for site in anatomy.sites if site.shared is not None}
+    cut |= {producer.path for one in shared for block, producer in one.producers if block == index}
     return [
         (name, child)
         for name, child in anatomy.blocks[index].named_children()

@@ -1,6 +1,7 @@
 """Take units away from a site, or put zeros in their place. Knows modules, not why these units."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from snp_llm.linalg.units import unit_channels
 from snp_llm.models.families.decoders import family_of
 from snp_llm.models.modeling_snp import BlockConfig, set_head_counts
 from snp_llm.models.outline import width_keys
-from snp_llm.models.projections import Projection, projection, weight_of, with_rows, with_weight
-from snp_llm.models.site import Site, tensor_or_module
+from snp_llm.models.projections import Projection, bias_of, projection, weight_of, with_rows, with_weight
+from snp_llm.models.site import Shared, Site, norm_of, normed_bias, tap_weights, tensor_or_module
 
 
 def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -30,6 +31,9 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
     """
     for producer in site.producers:
         _keep_rows(block, producer.path, producer.kept_rows(kept))
+    if site.shared is not None or site.norm or site.taps:
+        _repair_reader(block, site, kept, weight, bias)
+        return
     start = 0
     for path in site.consumers:
         old = projection(block, path)
@@ -45,6 +49,56 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
             block.set_submodule(site.module, NoHeads(name, projection(block, site.consumers[0])))
 
 
+def _repair_reader(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Gives a convolution, or a linear layer after one, its repaired weight; a batch norm after it takes up the bias.
+
+    Where units are shared, gone ones keep their columns, of zeros, until `drop_shared` takes them away.
+    """
+    (path,) = site.consumers
+    old = projection(block, path)
+    new_bias = bias_of(old)
+    if site.taps:
+        taps, shift = tap_weights(block, site), bias
+        if shift is not None and not site.norm:
+            bias = new_bias + (taps.sum(0) @ shift.to(taps)) if new_bias is not None else None
+        elif shift is not None:
+            bias = normed_bias(block, site) + taps.sum(0) @ shift.to(taps)
+        weight = (taps @ weight.to(taps)).permute(1, 2, 0).flatten(1)  # (d_out, kept units, taps)
+    if bias is not None and site.norm:
+        mean = norm_of(block, site).running_mean
+        assert mean is not None
+        given = bias.to(mean)
+        mean.copy_(-given if new_bias is None else new_bias.to(mean) - given)
+    elif bias is not None:
+        new_bias = bias.to(old.weight.device, old.weight.dtype)
+    weight = weight.to(old.weight.device, old.weight.dtype)
+    if site.shared is not None:
+        whole = torch.zeros_like(weight_of(old))
+        whole[:, unit_channels(kept, site.taps or site.unit_size).to(weight.device)] = weight
+        weight = whole
+    block.set_submodule(path, with_weight(old, weight, new_bias))
+
+
+def drop_shared(block: nn.Module, index: int, shared: Shared, sites: Sequence[Site], kept: Tensor) -> None:
+    """Takes gone units, whose columns are zero, away from a block that makes or reads them, in place.
+
+    Args:
+        block: pruned.
+        index: its number.
+        shared: units that blocks share.
+        sites: of this block that read them.
+        kept: units, ascending, (u,), int64.
+    """
+    for at, producer in shared.producers:
+        if at == index:
+            _keep_rows(block, producer.path, producer.kept_rows(kept))
+    for site in sites:
+        (path,) = site.consumers
+        old = projection(block, path)
+        columns = unit_channels(kept, site.taps or site.unit_size).to(old.weight.device)
+        block.set_submodule(path, with_weight(old, weight_of(old)[:, columns], bias_of(old)))
+
+
 def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> None:
     """Puts a pruned site back into its dense shape, in place, with zeros where units are gone.
 
@@ -54,21 +108,23 @@ def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> No
         site: of the dense block.
         kept: units that the pruned block has, ascending, (u,), int64.
     """
+    if site.shared is not None:
+        return  # gone units have their columns, of zeros
     for producer in site.producers:
         rows = producer.kept_rows(kept)
         small, large = (tensor_or_module(b, producer.path) for b in (block, dense))
-        if not isinstance(small, Projection) or not isinstance(large, Projection):  # its values have not changed
-            _set(block, producer.path, copy.deepcopy(large))
+        if not isinstance(small, Projection) or not isinstance(large, Projection):
+            _set(block, producer.path, _with_values(large, small, rows))
             continue
-        weight, bias = torch.zeros_like(weight_of(large)), None
+        weight, bias = weight_of(small).new_zeros(len(weight_of(large)), weight_of(small).shape[1]), None
         weight[rows] = weight_of(small)
         if small.bias is not None:
             bias = small.bias.new_zeros(len(weight)).index_copy(0, rows.to(small.bias.device), small.bias)
         block.set_submodule(producer.path, with_weight(large, weight, bias))
     for path in site.consumers:
         small, large = projection(block, path), projection(dense, path)
-        weight = torch.zeros_like(weight_of(large))
-        weight[:, unit_channels(kept, site.unit_size)] = weight_of(small)
+        weight = weight_of(small).new_zeros(len(weight_of(small)), weight_of(large).shape[1])
+        weight[:, unit_channels(kept, site.taps or site.unit_size)] = weight_of(small)
         block.set_submodule(path, with_weight(large, weight, small.bias))
     if site.heads is not None and site.module is not None:
         _set_head_counts(block.get_submodule(site.module), site, site.units)
@@ -91,6 +147,19 @@ class NoBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         return hidden_states
+
+
+def _with_values(large: Tensor | nn.Module, small: Tensor | nn.Module, rows: Tensor) -> Tensor | nn.Module:
+    """A copy of a norm, or of a tensor with a value a channel, that has a smaller one's values in its kept rows."""
+    new = copy.deepcopy(large)
+    pairs = [(new, small)]
+    if isinstance(new, nn.Module) and isinstance(small, nn.Module):
+        values = dict(small.named_parameters()) | dict(small.named_buffers())
+        pairs = [(t, values[name]) for name, t in (*new.named_parameters(), *new.named_buffers())]
+    for into, values_of in pairs:
+        if isinstance(into, Tensor) and isinstance(values_of, Tensor) and into.dim():
+            into.data[rows.to(into.device)] = values_of.detach().to(into)
+    return new
 
 
 def _keep_rows(block: nn.Module, path: str, rows: Tensor) -> None:

@@ -11,6 +11,7 @@ from snp_llm.linalg.least_squares import Cut, absorb_mean, factored_repair_flops
 from snp_llm.models.site import Site, site_bias
 from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.factor import DAMPENING, factor_flops, factor_site
+from snp_llm.pruning.norms import restate
 from snp_llm.pruning.repair import repair_is_open, repair_site, repair_site_flops
 from snp_llm.pruning.result import Curve, SiteResult, sample_curve
 from snp_llm.pruning.run import Run
@@ -57,6 +58,8 @@ def cut(block: nn.Module, site: Site, statistics: Statistics, width: int, run: R
         raise SnpError(f"{site.name}: its inputs hold NaN or Inf; expected finite activations. Try --dtype float32.")
     if width == site.units and statistics.referred is None:  # nothing to do: the weights stay as they are to the bit
         everything = torch.arange(site.units)
+        if site.drifts and not site.taps:
+            restate(block, site, everything, statistics.moments)
         return SiteResult(site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, run.recipe.dampening or DAMPENING, 0.0)
     with run.clock.phase("factorisation"):  # a large site's factors are gone after it: their memory goes to its repair
         parted, forecast = factored_cut(block, site, statistics, width, run)
@@ -71,6 +74,8 @@ def cut(block: nn.Module, site: Site, statistics: Statistics, width: int, run: R
             bias = absorb_mean(bias, parted.W, repaired.W, parted.kept, parted.mean) + repaired.shift
     with run.clock.phase("surgery"):
         prune_site(block, site, forecast.units, repaired.W, bias)
+        if site.norm and not site.taps:
+            restate(block, site, forecast.units, statistics.moments)
     return SiteResult(
         site=site,
         kept=forecast.units,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snp_llm.linalg.gram import completed, gram_matrix
+from snp_llm.linalg.gram import Moments, completed, gram_matrix
 from snp_llm.linalg.ldl import (
     SOLVE_TOLERANCE,
     DefiniteGram,
@@ -25,7 +25,7 @@ from snp_llm.linalg.least_squares import Cut, factored_repair
 from snp_llm.linalg.ordering import FLOPS, OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.projections import weight_of
-from snp_llm.models.site import Site, projecting, site_bias, site_weight
+from snp_llm.models.site import Site, projecting, site_bias, site_weight, tap_weights
 from snp_llm.pruning.statistics import ALGEBRA_MATRICES, Statistics, algebra_dtype
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock
@@ -50,6 +50,7 @@ class FactoredSite:
         W: out-projection weight, in the original channel order, (d_out, n), float64 or float32.
         mean: of the inputs, which the bias absorbs, in the same order, (n,), same type; None where it absorbs none.
         root: R, with `R R^T = F` and a floor under it, (d_out, d_out), same type; None without gradients.
+        whole: likewise of the gradients of an image summed over its positions; None where there is one position.
         tokens: over which the Gram matrix was summed.
     """
 
@@ -58,6 +59,7 @@ class FactoredSite:
     W: Tensor
     mean: Tensor | None
     root: Tensor | None
+    whole: Tensor | None
     tokens: int
 
     def cut(self, channels: int, *, repaired: bool) -> Cut:
@@ -85,15 +87,44 @@ class FactoredSite:
             return None
         L, D, order = self.subspace.L, self.subspace.D, self.subspace.order
         W = (self.root.mT @ self.W)[:, order]
+        together = self.together(statistics)
         if statistics.held is None or statistics.held.moments.tokens == 0:
-            return error_curve(W, L, D) / (2 * self.tokens)
-        held = completed(statistics.held.moments)
-        gram = held.second[order[:, None], order].to(W)
+            return error_curve(W, L, D) / (2 * self.tokens) + together
+        gram = self.gram_about_mean(statistics.held.moments)
         let_go(statistics.files)
+        return held_out_curve(W, L, gram) / (2 * statistics.held.moments.tokens) + together
+
+    def together(self, statistics: Statistics) -> Tensor | float:
+        """What errors at the positions of an image add to the loss beyond what each does, at every number of channels.
+
+        They meet in one loss, and where a pooling gives all of them one gradient they add up. `(1 - 1/P) tr(S E) / 2`,
+        with S the second moment of an image's gradients summed over its P positions, and E that of what its inputs'
+        means lose. Zero where there is one position.
+
+        Args:
+            statistics: with the means.
+        """
+        means = statistics.means
+        if self.whole is None or means is None or means.tokens == 0:
+            return 0.0
+        seen = statistics.held.moments if statistics.held is not None else statistics.moments
+        share = 1 - means.tokens / seen.tokens
+        W = (self.whole.mT @ self.W)[:, self.subspace.order]
+        return share * held_out_curve(W, self.subspace.L, self.gram_about_mean(means)) / (2 * means.tokens)
+
+    def gram_about_mean(self, moments: Moments) -> Tensor:
+        """Gram matrix in the site's order, about the mean that the bias absorbs; the caller's own."""
+        moments, order = completed(moments), self.subspace.order
+        gram = moments.second[order[:, None], order].to(self.W)
         if self.mean is not None:
-            first, mean = held.first.to(W)[order], self.mean[order]
-            gram.addr_(first, mean, alpha=-1).addr_(mean, first - held.tokens * mean, alpha=-1)
-        return held_out_curve(W, L, gram) / (2 * held.tokens)
+            first, mean = moments.first.to(self.W)[order], self.mean[order]
+            gram.addr_(first, mean, alpha=-1).addr_(mean, first - moments.tokens * mean, alpha=-1)
+        return gram
+
+    def errors(self) -> Tensor:
+        """Relative squared output error at every number of channels kept, (n + 1,)."""
+        errors = error_curve(self.W[:, self.subspace.order], self.subspace.L, self.subspace.D)
+        return errors / errors[0] if errors[0] > 0 else errors
 
 
 def factor_site(
@@ -127,24 +158,50 @@ def factor_site(
             sums = weight_of(module).to(gram.device).abs().sum(1, dtype=torch.float64)
             units = producer.units().to(gram.device)
             in_weight.index_add_(0, units[units >= 0], sums[units >= 0])
-        root = None
-        if statistics.gradient is not None:
-            metric = statistics.gradient.to(gram, copy=True)
-            metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
-            root = metric_root(metric)
-        weighted = root.mT @ W if root is not None and recipe.metric == "loss" else W
+        metric, whole = _metric(block, site, statistics.gradient, W), _whole(block, site, statistics.whole, W)
+        root = None if metric is None else metric_root(metric)
+        weighted = root.mT @ W if root is not None and (recipe.metric == "loss" or site.taps) else W
         keep = 0 if site.groups else width  # dealing from groups takes some that are not among the best
         problem = OrderingProblem(definite, weighted, in_weight, site.unit_size, recipe.seed + site.block, keep)
         with clock.phase("ordering"):
-            unit_order = order_units(recipe.ordering, problem)
+            known = torch.tensor(site.order, device=gram.device)
+            unit_order = known if site.order else order_units(recipe.ordering, problem)
         if site.groups:
             unit_order = deal_from_groups(unit_order, site.groups)
         subspace = build_subspace(definite, unit_channels(unit_order, site.unit_size))
         gram.diagonal().copy_(definite.diagonal)  # undampened again, and without dead channels' pivots
         mean = moments.first.to(gram) / moments.tokens if centred else None
-        return FactoredSite(unit_order, subspace, W, mean, root, moments.tokens), gram
+        roots = (root, None if whole is None else metric_root(whole))
+        return FactoredSite(unit_order, subspace, W, mean, *roots, moments.tokens), gram
     except SnpError as error:
         raise SnpError(f"{site.name}: {error}") from error
+
+
+def _metric(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """F with a floor under it; of mixed channels what it says of an error in them, `sum_taps W^T F W`."""
+    metric = None
+    if gradient is not None:
+        metric = gradient.to(like, copy=True)
+        metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+    if not site.taps:
+        return metric
+    total = like.new_zeros(site.units, site.units)
+    for tap in tap_weights(block, site):
+        W = tap.to(like)
+        total += W.mT @ (W if metric is None else metric @ W)
+    return total
+
+
+def _whole(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """S with a floor under it, likewise; of mixed channels all taps see one error."""
+    if gradient is None:
+        return None
+    metric = gradient.to(like, copy=True)
+    metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+    if not site.taps:
+        return metric
+    W = tap_weights(block, site).sum(0).to(like)
+    return W.mT @ metric @ W
 
 
 def factor_flops(d: int, n: int, recipe: Recipe, keep: int = 0) -> float:

@@ -10,7 +10,7 @@ import transformers
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.checkpoint.tokenizer import tokenizer_sum
+from snp_llm.checkpoint.readers import reader_for
 from snp_llm.data.windows import Windows
 from snp_llm.models.offload import fingerprint
 from snp_llm.recipe.groups import IDENTITY
@@ -49,12 +49,12 @@ def identity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, recipe: Recipe
 ) -> dict[str, Any]:
     """What a pruned model depends on; an unfinished run is only gone on with where all of it is the same."""
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # classifiers have none
     return {
         "setting": {key: value for key, value in recipe.as_dict().items() if key in IDENTITY},
         "config": _config_values(model.config),
         "generation config": {} if generation is None else _config_values(generation),
-        "tokenizer": tokenizer_sum(tokenizer),
+        "tokenizer": reader_for(model.config).checksum(tokenizer),
         "weights": fingerprint(model),
         "calibration text": windows.digest,
         "version": {"snp_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},

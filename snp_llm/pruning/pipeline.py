@@ -23,9 +23,10 @@ from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read_calibration, resolve
 from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
+from snp_llm.pruning.shared import narrowed_blocks, with_order
 from snp_llm.pruning.stream import capture
 from snp_llm.pruning.trial_cut import try_cuts
-from snp_llm.pruning.widths.plan import find_removals, plan_widths
+from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
@@ -155,7 +156,7 @@ class Visited:
 
     def widths(self, recipe: ResolvedRecipe) -> list[int]:
         """Units kept at every site under a recipe's budget."""
-        return plan_widths(self.anatomy, self.curves, find_removals(self.anatomy, recipe), recipe)
+        return widths_of(self.anatomy, self.curves, recipe)
 
 
 def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
@@ -176,7 +177,7 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     for line in what_stays(anatomy):
         log.warning("%s", line)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
-    if windows is not None and visit_passes(run.recipe):
+    if windows is not None and visit_passes(run.recipe, anatomy.sites):
         curves = visit_dense(anatomy, windows.tokens, run)
     return Visited(anatomy, curves)
 
@@ -186,8 +187,11 @@ def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedMode
     anatomy = visited.anatomy
     widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
     stream = capture(anatomy, tokens, run)
+    anatomy = with_order(anatomy, visited.curves, widths, run.recipe)
     blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
-    if run.recipe.layout == "padded":
+    if run.recipe.layout != "padded":
+        blocks = narrowed_blocks(anatomy, blocks, results, run.journal.phase("narrowed"))
+    else:
         blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))
     losses = [None if c is None else c.loss for c in visited.curves]
     return assemble(anatomy.model, anatomy.family, blocks), [

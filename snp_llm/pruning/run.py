@@ -9,15 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.data.sources import Dataset
-from snp_llm.data.windows import Windows, calibration_windows
+from snp_llm.data.windows import Windows
+from snp_llm.evaluate.material import material_of
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
-from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
-from snp_llm.models.text_part import text_config
-from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
@@ -57,8 +55,6 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             of its own; hidden states are to wait where no blocks are run.
     """
     check_code(model)
-    positions = int(getattr(text_config(model.config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
-    seq_len = window_length(recipe.seq_len, positions)
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if kind == "mps" and model.dtype == torch.float64:
         raise SnpError("--dtype float64: Apple's GPUs have no such type; expected --dtype float32, or --device cpu.")
@@ -67,12 +63,9 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             f"--hidden-device {recipe.hidden_device}: expected auto, cpu, disk or {kind}, where blocks are run."
         )
     settings = {
-        "calibration": recipe.calibration or usual_text(recipe.model),
-        "eval_dataset": recipe.eval_dataset or usual_text(recipe.model),
-        "seq_len": seq_len,
+        **material_of(model.config).settings(recipe, model, tokenizer),
         "round_to": recipe.round_to or usual_rounding(model, recipe.layout),
         "sparsity": recipe.common_sparsity,
-        "bos": recipe.bos if tokenizer is None else resolve_bos(recipe.bos, model, tokenizer),
     }
     return ResolvedRecipe(**{**vars(recipe), **settings})
 
@@ -119,14 +112,5 @@ def check_weights(anatomy: Anatomy, device: torch.device) -> None:
 def read_calibration(
     tokenizer: PreTrainedTokenizerBase, recipe: ResolvedRecipe, model: PreTrainedModel, more: int = 0
 ) -> Windows:
-    """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
-    windows = calibration_windows(
-        tokenizer,
-        Dataset(recipe.calibration, recipe.calibration_split, recipe.text_column),
-        num_samples=recipe.num_samples + more,
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
-        bos=resolve_bos(recipe.bos, model, tokenizer),
-    )
-    check_tokens(windows, model)
-    return windows
+    """The calibration windows, or images, of a recipe, and `more` after them, checked against the model."""
+    return material_of(model.config).calibration(tokenizer, recipe, model, more)

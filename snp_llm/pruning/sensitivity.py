@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from snp_llm.models.blocks import (
     run_block,
 )
 from snp_llm.models.calls import move
-from snp_llm.models.site import Site, site_weight
-from snp_llm.pruning.factor import factor_site
+from snp_llm.models.site import Site, block_dtype, outputs_of, site_weight
+from snp_llm.models.task import task_of
+from snp_llm.pruning.factor import FactoredSite, factor_site
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import (
     Statistics,
@@ -44,13 +46,14 @@ from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
 from snp_llm.runtime.device import ONCE, Clock, where_it_fits
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.storage import store
 
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
 
 GRADIENT_TOKENS = 32_768  # at most: what of these enters every block is kept for the way back
 
 FEWEST_WINDOWS = 4  # at least, so that up to so many ranks read the same
+
+IMAGES = 128  # at least, where what gradients of an image have in common counts as well
 
 HELD_OUT_OF = 4  # one window of so many is held out
 
@@ -62,11 +65,16 @@ class SiteCurves:
     Attributes:
         energy: share of the latent energy at every width, (units + 1,); None where no curve was asked for.
         loss: predicted rise of the mean loss at every width, (units + 1,); None without gradients.
-        read_gradient: reads F, second moment of the loss gradient at the site's output, a token, (d_out, d_out).
+        order, rises: of units that several sites share, most important first, and what each of them, the last that has
+            gone, adds to that loss, or to the relative error; (units,) both, None elsewhere.
+        read_gradient: reads F, second moment of the loss gradient at the site's output, (d_out, d_out), summed over as
+            many positions as there is a loss for: a token of a text, an image with all of its positions.
     """
 
     energy: Tensor | None
     loss: Tensor | None
+    order: Tensor | None
+    rises: Tensor | None
     read_gradient: Callable[[], Tensor | None]
 
     @property
@@ -75,12 +83,19 @@ class SiteCurves:
         return self.read_gradient()
 
 
-def visit_passes(recipe: Recipe) -> int:
+def visit_passes(recipe: Recipe, sites: Sequence[Site] = ()) -> int:
     """How many times the dense model's blocks are visited before the first cut: for gradients, for curves, or both."""
-    return recipe.needs_gradients + (recipe.allocation in NEEDS_CURVES)
+    return recipe.needs_gradients + needs_curves(recipe, sites)
 
 
-def visit_windows(widest: int, hidden: int, seq_len: int, recipe: Recipe) -> tuple[int, int]:
+def needs_curves(recipe: Recipe, sites: Sequence[Site]) -> bool:
+    """Whether widths follow from curves, or the order of units that several sites share."""
+    return recipe.allocation in NEEDS_CURVES or any(site.kind == "stream" for site in sites)
+
+
+def visit_windows(
+    widest: int, hidden: int, seq_len: int, recipe: Recipe, sites: Sequence[Site] = ()
+) -> tuple[int, int]:
     """Windows that a visit reads gradients from, and curves; none where the recipe does not need them.
 
     Args:
@@ -88,9 +103,10 @@ def visit_windows(widest: int, hidden: int, seq_len: int, recipe: Recipe) -> tup
         hidden: channels that a block puts out.
         seq_len: tokens a window has.
         recipe: what is needed.
+        sites: as of `needs_curves`.
     """
     gradients = gradient_windows(hidden, seq_len) if recipe.needs_gradients else 0
-    return gradients, enough_windows(widest, seq_len) if recipe.allocation in NEEDS_CURVES else 0
+    return gradients, enough_windows(widest, seq_len) if needs_curves(recipe, sites) else 0
 
 
 def gradient_windows(hidden: int, seq_len: int) -> int:
@@ -118,8 +134,10 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
         run: of this phase; its journal keeps curves and gradients.
     """
     sites, gradients, curves = anatomy.sites, run.phase("gradients"), run.phase("curves")
-    widest, hidden = max(s.channels for s in sites), len(site_weight(anatomy.blocks[sites[0].block], sites[0]))
-    read_back, read_once = visit_windows(widest, hidden, tokens.shape[1], run.recipe)
+    widest, hidden = max(s.channels for s in sites), outputs_of(anatomy.blocks[sites[0].block], sites[0])
+    read_back, read_once = visit_windows(widest, hidden, run.recipe.seq_len, run.recipe, sites)
+    if any(site.spatial for site in sites):
+        read_back = max(read_back, read_back and IMAGES)
 
     def first_windows(count: int, run: Run) -> _Visit:
         return _Visit(anatomy, tokens[: max(count, ranks.rank_count())], run)
@@ -133,6 +151,8 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
         SiteCurves(
             energy=curves.journal.get(site.block, f"{site.path} energy"),
             loss=curves.journal.get(site.block, f"{site.path} loss"),
+            order=curves.journal.get(site.block, f"{site.path} order"),
+            rises=curves.journal.get(site.block, f"{site.path} rises"),
             read_gradient=partial(gradients.journal.get, site.block, site.path),
         )
         for site in sites
@@ -178,37 +198,41 @@ def _read_gradients(visit: _Visit) -> None:
         return
     stream = visit.start()
     inputs: list[Tensor] = []
-    hidden = stream.hidden
-    for index, block in enumerate(blocks[: len(blocks) - done]):
-        inputs.append(hidden)
+    for index, block in enumerate(islice(blocks, len(blocks) - done)):
+        inputs.append(stream.hidden)
         if done and index == len(blocks) - done - 1:
             break  # what comes after it has been visited
-        hidden = stream.like_hidden()
         with on_device(block, device), clock.phase("forward passes"):
-            advance(block, index, inputs[index], hidden, stream.calls[index], stream.batch)
+            advance(block, stream.before(index))
+    back_again = replace(stream)
     if done:
-        gradients = stream.like_hidden().copy_(state["gradients"])
+        kept = state["gradients"]
+        back_again.hidden = stream.storage.empty(*kept.shape, dtype=kept.dtype).copy_(kept)
     else:
-        gradients = hidden
         with clock.phase(ONCE):
-            _to_loss_gradients(visit, hidden)
+            _to_loss_gradients(visit, stream.hidden)
     for index in range(len(blocks) - done - 1, -1, -1):
         block, here = blocks[index], visit.anatomy.sites_of(index)
-        weights = [site_weight(block, site) for site in here]
-        sums = [empty_moments(len(W), W.dtype, device) for W in weights]
+        sums = [empty_moments(outputs_of(block, s), block_dtype(block), device) for s in here]
+        whole = {s: empty_moments(outputs_of(block, s), block_dtype(block), device) for s in here if s.spatial}
         entering = replace(stream, hidden=inputs.pop(), index=index)
-        back = partial(_back, block, here, entering, gradients, device)
+        back = partial(_back, block, here, entering, back_again.hidden, device)
         with on_device(block, device), clock.phase("forward passes"):
             for at, (gradient, found) in in_batches(len(windows), stream.batch, back):
                 with clock.phase("Gram matrices"):
                     sums = [s if g is None else add_moments(s, g) for s, g in zip(sums, found, strict=True)]
-                store(gradients, at, gradient)
+                    for site, g in zip(here, found, strict=True):
+                        if g is not None and site in whole:
+                            whole[site] = add_moments(whole[site], g.reshape(len(g), -1, g.shape[-1]).sum(1))
+                back_again.put(at, gradient)
         with clock.phase("Gram matrices"):
-            ranks.add_up([t for moments in sums for t in (moments.second, moments.first)])
+            ranks.add_up([t for moments in (*sums, *whole.values()) for t in (moments.second, moments.first)])
             if ranks.owner(index) == ranks.rank():
-                count = visit.tokens.numel()
-                journal.put(index, {s.path: _per_token(m, count, s) for s, m in zip(here, sums, strict=True)})
-        journal.save_state(len(blocks) - index, {"gradients": gradients}, windows, last=index == 0)
+                count = task_of(visit.anatomy.model.config).losses(visit.tokens)
+                moments = {s.path: _per_loss(m, count, s) for s, m in zip(here, sums, strict=True)}
+                moments.update({f"{s.path} whole": _per_loss(m, count, s) for s, m in whole.items()})
+                journal.put(index, moments)
+        journal.save_state(len(blocks) - index, {"gradients": back_again.hidden}, windows, last=index == 0)
         visit.run.on_step(f"block {index}: gradients of the dense model")
     ranks.wait()
 
@@ -241,7 +265,7 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         return
     stream = visit.start()
     if first:
-        stream.hidden.copy_(state["hidden"])
+        stream.go_on(state["hidden"])
     held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.run.recipe.needs_gradients
     holding_out, held_here = bool(held.any()), held[windows.start : windows.stop]
     summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
@@ -249,7 +273,9 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
         block, here = blocks[index], visit.anatomy.sites_of(index)
         weights = [site_weight(block, site) for site in here]
         sums = [
-            empty_sums(s.name, W, clock.device, stream.storage, drifting=False, holding_out=holding_out)
+            empty_sums(
+                s.name, W, clock.device, stream.storage, drifting=False, holding_out=holding_out, means=s.spatial
+            )
             for s, W in zip(here, weights, strict=True)
         ]
         with on_device(block, clock.device):
@@ -281,7 +307,7 @@ def sum_up(
             with clock.phase("Gram matrices"):
                 triples = zip(sums, sites, inputs, strict=True)
                 sums = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
-            store(stream.hidden, at, output)
+            stream.put(at, output)
     return sums
 
 
@@ -321,22 +347,34 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
             of_site.fitted.moments,
             held=of_site.held,
             gradient=gradients.get(index, site.path),
+            whole=gradients.get(index, f"{site.path} whole"),
+            means=of_site.means,
             files=of_site.files,
         )
 
-        def curves(statistics: Statistics, site: Site = site) -> tuple[Tensor, Tensor | None]:
+        def curves(statistics: Statistics, site: Site = site) -> dict[str, Tensor]:
             factored = factor_site(block, site, statistics, recipe, visit.run.clock)[0]
-            return energy_curve(factored.subspace.D, site.unit_size).cpu(), factored.loss_curve(statistics)
+            return site_curves(site, factored, statistics)
 
-        energy, loss = with_algebra(site.name, apart, curves)
-        found[f"{site.path} energy"] = energy
-        if loss is not None:
-            found[f"{site.path} loss"] = loss[:: site.unit_size].cpu()
+        found.update(with_algebra(site.name, apart, curves))
     return found
 
 
-def _per_token(moments: Moments, tokens: int, site: Site) -> Tensor:
-    """Second moment F of a site's gradient, a token, on the CPU, from sums over so many tokens."""
+def site_curves(site: Site, factored: FactoredSite, statistics: Statistics) -> dict[str, Tensor]:
+    """What `SiteCurves` holds of a site, by kind of site and name."""
+    loss = factored.loss_curve(statistics)
+    found = {f"{site.path} energy": energy_curve(factored.subspace.D, site.unit_size).cpu()}
+    if loss is not None:
+        found[f"{site.path} loss"] = loss[:: site.unit_size].cpu()
+    if site.kind == "stream":
+        errors = factored.errors() if loss is None else loss
+        found[f"{site.path} order"] = factored.unit_order.cpu()
+        found[f"{site.path} rises"] = -errors[:: site.unit_size].diff().cpu()
+    return found
+
+
+def _per_loss(moments: Moments, losses: int, site: Site) -> Tensor:
+    """Second moment F of a site's gradient, on the CPU, from sums over what so many losses are of."""
     if not torch.isfinite(moments.first).all():
         raise SnpError(f"{site.name}: the loss gradient holds NaN or Inf; expected finite. Try --dtype float32.")
-    return (gram_matrix(moments, centred=False) / tokens).float().cpu()
+    return (gram_matrix(moments, centred=False) / losses).float().cpu()

@@ -16,7 +16,7 @@ from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
-from snp_llm.models.offload import copy_unhooked, leave_on_disk
+from snp_llm.models.offload import copy_unhooked, leave_on_disk, read_buffers
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
@@ -51,7 +51,7 @@ def prune_blocks(
     dense = DenseStream.beside(stream, anatomy, run)
     first, state = journal.last_state(stream.windows, stream.total)
     if state:
-        stream.hidden.copy_(state["hidden"])
+        stream.go_on(state["hidden"])
         dense.go_on(state)
     pruned_blocks: list[nn.Module] = []
     results: list[SiteResult] = []
@@ -150,7 +150,7 @@ def prune_block(
     with run.clock.phase("forward passes"):
         for at, output in in_batches(len(stream.windows), stream.batch, run_on):
             check_finite(output, stream.index)
-            store(stream.hidden, at, output)
+            stream.put(at, output)
     return block, results
 
 
@@ -284,6 +284,7 @@ def finished_block(block: nn.Module, results: Sequence[SiteResult], file: Path) 
         prune_site(pruned, site, result.kept, weight, site_bias(pruned, site))
         if not site.consumers and not len(result.kept):
             pruned = NoBlock()
+    read_buffers(pruned, file)
     leave_on_disk(pruned, file)
     return pruned
 

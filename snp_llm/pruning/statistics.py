@@ -66,6 +66,8 @@ class Statistics:
         referred: over the tokens that drift is known for, with drift; None where the reference is its own dense output.
         held: over the windows that were held out, which have drift if any have; None without.
         gradient: F, second moment of the loss gradient at its output, a token, (d_out, d_out); None where not needed.
+        whole: likewise of the gradients of an image summed over its positions; None elsewhere.
+        means: of its inputs' means over the positions of each image; None likewise.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
@@ -73,6 +75,8 @@ class Statistics:
     referred: TokenSums | None = None
     held: TokenSums | None = None
     gradient: Tensor | None = None
+    whole: Tensor | None = None
+    means: Moments | None = None
     files: Files = ()
 
 
@@ -84,12 +88,15 @@ class Sums:
         fitted: with what the site should put out (None without references), over all windows in none of the following.
         held: likewise over those held out, or None where nothing is chosen by them.
         unreferred: of its inputs over windows without a reference, or None where all have one, or none has.
+        means: of the inputs' means over the positions of each image that is held out (of all, where none is); None
+            where nothing asks for them.
         files: that the sums of a wide site are in; none where they are in memory.
     """
 
     fitted: TokenSums
     held: TokenSums | None
     unreferred: Moments | None = None
+    means: Moments | None = None
     files: Files = ()
 
     @torch.no_grad()
@@ -114,7 +121,7 @@ class Sums:
         moments = referred.moments
         if self.unreferred is not None:
             moments = added_to(completed(self.unreferred), moments)
-        return Statistics(moments, referred if referred.outputs else None, held, gradient, self.files)
+        return Statistics(moments, referred if referred.outputs else None, held, gradient, files=self.files)
 
 
 def empty_sums(
@@ -126,6 +133,7 @@ def empty_sums(
     drifting: bool,
     holding_out: bool,
     some_unreferred: bool = False,
+    means: bool = False,
 ) -> Sums:
     """Sums of no tokens, on the device if there is room for them, else on the CPU.
 
@@ -139,6 +147,7 @@ def empty_sums(
         drifting: whether there is a reference that its output may lack something of.
         holding_out: whether sums over held-out windows are kept apart.
         some_unreferred: whether sums over windows without a reference are.
+        means: whether means over the positions of an image are summed.
     """
     (d_out, n), dtype = W.shape, W.dtype
     parts = {"drifting": drifting, "holding_out": holding_out, "some_unreferred": some_unreferred}
@@ -149,7 +158,8 @@ def empty_sums(
         return TokenSums(empty_moments(n, dtype, device), outputs)
 
     unreferred = empty_moments(n, dtype, device) if some_unreferred else None
-    sums = Sums(empty(), empty() if holding_out else None, unreferred)
+    of_means = empty_moments(n, dtype, device) if means else None
+    sums = Sums(empty(), empty() if holding_out else None, unreferred, of_means)
     return _in_files(sums, storage) if wants_files(n, storage.device, device.type) else sums
 
 
@@ -225,6 +235,9 @@ def add_batch(sums: Sums, inputs: Tensor, reference: Tensor | None, held: Tensor
     sums = _with_room(sums, inputs)
     device = sums.fitted.moments.second.device
     inputs, reference = inputs.to(device), None if reference is None else reference.to(device)
+    if sums.means is not None:
+        seen = inputs if sums.held is None else _windows(inputs, held)
+        sums = replace(sums, means=add_moments(sums.means, seen.mean(1)))
     if sums.unreferred is not None:
         referred = 0 if reference is None else len(reference)
         if referred < len(inputs):
@@ -339,7 +352,8 @@ def over_all_ranks(sums: Sums) -> Sums:
     if ranks.rank_count() == 1:
         return sums
     apart = [part for part in (sums.fitted, sums.held) if part is not None]
-    moments = [part.moments for part in apart] + ([] if sums.unreferred is None else [sums.unreferred])
+    moments = [part.moments for part in apart]
+    moments += [part for part in (sums.unreferred, sums.means) if part is not None]
     outputs = [part.outputs for part in apart if part.outputs is not None]
     ranks.add_up([t for m in moments for t in (m.second, m.first)] + [t for o in outputs for t in (o.cross, o.first)])
     counts = map(sum, zip(*ranks.from_all([m.tokens for m in moments]), strict=True))

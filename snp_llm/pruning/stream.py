@@ -17,14 +17,16 @@ from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage, store
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stream:
     """Calibration windows of this rank before some block.
 
     Attributes:
-        hidden: hidden states, (windows, T, d), on the storage; further channels hold what else blocks read of it.
+        hidden: hidden states, (windows, T, d), on the storage; further channels hold what else blocks read of it. Of a
+            convolutional network feature maps.
         calls: every block's other arguments, for one window; windows are equally long, so they hold for any batch.
         index: of the block that comes next.
+        coming: what that block has put out so far, where it is of another shape.
         windows: which of all calibration windows these are.
         total: how many there are on all ranks together.
         batch: windows at a time.
@@ -38,6 +40,7 @@ class Stream:
     batch: BatchSize
     storage: Storage
     index: int = 0
+    coming: Tensor | None = None
 
     @property
     def call(self) -> BlockCall:
@@ -46,7 +49,29 @@ class Stream:
 
     def before(self, index: int) -> "Stream":
         """The stream, where the block of that number comes next."""
-        return replace(self, index=index)
+        self.index = index
+        return self
+
+    def put(self, at: slice, output: Tensor, *, apart: bool = False) -> None:
+        """Takes what a block puts out for the windows `at`, batch after batch, in place of what went in.
+
+        Hidden states of another shape get room of their own, and with `apart` all do, so that those before are kept.
+        """
+        if output.shape[1:] == self.hidden.shape[1:] and not apart:
+            store(self.hidden, at, output)
+            return
+        if self.coming is None:
+            self.coming = self.storage.empty(len(self.windows), *output.shape[1:], dtype=output.dtype)
+        store(self.coming, at, output)
+        if at.stop == len(self.windows):
+            self.hidden, self.coming = self.coming, None
+
+    def go_on(self, hidden: Tensor) -> None:
+        """Takes up hidden states that were kept."""
+        if hidden.shape == self.hidden.shape:
+            self.hidden.copy_(hidden)
+        else:
+            self.hidden = self.storage.empty(*hidden.shape, dtype=hidden.dtype).copy_(hidden)
 
     def like_hidden(self) -> Tensor:
         """Room for as many hidden states, on the storage."""
@@ -95,15 +120,16 @@ def capture(anatomy: Anatomy, tokens: Tensor, run: Run) -> Stream:
     return Stream(hidden, calls, mine, len(tokens), run.batch, storage)
 
 
-def advance(block: nn.Module, index: int, hidden: Tensor, into: Tensor, call: BlockCall, batch: BatchSize) -> None:
-    """Runs a block over hidden states, (windows, T, d); `into`, which may be the same, takes what it puts out.
+def advance(block: nn.Module, stream: Stream) -> None:
+    """Runs a block over the stream, which moves on to what it puts out; what went in is kept.
 
     Raises:
         SnpError: that is not finite.
     """
-    for at, output in in_batches(len(hidden), batch, lambda at: run_block(block, hidden[at], call)):
-        check_finite(output, index)
-        store(into, at, output)
+    hidden, call = stream.hidden, stream.call
+    for at, output in in_batches(len(hidden), stream.batch, lambda at: run_block(block, hidden[at], call)):
+        check_finite(output, stream.index)
+        stream.put(at, output, apart=True)
 
 
 def check_finite(output: Tensor, index: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snp_llm.models.blocks import input_gradient, inputs_of, run_block, watch_inputs
 from snp_llm.models.calls import BlockCall
-from snp_llm.models.projections import inputs_as_rows, outputs_as_rows, projection
+from snp_llm.models.projections import Projection, inputs_as_rows, outputs_as_rows, projection
 from snp_llm.models.site import Site, consumers_of
 
 
@@ -30,7 +30,21 @@ def inputs_at(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Blo
         return [_added(run_block(block, hidden, call), hidden)]
     readers = [projection(block, site.consumers[0]) for site in sites]
     inputs = inputs_of(readers, block, hidden, call)
-    return [x if x is None else inputs_as_rows(reader, x) for reader, x in zip(readers, inputs, strict=True)]
+    read = zip(sites, readers, inputs, strict=True)
+    return [x if x is None else site_rows(site, reader, x) for site, reader, x in read]
+
+
+def site_rows(site: Site, reader: Projection, inputs: Tensor) -> Tensor:
+    """What the matrix of a site is multiplied with: inputs, patches of them or, where they are mixed, channels.
+
+    Args:
+        site: that the inputs arrive at.
+        reader: its consumer.
+        inputs: that it gets, (..., in), or (images, channels, height, width).
+    """
+    if site.taps:
+        return inputs.reshape(len(inputs), site.units, -1).mT
+    return inputs_as_rows(reader, inputs)
 
 
 class Taps:
@@ -38,15 +52,16 @@ class Taps:
 
     def __init__(self, block: nn.Module, sites: Sequence[Site]) -> None:
         self.readers = [projection(block, site.consumers[0]) if site.consumers else None for site in sites]
+        self.sites = sites
         self.seen: dict[nn.Module, Tensor] = {}
 
     def read(self, hidden: Tensor, output: Tensor) -> list[Tensor | None]:
         """As `inputs_at` has it, of the run that made `output` from `hidden`; it is then forgotten."""
         seen, self.seen = self.seen, {}
         found: list[Tensor | None] = []
-        for reader in self.readers:
+        for site, reader in zip(self.sites, self.readers, strict=True):
             inputs = _added(output, hidden) if reader is None else seen.get(reader)
-            found.append(inputs if reader is None or inputs is None else inputs_as_rows(reader, inputs))
+            found.append(inputs if reader is None or inputs is None else site_rows(site, reader, inputs))
         return found
 
 

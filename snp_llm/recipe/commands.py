@@ -13,24 +13,30 @@ from snp_llm.runtime.errors import SnpError
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """Perplexity by the protocol that pruning papers use, and zero-shot tasks, of one model or several side by side."""
+    """Perplexity by the protocol that pruning papers use, and zero-shot tasks, of one model or several side by side; of
+    models that classify images their accuracy."""
 
     models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL [MODEL ...]")]]
     """Hub ids, local folders, or the bundled `tiny-opt`; ratios are to the first."""
     dataset: Text | None = None
     """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, or `bundled`.
-    Default: wikitext2; bundled for the bundled model."""
+    Default: wikitext2; bundled for the bundled model. For models of images: a folder of image files in folders by
+    class, a .parquet file, or a hub dataset."""
     split: Text | None = None
     """Default: the test split."""
     text_column: str = "text"
     """Column that holds the text, for datasets that are not known by name."""
+    image_column: str = "image"
+    """Column that holds the images, for models of those."""
+    label_column: str = "label"
+    """Column that holds their classes."""
     seq_len: int | None = None
     """Tokens a window. Default: the models' maximum, at most 2048."""
     stride: int | None = None
     """Windows begin so many tokens apart and overlap; in each only the tokens count that no earlier one held. Default:
     windows that do not overlap."""
     max_windows: int | None = None
-    """Measure on the first windows only."""
+    """Measure on the first windows, or images, only."""
     bos: Bos = "auto"
     """As for prune: where BOS stands in the text that perplexity is measured on."""
     perplexity: bool = True

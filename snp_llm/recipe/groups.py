@@ -11,7 +11,8 @@ METHOD = (
     *("head_unit", "layout", "round_to"),
 )
 
-TEXT = ("calibration", "calibration_split", "text_column", "bos")  # a run knows it by its tokens, not by its name
+# A run knows it by its tokens or pixels, not by its name.
+TEXT = ("calibration", "calibration_split", "text_column", "image_column", "label_column", "bos")
 
 WINDOWS = ("num_samples", "seq_len", "seed")
 

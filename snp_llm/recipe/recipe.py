@@ -117,13 +117,18 @@ class Recipe:
     """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
     calibration: Text | None = None
     """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, a folder that
-    `datasets` saved, `random` token ids, or `bundled`. Default: wikitext2; bundled for the bundled model."""
+    `datasets` saved, `random` token ids, or `bundled`. Default: wikitext2; bundled for the bundled model. For models of
+    images: a folder of image files, a .parquet file, such a folder or hub dataset, or `noise`."""
     calibration_split: Text | None = None
     """Default: the training split."""
     text_column: str = "text"
     """Column that holds the text, for datasets that are not known by name."""
+    image_column: str = "image"
+    """Column that holds the images, where a model classifies those."""
+    label_column: str = "label"
+    """Column that holds their classes, which are for evaluation alone."""
     num_samples: int = 128
-    """Calibration windows."""
+    """Calibration windows, or images."""
     seq_len: int | None = None
     """Tokens a window, for calibration and evaluation. Default: the model's maximum, at most 2048."""
     bos: Bos = "auto"
@@ -142,9 +147,10 @@ class Recipe:
     dtype: Dtype = "auto"
     """Type of the weights, while running and saved. auto: as in the checkpoint."""
     eval: bool = True
-    """Measure perplexity of the dense and the pruned model."""
+    """Measure perplexity, or accuracy, of the dense and the pruned model."""
     eval_dataset: Text | None = None
-    """As for --calibration, without `random`. Default: wikitext2; bundled for the bundled model."""
+    """As for --calibration, without `random` and `noise`. Default: wikitext2; bundled for the bundled model; for models
+    of images the calibration images' other split."""
     eval_split: Text | None = None
     """Default: the test split."""
     trust_remote_code: bool = False

@@ -11,11 +11,15 @@ from snp_llm.checkpoint.tokenizer import reader_of
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.pruning.pipeline import PrunedModel
-from snp_llm.report.rows import markdown_table
+from snp_llm.report.rows import markdown_table, measured_by
 from snp_llm.runtime.files import write_text
 
 # By the Auto class of a model, where the Hub calls what it does something else than the generation of text.
-PIPELINES = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForMultimodalLM": "any-to-any"}
+PIPELINES = {
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMultimodalLM": "any-to-any",
+    "AutoModelForImageClassification": "image-classification",
+}
 
 
 def model_card(
@@ -80,33 +84,37 @@ def model_card(
 def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bool, auto: str) -> str:
     """What the Hub reads of a card: tags, the dense model, and perplexity where it was measured; YAML."""
     name = f"{Path(report['recipe']['model']).name} pruned"
+    pipeline, measured = PIPELINES.get(auto, "text-generation"), _has_figures(report)
+    key, metric = ("top1", "accuracy") if report["pruned"].get("top1") is not None else ("perplexity", "perplexity")
     result = EvalResult(
-        task_type="text-generation",
+        task_type="text-generation" if key == "perplexity" else pipeline,
         dataset_type=str(report["recipe"]["eval_dataset"]),
         dataset_name=str(report.get("evaluation")),
-        metric_type="perplexity",
-        metric_value=report["pruned"]["perplexity"],
+        metric_type=metric,
+        metric_value=report["pruned"][key],
     )
-    measured = _has_perplexity(report)
     data = ModelCardData(
         base_model=base_model,
         library_name="transformers",
-        pipeline_tag=PIPELINES.get(auto, "text-generation"),
+        pipeline_tag=pipeline,
         tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
-        metrics=["perplexity"] if measured else None,
+        metrics=[metric] if measured else None,
         model_name=name if measured else None,
         eval_results=[result] if measured else None,
     )
     return str(data.to_yaml())
 
 
-def _has_perplexity(report: dict[str, Any]) -> bool:
-    return report["pruned"]["perplexity"] is not None and report.get("evaluation") is not None
+def _has_figures(report: dict[str, Any]) -> bool:
+    return bool(measured_by(report)) and report.get("evaluation") is not None
 
 
 def _measured_on(report: dict[str, Any]) -> str:
     """What the figures of the table were measured on, text and device, in sentences."""
-    said = [f"Perplexity on {report['evaluation']}."] if _has_perplexity(report) else []
+    said = []
+    if _has_figures(report):
+        named = " and ".join(measured_by(report))
+        said.append(f"{named[0].upper()}{named[1:]} on {report['evaluation']}.")
     if report["pruned"]["speed"] is not None and "device" in report:
         said.append(f"Speed on {report['device']}.")
     return " ".join(said)

@@ -24,6 +24,9 @@ COLOURS = {
     "gone": "#d3dae2",
     "attention": "#2563a9",
     "ffn": "#c2560d",
+    "convolution": "#2c6e9b",
+    "stream": "#8a5a00",
+    "linear": "#3d7a3a",
     "cut": "#b3234b",
     "green": "#2f7d4f",
     "violet": "#8250a8",
@@ -33,9 +36,15 @@ COLOURS = {
     "pink": "#d1579b",
 }
 
-MARKERS = {"attention": "o", "ffn": "s"}
+MARKERS = {"attention": "o", "ffn": "s", "convolution": "D", "stream": "^", "linear": "v"}
 
-NAMES = {"attention": "attention", "ffn": "FFN"}
+NAMES = {
+    "attention": "attention",
+    "ffn": "FFN",
+    "convolution": "convolutions",
+    "stream": "streams",
+    "linear": "linear layers",
+}
 
 SIZE = (4.5, 2.9)  # inches: 324 points, so that a phone shows text at its own size
 

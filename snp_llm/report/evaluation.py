@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from snp_llm.checkpoint.contents import REPORT, read_report
+from snp_llm.evaluate.classified import Classified
 from snp_llm.evaluate.side_by_side import Evaluated
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.report.facts import write_report
@@ -42,4 +43,12 @@ def save(result: Evaluated, recipe: EvaluationRecipe, folder: Path) -> None:
         found = {task: {**metrics, **limited} for task, metrics in result.tasks.items()}
         report["tasks"] = {**report.get("tasks", {}), **found}
         report["versions"]["lm_eval"] = version("lm_eval")
+    write_report(report, folder)
+
+
+def save_classified(result: Classified, folder: Path) -> None:
+    """Records the accuracy of a model in its report, `accuracies` by what it was measured on; later ones replace."""
+    report = read_report(folder)
+    entry = {"text": result.text, "top1": result.top1, "top5": result.top5}
+    report["accuracies"] = [*(e for e in report.get("accuracies", []) if e["text"] != result.text), entry]
     write_report(report, folder)

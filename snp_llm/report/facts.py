@@ -8,6 +8,7 @@ from typing import Any
 
 from snp_llm.checkpoint.contents import REPORT
 from snp_llm.models.size import ModelSize
+from snp_llm.models.task import task_of
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.pruning.result import SiteResult
 from snp_llm.runtime.device import versions
@@ -20,16 +21,19 @@ class Measured:
     """Figures of one model, dense or pruned.
 
     Attributes:
-        size: parameters, bytes, FLOPs a token.
+        size: parameters, bytes, FLOPs a token, or an image.
         disk: bytes of its weight files, or of its parameters where it has no folder of safetensors.
         perplexity: or None if not evaluated.
-        speed: tokens a second at prefill, or None if not measured.
+        speed: tokens a second at prefill, or images a second; None if not measured.
+        top1, top5: of images, per cent that are classified rightly at the first guess or with five; None likewise.
     """
 
     size: ModelSize
     disk: int
-    perplexity: float | None
-    speed: float | None
+    perplexity: float | None = None
+    speed: float | None = None
+    top1: float | None = None
+    top5: float | None = None
 
 
 def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +73,9 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
         "calibration": {"text": pruned.calibration.description, "sha256": pruned.calibration.digest},
         "sparsity": {
             "target": pruned.sparsity,
-            "achieved": achieved_sparsity(dense, pruned),
+            "achieved": achieved_sparsity(dense, after, pruned),
         },
+        "task": task_of(pruned.model.config).name,
         "stays": pruned.stays,
         "predicted_perplexity_ratio": predicted_ratio(pruned),
         "trials": [{"sparsity": sparsity, "perplexity_rise": rise} for sparsity, rise in pruned.trials],
@@ -99,8 +104,10 @@ def curve(result: SiteResult) -> dict[str, Any] | None:
     }
 
 
-def achieved_sparsity(dense: Measured, pruned: PrunedModel) -> float:
-    """Fraction of the block-linear parameters that is gone, or zero where the layout is padded."""
+def achieved_sparsity(dense: Measured, after: Measured, pruned: PrunedModel) -> float:
+    """Fraction of the block-linear parameters that is gone, or stands for nothing where the layout is padded."""
+    if pruned.recipe.layout != "padded":
+        return (dense.size.block_linear - after.size.block_linear) / dense.size.block_linear
     removed = sum((r.site.units - len(r.kept)) * r.site.cost for r in pruned.sites)
     return removed / dense.size.block_linear
 

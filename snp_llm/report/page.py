@@ -17,7 +17,7 @@ from snp_llm.report import pictures
 from snp_llm.report.compare import compare
 from snp_llm.report.measurements import bench_measurements, measurements
 from snp_llm.report.read import Run, model_name, read_run
-from snp_llm.report.rows import summary
+from snp_llm.report.rows import measured_by, summary, words_of
 from snp_llm.report.words import asked, brief, brief_count, change_words, count, percent, said_of, setting_words
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.files import write_text
@@ -117,24 +117,33 @@ def tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(
             ("perplexity", f"{pruned['perplexity']:,.2f}", f"{change_words(ratio)} from {dense['perplexity']:,.2f}")
         )
+    if pruned.get("top1") is not None:
+        points = f"{pruned['top1'] - dense['top1']:+.2f} points from {dense['top1']:,.2f}".replace(
+            "-", "\N{MINUS SIGN}"
+        )
+        found.append(("top-1, %", f"{pruned['top1']:,.2f}", points))
     if pruned["speed"] and dense["speed"]:
         found.append(
-            ("prefill speed", f"\N{MULTIPLICATION SIGN}{pruned['speed'] / dense['speed']:.2f}", "of the dense model's")
+            (
+                words_of(report).speed.split(",")[0].replace("prefill", "prefill speed"),
+                f"\N{MULTIPLICATION SIGN}{pruned['speed'] / dense['speed']:.2f}",
+                "of the dense model's",
+            )
         )
     else:
         ratio = pruned["size"]["flops"] / dense["size"]["flops"]
-        found.append(("FLOPs a token", change_words(ratio), "of the dense model's; speed not measured"))
+        found.append(
+            (f"FLOPs {words_of(report).work}", change_words(ratio), "of the dense model's; speed not measured")
+        )
     return found
 
 
 def limits(run: Run) -> list[str]:
     """What the numbers do not say, in sentences."""
-    report, recipe = run.report, run.report["recipe"]
+    report, recipe, words = run.report, run.report["recipe"], words_of(run.report)
     dense, pruned, sparsity = report["dense"], report["pruned"], report["sparsity"]
-    found = [
-        "Sparsity counts the linear weights of the decoder blocks. Embeddings, norms and the LM head are not cut: the "
-        f"whole model has {percent(1 - pruned['size']['parameters'] / dense['size']['parameters'])} fewer parameters."
-    ]
+    fewer = 1 - pruned["size"]["parameters"] / dense["size"]["parameters"]
+    found = [f"{words.counted} whole model has {percent(fewer)} fewer parameters."]
     target = sparsity.get("target")
     if target is not None and abs(target - sparsity["achieved"]) > FARTHEST_FROM_BUDGET:
         found.append(
@@ -143,25 +152,19 @@ def limits(run: Run) -> list[str]:
         )
     if recipe.get("layout") == "padded":
         found.append("The padded layout fills removed units up with zeros: it is for comparisons and saves nothing.")
-    if pruned["perplexity"] is None:
-        found.append("Perplexity was not measured.")
+    if not measured_by(report):
+        found.append(f"{words.quality.split()[0]} was not measured.")
     else:
-        found.append(
-            "Perplexity is of one text. It says nothing certain of other domains, of other languages, or of tasks"
-            + ("." if report.get("tasks") else ", none of which was measured.")
-        )
+        found.append(words.quality + ("." if report.get("tasks") else ", none of which was measured."))
     if pruned["speed"] is None:
         found.append("Speed was not measured.")
     elif run.bench is None:
         found.append(
-            "Speed is that of reading one window, on the machine that pruned"
+            words.reading
             + (f" ({report['device']})" if report.get("device") else "")
             + ". Generation, larger batches and other engines were not measured."
         )
-    found.append(
-        "Errors and curves are of the calibration tokens that the repair was computed from; on other text they are "
-        "larger, the more so the fewer tokens there are for a site's channels."
-    )
+    found.append(words.samples)
     if any(s.get("predicted_loss") is None for s in report["sites"]):
         found.append("No loss was predicted for some sites: that needs the loss gradients, which these settings spare.")
     return found

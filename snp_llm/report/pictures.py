@@ -6,9 +6,16 @@ from typing import Any
 from snp_llm.report import drawing, figures
 from snp_llm.report.figures import SitePoint
 from snp_llm.report.parts import Picture, as_picture
+from snp_llm.report.rows import words_of
 from snp_llm.report.words import count
 
-KINDS = {"attention": "Attention", "ffn": "FFN"}
+KINDS = {
+    "attention": "Attention",
+    "ffn": "FFN",
+    "convolution": "Convolutions",
+    "stream": "Streams",
+    "linear": "Linear layers",
+}
 
 
 def widths(report: Mapping[str, Any]) -> list[Picture]:
@@ -57,7 +64,8 @@ def predictions(report: Mapping[str, Any]) -> list[Picture]:
     if losses and any(p.value for p in losses):
         worst = max(losses, key=lambda p: p.value)
         total = sum(p.value for p in losses)
-        note = f"Rise of the mean loss, in nats a token, on held-out calibration windows; {total:.4f} in all."
+        words = words_of(report)
+        note = f"Rise of the mean loss, in nats {words.work}, on held-out {words.windows}; {total:.4f} in all."
         said = (
             f"predicted rise of the loss at every site, {total:.4f} in all, the largest {worst.value:.4f} at block "
             f"{worst.block} {drawing.NAMES[worst.kind]}"

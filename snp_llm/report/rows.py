@@ -17,9 +17,57 @@ class Row:
     ratio: str
 
 
+QUALITIES = {"perplexity": "perplexity", "top1": "top-1, %", "top5": "top-5, %"}  # keys of what models are measured by
+
+
+@dataclass(frozen=True)
+class Words:
+    """What figures of a report are of, and what they do not say."""
+
+    work: str
+    speed: str
+    windows: str
+    counted: str
+    quality: str
+    reading: str
+    samples: str
+
+
+TEXT = Words(
+    "a token",
+    "prefill, tokens a second",
+    "calibration windows",
+    "Sparsity counts the linear weights of the decoder blocks. Embeddings, norms and the LM head are not cut: the",
+    "Perplexity is of one text. It says nothing certain of other domains, of other languages, or of tasks",
+    "Speed is that of reading one window, on the machine that pruned",
+    "Errors and curves are of the calibration tokens that the repair was computed from; on other text they are "
+    "larger, the more so the fewer tokens there are for a site's channels.",
+)
+IMAGES = Words(
+    "an image",
+    "images a second",
+    "calibration images",
+    "Sparsity counts the weights of linear layers and convolutions in the blocks, no norms and biases: the",
+    "Accuracy is of one set of images. It says nothing certain of others, or of tasks",
+    "Speed is that of one batch of images, on the machine that pruned",
+    "Errors and curves are of the calibration images that the repair was computed from; on others they are larger, "
+    "the more so the fewer images there are for a site's channels.",
+)
+
+
+def words_of(report: Mapping[str, Any]) -> Words:
+    """What the figures of a report are of: tokens, unless it says images."""
+    return IMAGES if report.get("task") == "images" else TEXT
+
+
+def measured_by(report: Mapping[str, Any]) -> list[str]:
+    """What the models of a report were measured by, in words."""
+    return [name.split(",")[0] for key, name in QUALITIES.items() if report["pruned"].get(key) is not None]
+
+
 def summary(report: Mapping[str, Any]) -> list[Row]:
     """Rows of dense and pruned side by side, from a report; what was not measured is left out."""
-    dense, pruned = report["dense"], report["pruned"]
+    dense, pruned, words = report["dense"], report["pruned"], words_of(report)
     attention, ffn = ([s for s in report["sites"] if s["kind"] == kind] for kind in ("attention", "ffn"))
     heads = [s["heads"] for s in attention if s.get("heads")]
     query, key_value = (
@@ -39,9 +87,9 @@ def summary(report: Mapping[str, Any]) -> list[Row]:
         rows.append(("FFN channels", *_units(ffn), ",.0f"))
     rows += [
         ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
-        ("MFLOPs a token", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
-        ("perplexity", dense["perplexity"], pruned["perplexity"], ",.2f"),
-        ("prefill, tokens a second", dense["speed"], pruned["speed"], ",.0f"),
+        (f"MFLOPs {words.work}", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
+        *((name, dense.get(key), pruned.get(key), ",.2f") for key, name in QUALITIES.items()),
+        (words.speed, dense["speed"], pruned["speed"], ",.0f"),
     ]
     return [
         Row(name, format(before, form), format(after, form), f"{after / before:.3f}" if before else "")

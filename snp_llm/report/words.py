@@ -13,8 +13,8 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
     """Sentences that stand below the summary of a report."""
     found = []
     if report.get("evaluation") is not None:
-        found.append(f"Perplexity on {report['evaluation']}.")
-    if report.get("predicted_perplexity_ratio") is not None:
+        found.append(f"{'Accuracy' if report.get('task') == 'images' else 'Perplexity'} on {report['evaluation']}.")
+    if report.get("predicted_perplexity_ratio") is not None and report.get("task") != "images":
         found.append(f"A ratio of {report['predicted_perplexity_ratio']:.3f} was predicted for calibration text.")
     if report.get("largest_logit_difference") is not None:
         difference = report["largest_logit_difference"]

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from snp_llm.models.families.family import EVERYWHERE, HERE, READ, Family
+from snp_llm.models.families.vision import VISION
 from snp_llm.models.registry import auto_class, dense_type
 from snp_llm.models.text_part import text_config
 
@@ -178,7 +179,7 @@ def family_of(config: PretrainedConfig) -> Family:
     known shows in modules.
     """
     model_type, keys = dense_type(config), config.to_dict()
-    known = next((family for family in FAMILIES if family.model_type == model_type), None)
+    known = next((family for family in (*FAMILIES, *VISION) if family.model_type == model_type), None)
     family = known or Family(model_type, model_type, checked=False)
     if not family.alike:
         family = replace(

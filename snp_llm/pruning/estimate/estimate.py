@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from snp_llm.models.anatomy import find_blocks
+from snp_llm.models.segments import Segments
 from snp_llm.pruning.estimate.memory import Part, memory_parts, peak_parts
+from snp_llm.pruning.estimate.segments import segments_estimate
 from snp_llm.pruning.estimate.shapes import read_shapes
 from snp_llm.pruning.estimate.work import ALGEBRA_SPEED, Work, work_by_phase
 from snp_llm.recipe.recipe import ResolvedRecipe
@@ -57,7 +60,11 @@ def estimate(model: PreTrainedModel, recipe: ResolvedRecipe) -> Estimate:
         model: dense model, or its skeleton.
         recipe: all settings.
     """
-    shapes = read_shapes(model, place_hidden_states(model, recipe))
+    recipe = place_hidden_states(model, recipe)
+    if isinstance(find_blocks(model), Segments):
+        parts, work = segments_estimate(model, recipe)
+        return Estimate(tuple(part for part in parts if part.bytes), tuple(work))
+    shapes = read_shapes(model, recipe)
     return Estimate(tuple(part for part in memory_parts(shapes) if part.bytes), tuple(work_by_phase(shapes)))
 
 

@@ -21,10 +21,12 @@ from snp_llm.linalg.allocation import (
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of
 from snp_llm.models.plain import ffn_key, plain_config, uniform_widths
+from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import linear_weights
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
+from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -119,6 +121,9 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
     if unknown or recipe.perplexity_increase is not None:
         return
+    if isinstance(anatomy.blocks, Segments):
+        coupled_budget(anatomy, recipe)
+        return
     sites, removals = anatomy.sites, find_removals(anatomy, recipe)
     all_budgets = site_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
     for removal in removals.parts:
@@ -131,10 +136,26 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
             fit_budget(own, budgets, removal, removals.costs, recipe)
 
 
+def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: ResolvedRecipe) -> list[int]:
+    """Units kept at every site under a recipe's budget, in the order of `find_sites`.
+
+    Args:
+        anatomy: of the dense model.
+        curves: what the visit to the dense model gave for each; None where the allocation needs none.
+        recipe: all settings.
+
+    Raises:
+        SnpError: the budget cannot be met with the units that may go.
+    """
+    if isinstance(anatomy.blocks, Segments):
+        return coupled_plan(anatomy, curves, recipe)
+    return plan_widths(anatomy, curves, find_removals(anatomy, recipe), recipe)
+
+
 def plan_widths(
     anatomy: Anatomy, curves: Sequence[SiteCurves | None], removals: Removals, recipe: ResolvedRecipe
 ) -> list[int]:
-    """Units kept at every site, in the order of `find_sites`.
+    """Units kept at every site, in the order of `find_sites`, where what sites cost adds up.
 
     Args:
         anatomy: of the dense model.

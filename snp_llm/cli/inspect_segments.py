@@ -1,0 +1,100 @@
+"""What `snp-llm inspect` shows of a convolutional network. Prints, and parses no arguments."""
+
+from typing import Any
+
+from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.families.family import PRUNED
+from snp_llm.models.positions import layer_positions
+from snp_llm.models.registry import dense_type
+from snp_llm.models.segments import Segments
+from snp_llm.models.size import model_size
+from snp_llm.models.task import image_shape, task_of
+from snp_llm.pruning.shared import readers
+from snp_llm.recipe.recipe import Layout, Recipe
+from snp_llm.runtime.numbers import human_bytes
+from snp_llm.runtime.terminal import print_table, table_of
+
+WIDTHS: dict[Layout, str] = {
+    "compact": "their own in every layer",
+    "uniform": "one share in every stage",
+    "padded": "their own, filled up with zeros",
+}
+
+
+def inspect_segments(anatomy: Anatomy, recipe: Recipe) -> dict[str, Any]:
+    """Everything that is shown, ready for JSON, but for what a prune takes.
+
+    Args:
+        anatomy: of a network or its skeleton.
+        recipe: of a prune.
+    """
+    model, blocks, counts = anatomy.model, anatomy.blocks, layer_positions(anatomy.model)
+    assert isinstance(blocks, Segments)
+    size, shared = model_size(model, 1), readers(anatomy)
+    sites = [
+        {
+            "site": f"{blocks.prefixes[site.block]}.{site.path}".removeprefix("."),
+            "kind": site.kind,
+            "units": site.units,
+            "columns_a_unit": site.taps or site.unit_size,
+            "mixed": bool(site.taps),
+            "positions": counts.get(f"{blocks.prefixes[site.block]}.{site.path}".removeprefix("."), 1),
+            "shared": None if site.shared is None else site.shared.name,
+            "readers": 1 if site.shared is None else len(shared[site.shared]),
+        }
+        for site in anatomy.sites
+    ]
+    return {
+        "model": recipe.model,
+        "task": task_of(model.config).name,
+        "family": anatomy.family.name,
+        "model_type": model.config.model_type,
+        "segments": len(blocks),
+        "image": list(image_shape(model.config)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": {"all": size.parameters},
+        "bytes": size.bytes,
+        "flops_an_image": size.flops,
+        "block_linear": size.block_linear,
+        "sites": sites,
+    }
+
+
+def print_segments(facts: dict[str, Any]) -> None:
+    """Prints an inspection for people."""
+    image = " x ".join(map(str, facts["image"]))
+    print(
+        f"{facts['model']}: {facts['family']} ({facts['model_type']}), {facts['segments']} segments, images of "
+        f"{image}, {facts['dtype']}, {facts['parameters']['all']:,} parameters, {human_bytes(facts['bytes'])} of "
+        f"weights, {facts['flops_an_image'] / 1e6:,.1f} MFLOPs an image"
+    )
+    columns = ("read by", "kind", "channels", "columns each", "positions", "shared by")
+    rows = [
+        (
+            site["site"],
+            site["kind"],
+            f"{site['units']:,}",
+            f"{site['columns_a_unit']}{' mixed' if site['mixed'] else ''}",
+            f"{site['positions']:,}",
+            "-" if site["readers"] == 1 else f"{site['shared']}, {site['readers']} readers",
+        )
+        for site in facts["sites"]
+    ]
+    print_table(table_of(columns, rows))
+    print(f"Sparsity is a share of the weights of all linear layers and convolutions: {facts['block_linear']:,}.")
+    print(f"A prune on {facts['prune']['windows']} images, evaluation not counted:")
+
+
+def segment_layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
+    """What a layout writes and what loads it, known before any calibration."""
+    own = dense_type(anatomy.model.config)
+    pruned = f"{PRUNED}{own.removesuffix('_bn')}"
+    plain = layout == "padded" or (layout == "uniform" and own == "resnet")
+    return {
+        "widths": WIDTHS[layout],
+        "round_to": round_to,
+        "channels": "go",
+        "saved_as": [own if plain else pruned],
+        "loads_in": ["transformers" if plain else "transformers with trust_remote_code"],
+        "with_all_heads_also_in": [],
+    }

@@ -1,0 +1,294 @@
+"""Images out of folders and datasets, for calibration and for evaluation. Knows image processors, no models."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snp_llm.data.sources import SAVED, Purpose
+from snp_llm.runtime.errors import SnpError, reason, shown
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+USUAL_SPLITS: dict[Purpose, tuple[str, ...]] = {
+    "calibration": ("train", "training"),
+    "evaluation": ("test", "validation", "val", "valid"),
+}
+
+NOISE = "noise"
+
+AT_ONCE = 256  # images that are decoded before they become pixels
+
+SHUFFLED = 1_000  # of a stream, from which its images are drawn
+
+MODES = {1: "L", 3: "RGB"}  # what an image is turned into, by the channels of a model
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images as people name them.
+
+    Attributes:
+        name: folder of image files, in folders by class or not; a parquet file; a folder that `datasets` saved; a hub
+            id; `noise`.
+        split: of it; None: the usual one for the purpose, or all where there are none.
+        image, label: columns of a dataset.
+    """
+
+    name: str
+    split: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model takes.
+
+    Attributes:
+        processor: makes pixels of images.
+        channels: of an image.
+        size: height and width, or None where any will do.
+        labels: number of each class, by its name.
+        classes: how many there are.
+        dtype: of the pixels.
+    """
+
+    processor: Any
+    channels: int
+    size: tuple[int, int] | None
+    labels: dict[str, int]
+    classes: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Images:
+    """Equally large images, ready for a model.
+
+    Attributes:
+        tokens: pixels, (images, channels, height, width); what a model is called with, as the tokens of a text are.
+        description: where they are from, how many, and how large, for people.
+        digest: SHA-256 of the pixels.
+        origin: dataset and split.
+    """
+
+    tokens: Tensor
+    description: str
+    digest: str
+    origin: str
+
+
+def calibration_images(form: Form, pictures: Pictures, *, num_samples: int, seed: int) -> Images:
+    """A seeded draw of images; fewer, said in the description, where there are no more.
+
+    Args:
+        form: that the model takes.
+        pictures: to draw from; `noise` draws standard normal pixels, the paper's white noise.
+        num_samples: images that are wanted.
+        seed: of the draw.
+
+    Raises:
+        SnpError: no such images, or some that cannot be read.
+    """
+    if pictures.name == NOISE:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(num_samples, *_shape(form), generator=generator)
+        return images_of(drawn.to(form.dtype), "white noise")
+    rows, label = _open(pictures, "calibration")
+    if isinstance(rows, Sequence):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
+        chosen: Iterable[Any] = (rows[i] for i in order)
+    else:
+        chosen = islice(rows.shuffle(seed=seed, buffer_size=SHUFFLED), num_samples)
+    pixels = [pixels for pixels, _ in _batches(chosen, form, pictures, AT_ONCE, labelled=False)]
+    if not pixels:
+        raise SnpError(f"images {pictures.name}: expected at least one image, got none.")
+    drawn = torch.cat(pixels)
+    short = f" ({num_samples} asked for, there are no more)" if len(drawn) < num_samples else ""
+    return images_of(drawn, label, short)
+
+
+def images_of(pixels: Tensor, origin: str, remark: str = "") -> Images:
+    """Images of pixels, (images, channels, height, width)."""
+    count, _, height, width = pixels.shape
+    description = f"{origin}, {count} images of {height} x {width} pixels{remark}"
+    digest = hashlib.sha256(pixels.float().numpy().tobytes()).hexdigest()
+    return Images(pixels, description, digest, origin)
+
+
+def labelled_batches(
+    form: Form, pictures: Pictures, *, batch_size: int, most: int | None = None
+) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
+    """All images of a split in their order, or the first `most`, as pixels and classes, and where they are from.
+
+    Raises:
+        SnpError: no such images, some that cannot be read, no labels, or labels that are none of the model's classes.
+    """
+    rows, label = _open(pictures, "evaluation")
+    return _batches(islice(iter(rows), most), form, pictures, batch_size, labelled=True), label
+
+
+def check_pictures(pictures: Pictures, purpose: Purpose) -> None:
+    """Raises SnpError for what no images are called, and for local ones that are not there."""
+    if pictures.name == NOISE and purpose == "calibration":
+        return
+    path = Path(pictures.name)
+    if path.is_dir() and not _is_saved(path):
+        _files(pictures, purpose)
+    elif path.exists() and path.suffix != ".parquet":
+        raise SnpError(f"images {pictures.name}: expected a folder of images or a .parquet file.")
+    elif not path.exists() and (pictures.name.count("/") != 1 or pictures.name[0] in "./~"):
+        raise SnpError(
+            f"images {shown(pictures.name)}: no such folder or file; expected a folder of images, a .parquet file, a "
+            f"hub id (user/name){' or noise' if purpose == 'calibration' else ''}."
+        )
+
+
+def _open(pictures: Pictures, purpose: Purpose) -> tuple[Any, str]:
+    """Rows of images and labels, a sequence or a stream, and what people call them."""
+    check_pictures(pictures, purpose)
+    path = Path(pictures.name)
+    if path.is_dir() and not _is_saved(path):
+        return _files(pictures, purpose)
+    from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+    disable_progress_bars()
+
+    class Rows(Sequence[Any]):
+        def __init__(self, dataset: Dataset) -> None:
+            self.dataset = dataset
+
+        def __len__(self) -> int:
+            return len(self.dataset)
+
+        def __getitem__(self, at: Any) -> Any:
+            return self.dataset[at]
+
+    def opened() -> tuple[Any, str]:
+        if path.suffix == ".parquet":
+            return Rows(load_dataset("parquet", data_files=str(path), split="train")), path.name
+        if path.is_dir():
+            found: Any = load_from_disk(str(path))
+            if isinstance(found, DatasetDict):
+                split = _split_of(list(found), pictures, purpose)
+                return Rows(found[split]), f"{path.resolve().name} ({split})"
+            return Rows(found), path.resolve().name
+        found = load_dataset(pictures.name, streaming=True)
+        split = _split_of(list(found), pictures, purpose)
+        return found[split], f"{pictures.name} ({split})"
+
+    try:
+        return opened()
+    except SnpError:
+        raise
+    except Exception as error:  # datasets, fsspec and pyarrow raise dozens of kinds
+        raise SnpError(f"images {pictures.name} cannot be read: {reason(error)}.") from error
+
+
+def _split_of(there: list[str], pictures: Pictures, purpose: Purpose) -> str:
+    wanted = USUAL_SPLITS[purpose] if pictures.split is None else (pictures.split,)
+    found = next((split for split in wanted if split in there), None)
+    if found is None:
+        raise SnpError(f"images {pictures.name}: expected a split {' or '.join(wanted)}; it has {', '.join(there)}.")
+    return found
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / file).is_file() for file in SAVED)
+
+
+def _files(pictures: Pictures, purpose: Purpose) -> tuple[Sequence[dict[str, Any]], str]:
+    """Image files of a folder; what stands for the label is the folder that a file is in, if files are in folders."""
+    folder = Path(pictures.name)
+    there = [child.name for child in folder.iterdir() if child.is_dir()]
+    wanted = USUAL_SPLITS[purpose] if pictures.split is None else (pictures.split,)
+    split = next((split for split in wanted if split in there), None)
+    if pictures.split is not None and split is None:
+        found = ", ".join(there) or "none"
+        raise SnpError(f"images {folder}: expected a folder {pictures.split} in it; it has {found}.")
+    inside = folder if split is None else folder / split
+    files = sorted(file for file in inside.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    if not files:
+        raise SnpError(f"images {inside}: expected image files ({', '.join(ENDINGS[:4])}, ...), found none.")
+    name = folder.resolve().name
+    label = name if split is None else f"{name} ({split})"
+    rows = [
+        {pictures.image: file, pictures.label: None if file.parent == inside else file.parent.name} for file in files
+    ]
+    return rows, label
+
+
+def _batches(
+    rows: Iterable[Any], form: Form, pictures: Pictures, batch_size: int, *, labelled: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels, (batch, channels, height, width), and classes, (batch,), int64; no classes where none are wanted."""
+    numbered = enumerate(rows)
+    while batch := [*islice(numbered, batch_size)]:
+        images = [_decoded(row, number, form, pictures) for number, row in batch]
+        classes = [_class(row, number, form, pictures) for number, row in batch] if labelled else []
+        yield _pixels(images, form, pictures), torch.tensor(classes, dtype=torch.int64)
+
+
+def _decoded(row: dict[str, Any], number: int, form: Form, pictures: Pictures) -> Any:
+    """An image in the channels of the model: a grey one has the same in all three."""
+    from PIL import Image
+
+    if pictures.image not in row:
+        raise SnpError(
+            f"images {pictures.name}: expected a column {pictures.image!r} of images, it has {', '.join(row)}. Name it "
+            "with --image-column."
+        )
+    value, where = row[pictures.image], f"images {pictures.name}, number {number:,}"
+    try:
+        if isinstance(value, dict) and value.get("bytes"):
+            import io
+
+            value = Image.open(io.BytesIO(value["bytes"]))
+        elif isinstance(value, Path | str):
+            where = f"images {pictures.name}, {Path(value).name}"
+            value = Image.open(value)
+        return value.convert(MODES[form.channels])
+    except Exception as error:  # whatever Pillow says of what is no image
+        raise SnpError(f"{where}: expected an image, cannot be read ({reason(error)}).") from error
+
+
+def _class(row: dict[str, Any], number: int, form: Form, pictures: Pictures) -> int:
+    label = row.get(pictures.label)
+    where = f"images {pictures.name}, number {number:,}"
+    if label is None:
+        raise SnpError(
+            f"{where}: expected a label, in a column {pictures.label!r} or as the folder that the image is in; it has "
+            "none. Name the column with --label-column."
+        )
+    found = form.labels.get(label, int(label) if label.isdecimal() else -1) if isinstance(label, str) else label
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < form.classes:
+        raise SnpError(f"{where}: expected one of the model's {form.classes:,} classes as a label, got {shown(label)}.")
+    return found
+
+
+def _pixels(images: list[Any], form: Form, pictures: Pictures) -> Tensor:
+    try:
+        pixels: Tensor = form.processor(images=images, return_tensors="pt")["pixel_values"]
+    except Exception as error:  # whatever a processor says of images that are not as it wants them
+        raise SnpError(f"images {pictures.name}: the processor does not take them ({reason(error)}).") from error
+    got = tuple(pixels.shape[1:])
+    if got[0] != form.channels or (form.size is not None and got[1:] != form.size):
+        size = "any size" if form.size is None else " x ".join(map(str, form.size))
+        raise SnpError(
+            f"images {pictures.name}: the model's processor makes {got[0]} x {got[1]} x {got[2]} pixels of them; "
+            f"expected {form.channels} channels of {size}. The preprocessor_config.json is another model's."
+        )
+    return pixels.to(form.dtype)
+
+
+def _shape(form: Form) -> tuple[int, ...]:
+    """Channels, height and width of what the processor makes."""
+    from PIL import Image
+
+    return tuple(_pixels([Image.new(MODES[form.channels], (256, 256))], form, Pictures(NOISE)).shape[1:])

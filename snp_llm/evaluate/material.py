@@ -1,0 +1,205 @@
+"""What models are calibrated on and measured by: texts and perplexity, or images and accuracy.
+
+The one place, beside `models/task.py`, that tells the two apart. Prunes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from snp_llm.data.images import NOISE, Form, Pictures, calibration_images, check_pictures, labelled_batches
+from snp_llm.data.sources import Dataset, Purpose, check_dataset
+from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
+from snp_llm.evaluate.accuracy import accuracy, image_speed
+from snp_llm.evaluate.perplexity import perplexity
+from snp_llm.evaluate.prefill import prefill_speed
+from snp_llm.models.positions import positions
+from snp_llm.models.segments import find_segments
+from snp_llm.models.task import task_of
+from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
+from snp_llm.models.text_part import text_config
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
+from snp_llm.runtime.errors import SnpError
+
+LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
+
+UNNAMED = "none named"  # in place of images, where no pruning is meant
+
+SPEED_IMAGES = 32  # that are classified at a time where their number a second is measured
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A way to say how good models are.
+
+    Attributes:
+        measure: figures of each of some models by their names, and what they were measured on, for people.
+    """
+
+    measure: Callable[[Sequence[PreTrainedModel], torch.device], tuple[list[Figures], str]]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What models of a kind are calibrated on and measured by.
+
+    Attributes:
+        settings: those of a recipe that depend on a model and on what reads its inputs, which may not be there yet.
+        check: refuses, before anything is loaded, what a recipe names for a purpose and is not there.
+        calibration: what a recipe draws for a model, and so many more of it.
+        evaluation: what a recipe measures by; what is wrong with that is said now.
+        compared: of what was drawn, that on which the reloaded model is compared.
+        speed: tokens or images a second of models, from what was drawn.
+    """
+
+    settings: Callable[[Recipe, PreTrainedModel, Any], dict[str, Any]]
+    check: Callable[[Recipe, Purpose], None]
+    calibration: Callable[[Any, ResolvedRecipe, PreTrainedModel, int], Windows]
+    evaluation: Callable[[Any, ResolvedRecipe, PreTrainedModel], Evaluation]
+    compared: Callable[[Windows], Tensor]
+    speed: Callable[[Sequence[PreTrainedModel], Windows, torch.device], list[float]]
+
+
+def text_settings(recipe: Recipe, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+    """Texts, window length, and where BOS stands for a tokenizer."""
+    longest = int(getattr(text_config(model.config), "max_position_embeddings", LONGEST_DEFAULT_WINDOW))
+    return {
+        "calibration": recipe.calibration or usual_text(recipe.model),
+        "eval_dataset": recipe.eval_dataset or usual_text(recipe.model),
+        "seq_len": window_length(recipe.seq_len, longest),
+        "bos": recipe.bos if tokenizer is None else resolve_bos(recipe.bos, model, tokenizer),
+    }
+
+
+def check_text(recipe: Recipe, purpose: Purpose) -> None:
+    """Raises SnpError for a text that is not there."""
+    usual = usual_text(recipe.model)
+    if purpose == "calibration":
+        check_dataset(Dataset(recipe.calibration or usual, recipe.calibration_split, recipe.text_column), purpose)
+    else:
+        check_dataset(Dataset(recipe.eval_dataset or usual, recipe.eval_split, recipe.text_column), purpose)
+
+
+def text_windows(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel, more: int) -> Windows:
+    """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
+    windows = calibration_windows(
+        tokenizer,
+        Dataset(recipe.calibration, recipe.calibration_split, recipe.text_column),
+        num_samples=recipe.num_samples + more,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        bos=resolve_bos(recipe.bos, model, tokenizer),
+    )
+    check_tokens(windows, model)
+    return windows
+
+
+def by_perplexity(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel) -> Evaluation:
+    """Perplexity on the evaluation text of a recipe."""
+    dataset = Dataset(recipe.eval_dataset, recipe.eval_split, recipe.text_column)
+    windows = evaluation_windows(tokenizer, dataset, seq_len=recipe.seq_len, bos=recipe.bos)
+    check_tokens(windows, model)
+
+    def measure(models: Sequence[PreTrainedModel], device: torch.device) -> tuple[list[Figures], str]:
+        values = [perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models]
+        return [{"perplexity": value} for value in values], windows.description
+
+    return Evaluation(measure)
+
+
+def image_settings(recipe: Recipe, model: PreTrainedModel, _processor: Any) -> dict[str, Any]:
+    """Images, and in place of a window's length the positions of an image in the narrowest place.
+
+    Raises:
+        SnpError: no images are named; a budget that only texts have.
+    """
+    if recipe.perplexity_increase is not None:
+        raise SnpError("--max-perplexity-increase: expected a model of texts; one of images has no perplexity.")
+    return {
+        "calibration": recipe.calibration or UNNAMED,
+        "eval_dataset": recipe.eval_dataset or recipe.calibration or UNNAMED,
+        "seq_len": positions(model),
+        # What a convolution is to put out is not known from a stream that blocks add to.
+        "reference": "self" if find_segments(model) is not None else recipe.reference,
+    }
+
+
+def check_images(recipe: Recipe, purpose: Purpose) -> None:
+    """Raises SnpError for images that are not there, or not named."""
+    if purpose == "calibration" and recipe.calibration in (None, UNNAMED):
+        raise SnpError(
+            "--calibration: expected images for this model: a folder, a .parquet file, a hub id, or noise; got none."
+        )
+    if purpose == "calibration" or recipe.eval_dataset is not None:
+        check_pictures(pictures_of(recipe, purpose), purpose)
+    elif recipe.calibration == NOISE:
+        raise SnpError("--eval-dataset: expected labelled images beside noise, got none. Name some, or use --no-eval.")
+
+
+def pictures_of(recipe: Recipe, purpose: Purpose) -> Pictures:
+    """Images that a recipe names for a purpose."""
+    if purpose == "calibration":
+        name, split = recipe.calibration, recipe.calibration_split
+    else:
+        name, split = recipe.eval_dataset, recipe.eval_split
+    return Pictures(str(name), split, recipe.image_column, recipe.label_column)
+
+
+def form_of(config: PretrainedConfig, processor: Any, dtype: torch.dtype) -> Form:
+    """What a model of a config takes of images."""
+    size = getattr(config, "image_size", None)
+    size = (size, size) if isinstance(size, int) else size
+    labels = {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    channels = int(getattr(config, "num_channels", 3))
+    return Form(processor, channels, size and (int(size[0]), int(size[1])), labels, len(labels), dtype)
+
+
+def drawn_images(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel, more: int) -> Windows:
+    """The calibration images of a recipe, and `more` after them."""
+    check_images(recipe, "calibration")
+    form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "calibration")
+    drawn = calibration_images(form, pictures, num_samples=recipe.num_samples + more, seed=recipe.seed)
+    return cast(Windows, drawn)  # which has what pruning asks of windows
+
+
+def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) -> Evaluation:
+    """Accuracy on the evaluation images of a recipe; the first of them are read now."""
+    form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "evaluation")
+    next(labelled_batches(form, pictures, batch_size=1)[0], None)
+
+    def measure(models: Sequence[PreTrainedModel], device: torch.device) -> tuple[list[Figures], str]:
+        batches, label = labelled_batches(form, pictures, batch_size=max(recipe.batch_size, SPEED_IMAGES))
+        found = accuracy(models, batches, device)
+        return [{"top1": f.top1, "top5": f.top5} for f in found], f"{label}, {found[0].images:,} images"
+
+    return Evaluation(measure)
+
+
+TEXTS = Material(
+    text_settings,
+    check_text,
+    text_windows,
+    by_perplexity,
+    compared=lambda windows: windows.tokens[:1, :LONGEST_COMPARISON],
+    speed=lambda models, windows, device: prefill_speed(models, windows.tokens[:1], device=device),
+)
+IMAGES = Material(
+    image_settings,
+    check_images,
+    drawn_images,
+    by_accuracy,
+    compared=lambda images: images.tokens[:2],
+    speed=lambda models, images, device: image_speed(models, images.tokens[:SPEED_IMAGES], device=device),
+)
+MATERIALS = {"text": TEXTS, "images": IMAGES}
+
+
+def material_of(config: PretrainedConfig) -> Material:
+    """What models of a config's kind are calibrated on and measured by."""
+    return MATERIALS[task_of(config).name]

@@ -1,0 +1,264 @@
+"""Classifiers of images through the whole flow: what stays is what least squares, padding and counting say."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from snp_llm import checkpoint, prune
+from snp_llm.cli.parse import evaluate_main, inspect_main, prune_main
+from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.blocks import loss_gradient
+from snp_llm.models.projections import inputs_as_rows, weight_of
+from snp_llm.models.segments import Segments
+from snp_llm.models.site import site_bias, site_weight
+from snp_llm.models.size import linear_weights, model_size
+from snp_llm.models.task import drawn_labels
+from snp_llm.pruning.run import resolve
+from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.shared import readers, shared_order
+from snp_llm.pruning.widths.coupled import coupled_costs
+from snp_llm.runtime.errors import SnpError
+from tests.images import (
+    CONVOLUTIONAL,
+    KINDS,
+    image_folder,
+    image_recipe,
+    saved_classifier,
+    small_classifier,
+    small_processor,
+)
+
+PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_is_dense_with_zeros_in_its_place(kind):
+    dense, processor = small_classifier(kind), small_processor()
+    before = copy.deepcopy(dense.state_dict())
+    compact = prune(dense, processor, image_recipe())
+    padded = prune(dense, processor, image_recipe(layout="padded"))
+    logits, expected = (run.model(PIXELS).logits for run in (compact, padded))
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert model_size(compact.model, 1).parameters < model_size(dense, 1).parameters
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sparsity_changes_no_bit(kind):
+    dense = small_classifier(kind)
+    pruned = prune(dense, small_processor(), image_recipe(sparsity=0.0, reference="self")).model
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in pruned.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_models_load_in_a_process_without_this_package(kind, layout, tmp_path):
+    dense = small_classifier(kind)
+    pruned = prune(dense, small_processor(), image_recipe(layout=layout))
+    checkpoint.save(pruned.model, small_processor(), tmp_path)
+    assert checkpoint.verify(dense, pruned.model, tmp_path, PIXELS) < 1e-6
+    config = json.loads((tmp_path / "config.json").read_text())
+    if layout == "uniform":
+        assert config["model_type"] == ("snp_vgg" if kind.startswith("vgg") else dense.config.model_type)
+    again = prune(
+        checkpoint.load(str(tmp_path), "auto")[0], small_processor(), image_recipe(sparsity=0.1, layout=layout)
+    )
+    assert model_size(again.model, 1).parameters <= model_size(pruned.model, 1).parameters
+
+
+def test_plain_configs_hold_fewer_heads(tmp_path):
+    dense = small_classifier("deit")
+    pruned = prune(dense, small_processor(), image_recipe(layout="uniform", sparsity=None, head_sparsity=0.34)).model
+    assert pruned.config.num_attention_heads == 2 and pruned.config.head_dim == 8
+    checkpoint.save(pruned, small_processor(), tmp_path)
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(PIXELS).logits, pruned(PIXELS).logits)
+
+
+def test_a_reader_of_shared_units_comes_to_least_squares():
+    dense = small_classifier("vgg", torch.float64)
+    settings = {"reference": "self", "dampening": 0.0, "metric": "error", "ordering": "obs", "allocation": "uniform"}
+    run = prune(dense, small_processor(), image_recipe(dtype="float64", num_samples=64, **settings))
+    (first,) = [r for r in run.sites if r.site.block == 1]
+    anatomy = find_anatomy(dense)
+    seen, blocks = [], anatomy.blocks
+    hook = blocks[1][0].register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
+    dense(run.calibration.tokens)
+    hook.remove()
+    X = inputs_as_rows(blocks[1][0], seen[0]).flatten(0, 1)
+    channels = (first.kept[:, None] * 9 + torch.arange(9)).flatten()
+    A = torch.cat([X[:, channels], X.new_ones(len(X), 1)], 1)
+    wanted = X @ site_weight(blocks[1], first.site).T + site_bias(blocks[1], first.site)
+    expected = A @ torch.linalg.lstsq(A, wanted, driver="gelsd").solution
+    reader = find_anatomy(run.model).blocks[1][0]
+    got = X[:, channels] @ weight_of(reader).T + reader.bias
+    kept = run.sites[1].kept if run.sites[1].site.shared is not None else slice(None)  # the next cut took rows away
+    torch.testing.assert_close(got, expected[:, kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "vgg_bn"])
+def test_norms_hold_what_a_pass_over_the_images_gives(kind):
+    settings = {"dtype": "float64", "allocation": "uniform", "sparsity": 0.4}
+    run = prune(small_classifier(kind, torch.float64), small_processor(), image_recipe(**settings))
+    norms = {n: m for n, m in run.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    found = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
+    seen = {}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _m, inputs, name=name: seen.update({name: inputs[0]}))
+    run.model(run.calibration.tokens)
+    cut = [s.site for s in run.sites if len(s.kept) < s.site.units and s.site.norm]
+    prefixes = find_anatomy(run.model).blocks.prefixes
+    assert cut
+    for site in cut:
+        name = f"{prefixes[site.block]}.{site.norm}"
+        mean, variance = seen[name].mean((0, 2, 3)), seen[name].var((0, 2, 3), unbiased=False)
+        torch.testing.assert_close(found[name][0], mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[name][1], variance, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_costs_are_what_the_pruned_model_has(kind):
+    dense = small_classifier(kind)
+    for settings, key in (({"sparsity": 0.3}, "weights"), ({"target_params": "0.6x", "sparsity": None}, "params")):
+        run = prune(dense, small_processor(), image_recipe(**settings))
+        costs = coupled_costs(find_anatomy(dense), key)
+        widths = [len(run.sites[numbers[0]].kept) for numbers in costs.sites]
+        size = model_size(run.model, 1)
+        assert costs.cost(widths) == pytest.approx(size.block_linear if key == "weights" else size.parameters)
+    run = prune(dense, small_processor(), image_recipe(target_flops="0.7x", sparsity=None, round_to=1))
+    share = model_size(run.model, 1).flops / model_size(dense, 1).flops
+    assert 0.69 < share <= 0.7
+
+
+def test_readers_of_a_stream_keep_the_same_units():
+    run = prune(small_classifier("basic"), small_processor(), image_recipe(sparsity=0.5))
+    by_name = {}
+    for result in run.sites:
+        if result.site.shared is not None:
+            by_name.setdefault(result.site.shared.name, []).append(result.kept.tolist())
+    assert set(by_name) == {"stem", "stage 2"}  # the first stage adds to the stem's channels
+    assert all(kept == group[0] for group in by_name.values() for kept in group) and len(by_name["stem"]) == 4
+
+
+def test_an_order_that_sites_share_is_theirs_where_they_agree():
+    order, rises = torch.tensor([2, 0, 1]), torch.tensor([5.0, 1.0, 2.0])
+    curve = SiteCurves(None, None, order, rises, lambda: None)
+    joint, curves = shared_order([curve, curve])
+    assert joint.tolist() == [2, 0, 1] and curves.tolist() == [16.0, 6.0, 4.0, 0.0]
+
+
+def test_wide_channels_are_mixed_for_all_taps(monkeypatch):
+    monkeypatch.setattr("snp_llm.models.segments.WIDEST_PATCH", 20)
+    dense = small_classifier("vgg")
+    anatomy = find_anatomy(dense)
+    assert [site.taps for site in anatomy.sites] == [9, 9, 4, 0, 0]
+    compact, padded = (prune(dense, small_processor(), image_recipe(layout=x)).model for x in ("compact", "padded"))
+    torch.testing.assert_close(compact(PIXELS).logits, padded(PIXELS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_drawn_from_the_model_and_follow_from_the_image():
+    logits = torch.tensor([[0.0, 100.0, 0.0]]).repeat(3, 1).requires_grad_()
+    assert drawn_labels(logits, PIXELS) < 1e-6
+    even = torch.zeros(3, 4)
+    alone = [drawn_labels(even[:1], image[None]) for image in PIXELS]
+    assert drawn_labels(even, PIXELS) == pytest.approx(sum(map(float, alone)))
+
+
+def test_gradients_of_a_network_begin_at_its_logits():
+    model = small_classifier("vgg")
+    blocks = find_anatomy(model).blocks
+    assert isinstance(blocks, Segments)
+    logits = model(PIXELS).logits
+    gradient = loss_gradient(model, blocks, PIXELS, logits)
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
+    assert sum(map(linear_weights, blocks)) == model_size(model, 1).block_linear
+
+
+@pytest.mark.parametrize("kind", ["deit", "bottleneck", "vgg_bn"])
+def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
+    folder, images = saved_classifier(kind, tmp_path / "dense"), image_folder(tmp_path / "images")
+    out = str(tmp_path / "out")
+    arguments = [str(folder), "--output", out, "--calibration", str(images), "--num-samples", "8", "--round-to", "4"]
+    assert prune_main([*arguments, "--quiet"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/prune_report.json").read_text())
+    assert report["task"] == "images" and 0 <= report["pruned"]["top1"] <= 100
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "AutoImageProcessor" in card
+    assert (tmp_path / "out/report.html").exists()
+    assert evaluate_main([str(folder), out, "--dataset", str(images)]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert inspect_main([str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda f, i: i.joinpath("apple/0.png").write_bytes(b"no image"), "0.png: expected an image"),
+        (lambda f, i: i.joinpath("apple").rename(i / "plane"), "expected one of the model's 4 classes as a label"),
+        (lambda f, i: f.joinpath("preprocessor_config.json").unlink(), "no processor in that folder"),
+        (lambda f, i: small_processor(12).save_pretrained(f), "expected 3 channels of 16 x 16"),
+        (lambda f, i: [file.unlink() for file in i.rglob("*.png")], "expected image files"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(break_it, said, tmp_path, capsys):
+    folder, images = saved_classifier("vit", tmp_path / "dense"), image_folder(tmp_path / "images", each=2)
+    break_it(folder, images)
+    arguments = ["--calibration", str(images), "--num-samples", "8", "--quiet", "--output", str(tmp_path / "out")]
+    assert prune_main([str(folder), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_images_have_to_be_named(tmp_path, capsys):
+    folder = saved_classifier("vit", tmp_path / "dense")
+    assert prune_main([str(folder)]) == 2 and "--calibration: expected images" in capsys.readouterr().err
+    assert prune_main([str(folder), "--calibration", "noise"]) == 2 and "--eval-dataset" in capsys.readouterr().err
+
+
+def test_grey_images_have_the_same_in_all_channels(tmp_path):
+    folder, images = saved_classifier("vit", tmp_path / "dense"), image_folder(tmp_path / "images", grey=True)
+    model, processor = checkpoint.load(str(folder), "auto")
+    drawn = prune(model, processor, image_recipe(calibration=str(images), num_samples=4)).calibration.tokens
+    assert torch.equal(drawn[:, 0], drawn[:, 2])
+
+
+def test_layers_that_cannot_lose_channels_are_named():
+    grouped = small_classifier("vgg")
+    grouped.features[3] = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+    with pytest.raises(SnpError, match=r"features\.3: is a grouped convolution"):
+        find_anatomy(grouped)
+    bare = small_classifier("bottleneck")
+    bare.resnet.embedder.embedder.normalization = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(SnpError, match="without running statistics"):
+        find_anatomy(bare)
+    tied = small_classifier("basic")
+    layers = tied.resnet.encoder.stages[0].layers
+    layers[1].layer[0].convolution.weight = layers[1].layer[1].convolution.weight
+    with pytest.raises(SnpError, match="shares its weights with"):
+        find_anatomy(tied)
+
+
+def test_budgets_that_a_network_does_not_have_are_refused():
+    dense = small_classifier("vgg")
+    for settings, said in (
+        ({"sparsity": None, "head_sparsity": 0.3}, "use --sparsity"),
+        ({"sparsity": None, "target_latency": "0.5x"}, "Use --target-flops"),
+        ({"sparsity": 0.99}, "expected to keep at least"),
+    ):
+        with pytest.raises(SnpError, match=said):
+            prune(dense, small_processor(), image_recipe(**settings))
+
+
+def test_sites_of_a_stream_are_found_once():
+    anatomy = find_anatomy(small_classifier("bottleneck"))
+    assert {shared.name: len(numbers) for shared, numbers in readers(anatomy).items()} == {
+        "stem": 2,
+        "stage 1": 3,
+        "stage 2": 1,
+    }
+    assert resolve(replace(image_recipe(), reference="residual"), anatomy.model).reference == "self"
