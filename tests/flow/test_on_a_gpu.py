@@ -9,8 +9,11 @@ import torch
 from snp_llm import prune
 from snp_llm.cli.parse import prune_main
 from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.pruning.estimate.estimate import place_hidden_states
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
+from snp_llm.runtime import ranks
+from snp_llm.runtime.device import where_it_fits
 from tests.conftest import small_model, small_recipe
 from tests.rehearsal import rehearsed
 
@@ -63,6 +66,61 @@ def test_latencies_are_measured_on_the_device_without_copies(kind):
         moved = sum(gpu.uploads.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert moved < 2 * weights  # each block once, and the rest; not once a timing
+
+
+def test_hidden_states_stay_where_the_estimate_leaves_room():
+    model = small_model("opt", torch.float32)
+    for memory, place in ((80e9, "cuda"), (1e6, "cpu")):
+        with rehearsed(memory=memory):
+            recipe = resolve(small_recipe(device="cuda"), model)
+            assert place_hidden_states(model, recipe).hidden_device == place
+    assert place_hidden_states(model, resolve(small_recipe(device="cpu"), model)).hidden_device == "cpu"
+    asked = resolve(small_recipe(device="cpu", hidden_device="disk"), model)
+    assert place_hidden_states(model, asked) == asked
+
+
+def test_ranks_over_nccl_sum_on_the_device_and_hold_no_sum_twice(monkeypatch):
+    sent = []
+
+    def all_reduce(tensor):
+        assert tensor.is_cuda  # NCCL knows nothing else
+        sent.append(tensor.numel())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(ranks, "rank_count", lambda: 2)
+    monkeypatch.setattr(ranks.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(ranks.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(ranks, "PIECE", 40)
+    with rehearsed() as gpu:
+        here, there = torch.arange(100.0), torch.ones(10, device="cuda")
+        ranks.add_up([here, there])
+        assert gpu.peak <= (2 * 40 + 10) * 4
+    assert torch.equal(here, 2 * torch.arange(100.0)) and bool((there == 2).all())
+    assert sent == [40, 40, 20, 10]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_what_runs_out_on_a_device_is_computed_on_the_cpu(error, caplog):
+    def compute(device):
+        if device.type == "cuda":
+            raise error
+        return device.type
+
+    with caplog.at_level(logging.WARNING):
+        assert where_it_fits("block 3: linear algebra", torch.device("cuda"), compute) == "cpu"
+    assert "block 3: linear algebra: ran out of memory on cuda; computed on the CPU" in caplog.text
+    with pytest.raises(RuntimeError):
+        where_it_fits("it", torch.device("cpu"), lambda _device: compute(torch.device("cuda")))
+    with pytest.raises(ZeroDivisionError):
+        where_it_fits("it", torch.device("cuda"), lambda _device: 1 / 0)
 
 
 @pytest.mark.parametrize("room", [400_000, 150_000, 60_000])
