@@ -23,6 +23,7 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.pruning.widths.latency import LatencyTable, key
 from tests.families import FAMILY_CONFIGS, IN_FLOAT32, VARIANTS
+from tests.quick import without_page, without_reloading
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -83,19 +84,11 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
 
 
-def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves report.html and reloading out of prunes in this process; both take longer than pruning a small model."""
-    from snp_llm import checkpoint
-    from snp_llm.cli import prune
-
-    monkeypatch.setattr(prune, "write_page", lambda _folder: None)
-    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
-
-
 @pytest.fixture
 def quick_prunes(monkeypatch):
-    """Prunes that do no more than a test is about, as `make_quick` says."""
-    make_quick(monkeypatch)
+    """Leaves report.html and reloading out of prunes in this process."""
+    without_page(monkeypatch.setattr)
+    without_reloading(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +98,8 @@ def pruned_opt(tmp_path_factory, tokenizer) -> Path:
     dense = str(save_model(small_opt(), tokenizer, root / "dense"))
     options = "--no-eval --quiet --allocation uniform --metric error --ffn-sparsity 0.5 --num-samples 4 --seq-len 32"
     with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
+        without_page(patch.setattr)
+        without_reloading(patch.setattr)
         command = [dense, "--output", str(root / "pruned"), "--calibration", "bundled", *options.split()]
         assert prune_main(command) == 0
     return root

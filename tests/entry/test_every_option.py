@@ -19,7 +19,7 @@ from snp_llm.cli import parse
 from snp_llm.evaluate import side_by_side
 from snp_llm.models import blocks
 from snp_llm.pruning.widths import latency
-from tests.conftest import make_quick
+from tests.quick import without_page, without_reloading
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 FOREIGN = {"--num_processes"}  # of accelerate
@@ -66,7 +66,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("options")
     (folder / "mine.yaml").write_text(MINE)
     with pytest.MonkeyPatch.context() as patch:
-        make_quick(patch)
+        without_page(patch.setattr)
+        without_reloading(patch.setattr)
         patch.chdir(folder)
         assert parse.prune_main(["tiny-opt", *shlex.split(f"{CHEAP} {FEW}".format(output="pruned"))]) == 0
     return folder

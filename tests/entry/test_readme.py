@@ -33,7 +33,6 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm import checkpoint
 from snp_llm.cli import bench, evaluate, families, inspect, main, parse, prune, push, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
@@ -43,6 +42,7 @@ from snp_llm.recipe.file import read_settings
 from snp_llm.recipe.groups import GROUPS
 from snp_llm.runtime.version import __version__
 from tests.conftest import save_model, small_opt
+from tests.quick import without_page, without_reloading
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/RESULTS.md"]
@@ -137,7 +137,8 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)  # done once, above
+    without_reloading(monkeypatch.setattr)  # done once, above
+    without_page(monkeypatch.setattr)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
     return folder
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from snp_llm import Recipe, SnpError, checkpoint, load_recipe, save_recipe
+from snp_llm import Recipe, SnpError, load_recipe, save_recipe
 from snp_llm.checkpoint import hub
 from snp_llm.checkpoint.contents import RECIPE
 from snp_llm.cli import parse
 from snp_llm.cli import prune as prune_command
 from snp_llm.recipe.groups import ONCE
 from snp_llm.runtime.version import __version__
+from tests.quick import without_page, without_reloading
 
 pytestmark = pytest.mark.usefixtures("quick_prunes")
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
@@ -93,7 +94,8 @@ def test_the_demo_recipe_end_to_end(tmp_path, monkeypatch):
     [("tiny-opt", []), ("./small-opt", ["--target-params", "0.9x", "--seed", "3", "--ordering", "random"])],
 )
 def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)  # tested elsewhere, and a process each
+    without_reloading(monkeypatch.setattr)  # tested elsewhere, and a process each
+    without_page(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)  # where opt_folder is
     first, again = tmp_path / "first", tmp_path / "again"
     bundled = ["--calibration", "bundled"]
@@ -104,7 +106,7 @@ def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_fold
 
 
 def test_what_is_saved_of_a_run(opt_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "verify", lambda *_: 0.0)
+    without_reloading(monkeypatch.setattr)
     out = tmp_path / "out"
     arguments = [
         str(opt_folder),

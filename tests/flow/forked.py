@@ -2,8 +2,8 @@
 
     python -m tests.flow.forked        one JSON request a line on stdin, one answer a line on stdout
 
-Nothing is computed here, so that no thread pool is lost in a fork. Reloading what was saved in yet another process is
-left out: it takes longer than all the rest, and there are other tests for it.
+Nothing is computed here, so that no thread pool is lost in a fork. Reloading what was saved in yet another process, and
+report.html, are left out: they take longer than all the rest, and there are other tests for them.
 """
 
 import json
@@ -24,10 +24,11 @@ from typing import Any
 def serve() -> None:
     import datasets  # noqa: F401 - the forks need it
 
-    from snp_llm import checkpoint
     from snp_llm.cli import prune
+    from tests.quick import without_page, without_reloading
 
-    checkpoint.verify = lambda *_: 0.0
+    without_reloading(setattr)
+    without_page(setattr)
     prune.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

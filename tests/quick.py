@@ -1,0 +1,22 @@
+"""Runs of `snp-llm prune` that do no more than a test is about: what is left out takes longer than a small model."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+from snp_llm import checkpoint
+from snp_llm.cli import prune
+
+Replace = Callable[[Any, str, Any], None]  # setattr, or one that is undone
+
+
+def without_reloading(replace: Replace) -> None:
+    """Leaves out the process that loads what was saved."""
+    replace(checkpoint, "fresh_process", lambda _dense: nullcontext(SimpleNamespace(load=lambda *_given: None)))
+    replace(checkpoint, "compare", lambda *_given: 0.0)
+
+
+def without_page(replace: Replace) -> None:
+    """Leaves out report.html."""
+    replace(prune, "write_page", lambda _folder: None)
