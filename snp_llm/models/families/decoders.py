@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from snp_llm.models.families.family import EVERYWHERE, HERE, READ, Family
+from snp_llm.models.families.family import EVERYWHERE, HERE, READ, VLLM, Family
 from snp_llm.models.families.vision import VISION
 from snp_llm.models.registry import auto_class, dense_type
 from snp_llm.models.text_part import text_config
@@ -14,8 +14,9 @@ from snp_llm.models.text_part import text_config
 TIED: dict[str, Any] = {"head_dim_key": None}
 ALIBI = "its ALiBi slopes belong to the number of heads"
 JOINT_NORM = "a norm over all of them at once would change"
-SHARED: dict[str, Any] = {"kind": "hybrid", "needs_bos": True, "stays": "attention that shares keys and values"}
 HYBRID: dict[str, Any] = {"kind": "hybrid"}
+# Some blocks read the keys and values of an earlier one; both keep all of their heads.
+SHARED: dict[str, Any] = {"needs_bos": True, "stays": "attention with keys that blocks share"}
 LATENT: dict[str, Any] = {"kind": "MLA", "kv_heads_key": None}
 MIXTURE: dict[str, Any] = {"kind": "mixture", "stays": "experts"}
 TOWERS: dict[str, Any] = {"kind": "wrapper", "stays": "towers"}
@@ -23,7 +24,7 @@ SOME: dict[str, Any] = {"uniform": ("heads", "dense FFN")}  # experts that all t
 ALL: dict[str, Any] = {"engines": EVERYWHERE, "head_engines": EVERYWHERE}
 
 FAMILIES = (
-    Family("OPT", "opt", **TIED, engines=("transformers", "vLLM")),
+    Family("OPT", "opt", **TIED, engines=VLLM),
     Family("Llama", "llama", **ALL, divides_hidden=True, substitute="mistral"),
     Family("Mistral", "mistral", **ALL),
     # Its config has no head dimension of its own; transformers reads one that is there, other engines may divide.
@@ -32,8 +33,8 @@ FAMILIES = (
     Family("Gemma", "gemma", **ALL, needs_bos=True),
     Family("Gemma 2", "gemma2", **ALL, divides_hidden=True, needs_bos=True),
     Family("Gemma 3 text", "gemma3_text", **ALL, divides_hidden=True, needs_bos=True),
-    Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=("transformers", "vLLM")),
-    Family("GPT-2", "gpt2", **TIED, engines=("transformers", "vLLM")),
+    Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=VLLM),
+    Family("GPT-2", "gpt2", **TIED, engines=VLLM),
     Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=EVERYWHERE),
     Family("SmolLM3", "smollm3", **ALL),
     Family("OLMo 2", "olmo2", **ALL, heads_stay=JOINT_NORM),
@@ -50,19 +51,22 @@ FAMILIES = (
     Family("Cohere Compass text", "cohere_compass_text"),
     Family("CTRL", "ctrl", **TIED),
     Family("CWM", "cwm", divides_hidden=True),
-    Family("ERNIE 4.5", "ernie4_5"),
+    Family("ERNIE 4.5", "ernie4_5", engines=VLLM, head_engines=VLLM),
     Family("EXAONE", "exaone", divides_hidden=True),
     Family("EXAONE 4", "exaone4"),
     Family("Falcon", "falcon", **TIED),
+    Family("Gemma 3n text", "gemma3n_text", **SHARED, divides_hidden=True, uniform=()),  # its config lists FFN widths
+    Family("Gemma 4 text", "gemma4_text", **SHARED, uniform=("FFN",)),
+    Family("Gemma 4 unified text", "gemma4_unified_text", **SHARED, uniform=("FFN",)),
     Family("GLM", "glm"),
-    Family("GLM-4", "glm4"),
+    Family("GLM-4", "glm4", engines=VLLM),
     Family("GPT-BigCode", "gpt_bigcode", **TIED),
     Family("GPT-J", "gptj", **TIED),
     Family("GPT-Neo", "gpt_neo", **TIED),
     Family("GPT-NeoX Japanese", "gpt_neox_japanese", **TIED),
     Family("Granite with sliding windows", "granite_swa"),
     Family("Helium", "helium", **TIED),  # its out-projection is as wide as the model
-    Family("HunYuan dense", "hunyuan_v1_dense"),
+    Family("HunYuan dense", "hunyuan_v1_dense", **ALL),
     Family("HyperCLOVA X", "hyperclovax", divides_hidden=True),
     Family("InternLM 3", "internlm3", divides_hidden=True),
     Family("IQuest-Coder", "iquestcoder", divides_hidden=True),
@@ -74,28 +78,25 @@ FAMILIES = (
     Family("MPT", "mpt", **TIED, heads_stay=ALIBI),
     Family("NanoChat", "nanochat"),
     Family("Nemotron", "nemotron"),
-    Family("OLMo", "olmo"),
-    Family("OLMo 3", "olmo3", heads_stay=JOINT_NORM),
+    Family("OLMo", "olmo", engines=EVERYWHERE, head_engines=VLLM),
+    Family("OLMo 3", "olmo3", **ALL, heads_stay=JOINT_NORM),
     Family("OpenAI GPT", "openai-gpt", **TIED),
     Family("Persimmon", "persimmon", **TIED),
     Family("Phi", "phi"),
-    Family("Seed-OSS", "seed_oss"),
-    Family("StarCoder 2", "starcoder2"),
+    Family("Seed-OSS", "seed_oss", **ALL),
+    Family("StarCoder 2", "starcoder2", engines=EVERYWHERE),
     Family("VaultGemma", "vaultgemma", divides_hidden=True, needs_bos=True),
     Family("XGLM", "xglm", **TIED),
     Family("Bailing hybrid", "bailing_hybrid", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
     Family("Bamba", "bamba", **HYBRID, stays="Mamba 2 mixers"),
-    Family("Falcon-H1", "falcon_h1", **HYBRID, stays="Mamba 2 mixers"),
-    Family("Gemma 3n text", "gemma3n_text", **SHARED, uniform=()),
-    Family("Gemma 4 text", "gemma4_text", **SHARED, uniform=("FFN",)),
-    Family("Gemma 4 unified text", "gemma4_unified_text", **SHARED, uniform=("FFN",)),
-    Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("Falcon-H1", "falcon_h1", **HYBRID, **ALL, stays="Mamba 2 mixers"),
+    Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, engines=VLLM, stays="Mamba 2 mixers, experts"),
     Family("Jamba", "jamba", **HYBRID, uniform=("heads",), stays="Mamba mixers, experts"),
     Family("Kimi Linear", "kimi_linear", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
-    Family("LFM2", "lfm2", **HYBRID, stays="short convolutions"),
+    Family("LFM2", "lfm2", **HYBRID, engines=("transformers", "llama.cpp"), stays="short convolutions"),
     Family("LFM3", "lfm3", **HYBRID, stays="short convolutions"),
     Family("MiniMax", "minimax", **HYBRID, uniform=(), stays="lightning attention, experts"),
-    Family("Nemotron-H", "nemotron_h", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("Nemotron-H", "nemotron_h", **HYBRID, engines=VLLM, head_engines=VLLM, stays="Mamba 2 mixers, experts"),
     Family("OLMo hybrid", "olmo_hybrid", **HYBRID, uniform=("FFN",), heads_stay=JOINT_NORM, stays="gated delta nets"),
     Family("Qwen3-Next", "qwen3_next", **HYBRID, stays="gated delta nets, experts"),
     Family("Qwen3.5 text", "qwen3_5_text", **HYBRID, stays="gated delta nets"),
@@ -123,9 +124,12 @@ FAMILIES = (
 WRAPPERS = (
     Family("Aya Vision", "aya_vision", **TOWERS),
     Family("Gemma 3", "gemma3", **TOWERS),
+    Family("Gemma 3n", "gemma3n", kind="wrapper", uniform=(), stays=f"towers, {SHARED['stays']}"),
+    Family("Gemma 4", "gemma4", kind="wrapper", uniform=("FFN",), stays=f"towers, {SHARED['stays']}"),
     Family("GOT-OCR2", "got_ocr2", **TOWERS),
     Family("Idefics3", "idefics3", **TOWERS),
     Family("InternVL", "internvl", **TOWERS),
+    Family("Llama 4", "llama4", kind="wrapper", **SOME, stays="towers, experts"),
     Family("Llava", "llava", **TOWERS),
     Family("Llava-Next", "llava_next", **TOWERS),
     Family("Llava-OneVision", "llava_onevision", **TOWERS),
@@ -191,7 +195,6 @@ def family_of(config: PretrainedConfig) -> Family:
         for field, usual in names.items()
         if getattr(family, field) == READ
     }
-    # Norms as wide as the hidden size shared by all heads; blocks that read others' keys, and keep all their heads.
-    if keys.get("qk_layernorm") or keys.get("num_kv_shared_layers"):
+    if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size
         found["head_dim_key"] = None
     return replace(family, **found, heads_stay=family.heads_stay or (ALIBI if keys.get("alibi") else ""))
