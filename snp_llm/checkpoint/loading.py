@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from snp_llm.checkpoint.processor import load_processor
+from snp_llm.checkpoint.timm_vgg import converted
 from snp_llm.checkpoint.tokenizer import find_tokenizer_files
 from snp_llm.data.sources import BUNDLED
 from snp_llm.models import modeling_snp
@@ -138,7 +139,7 @@ def find_model(name: str) -> str:
     path = str(BUNDLED / TINY_OPT) if name == TINY_OPT else name
     if not Path(path).exists() and not is_hub_id(name):
         raise SnpError(f"model {name}: no such folder, and not a hub id (user/name) or the bundled {TINY_OPT!r}.")
-    return path
+    return converted(path) or path
 
 
 def is_hub_id(name: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -262,3 +263,22 @@ def test_sites_of_a_stream_are_found_once():
         "stage 2": 1,
     }
     assert resolve(replace(image_recipe(), reference="residual"), anatomy.model).reference == "self"
+
+
+@pytest.mark.parametrize("theirs", ["timm", "torchvision"])
+def test_vggs_of_others_load_by_their_names(theirs, tmp_path):
+    model, names = small_classifier("vgg_bn", fc_sizes=[24, 24]), {}
+    for key, tensor in model.state_dict().items():
+        if theirs == "timm" and key.startswith("classifier"):
+            key = key.replace("classifier.0", "pre_logits.fc1").replace("classifier.3", "pre_logits.fc2")
+            key = key.replace("classifier.6", "head.fc")
+            tensor = tensor.unflatten(1, (16, 2, 2)) if key == "pre_logits.fc1.weight" else tensor
+            tensor = tensor[..., None, None] if key == "pre_logits.fc2.weight" else tensor
+        names[key] = tensor.contiguous()
+    save_file(names, tmp_path / "model.safetensors")
+    said = {"architecture": "vgg_bn", "pretrained_cfg": {"input_size": [3, 16, 16], "mean": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    loaded, processor = checkpoint.load(str(tmp_path), "auto")
+    assert loaded.config.layers == model.config.layers and torch.equal(loaded(PIXELS).logits, model(PIXELS).logits)
+    assert list(processor.image_mean) == [0.5] * 3
+    assert find_anatomy(loaded).family.name == "VGG with batch norms"
