@@ -283,7 +283,7 @@ def stop(*_given: object, **_named: object) -> None:
 
 
 def test_there_are_blocks_of_every_kind():
-    assert {block.language for block in BLOCKS} == {"", "python", "yaml", "text"}
+    assert {block.language for block in BLOCKS} == {"", "python", "yaml", "text", "diff"}
     assert len(BLOCKS) > 40
 
 
