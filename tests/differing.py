@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.families import OWN_EMBEDDINGS, SHARED_KEYS
+
 TINY = {
     "vocab_size": 2048,
     "hidden_size": 48,
@@ -104,6 +106,18 @@ HYBRIDS = {
     "kimi_linear": LINEAR_LATENT,
     "minimax": {**MIXED, "block_size": 8, "layer_types": ["full_attention", "linear_attention", "full_attention"]},
 }
+SHARING = {  # keys and values of some blocks are those of others
+    "gemma3n_text": {
+        **SHARED_KEYS,
+        **OWN_EMBEDDINGS,
+        "sliding_window": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 3,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {**SHARED_KEYS, **OWN_EMBEDDINGS, "sliding_window": 8, "global_head_dim": 32},
+    "gemma4_unified_text": {**SHARED_KEYS, "sliding_window": 8, "global_head_dim": 32},
+}
 LATENTS = {
     "deepseek_v2": {**MIXED_LATENT, "first_k_dense_replace": 1},
     "deepseek_v3": {**MIXED_LATENT, "first_k_dense_replace": 1},
@@ -138,7 +152,7 @@ MIXTURES = {
     "flint": {**MIXED, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "beam": {**MIXED, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "dense", "sparse"]},
 }
-DIFFERING = {**HYBRIDS, **LATENTS, **MIXTURES}
+DIFFERING = {**HYBRIDS, **SHARING, **LATENTS, **MIXTURES}
 REFUSED = {
     "mamba": {},
     "olmoe": MIXED,

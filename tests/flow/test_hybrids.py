@@ -28,6 +28,9 @@ IN_FLOAT64 = {"qwen3_5_text", "lfm2", "lfm3", "bamba", "falcon_h1", "granitemoeh
     "minicpm3",
     "youtu",
     "llama4_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "gemma4_unified_text",
 }  # kernels for experts take no more than float32
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 

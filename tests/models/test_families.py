@@ -118,7 +118,7 @@ def test_what_the_table_says_of_those_that_are_tried_is_so(model_type):
     assert "experts" in entry.stays or "experts" not in said
 
 
-@every_family("beam", "flint", "laguna")  # their blocks are tried instead
+@every_family(*DIFFERING)  # their blocks are tried instead
 def test_what_the_table_says_of_head_sizes_is_so(model_type):
     """A config of fewer heads of the same size gives such blocks, which run, or the table says that it cannot."""
     model = small_model(model_type)

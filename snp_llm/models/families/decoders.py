@@ -14,8 +14,9 @@ from snp_llm.models.text_part import text_config
 TIED: dict[str, Any] = {"head_dim_key": None}
 ALIBI = "its ALiBi slopes belong to the number of heads"
 JOINT_NORM = "a norm over all of them at once would change"
-SHARED: dict[str, Any] = {"kind": "hybrid", "needs_bos": True, "stays": "attention that shares keys and values"}
 HYBRID: dict[str, Any] = {"kind": "hybrid"}
+# Some blocks read the keys and values of an earlier one; both keep all of their heads.
+SHARED: dict[str, Any] = {"needs_bos": True, "stays": "attention with keys that blocks share"}
 LATENT: dict[str, Any] = {"kind": "MLA", "kv_heads_key": None}
 MIXTURE: dict[str, Any] = {"kind": "mixture", "stays": "experts"}
 TOWERS: dict[str, Any] = {"kind": "wrapper", "stays": "towers"}
@@ -54,6 +55,9 @@ FAMILIES = (
     Family("EXAONE", "exaone", divides_hidden=True),
     Family("EXAONE 4", "exaone4"),
     Family("Falcon", "falcon", **TIED),
+    Family("Gemma 3n text", "gemma3n_text", **SHARED, uniform=()),  # its config lists FFN widths
+    Family("Gemma 4 text", "gemma4_text", **SHARED, uniform=("FFN",)),
+    Family("Gemma 4 unified text", "gemma4_unified_text", **SHARED, uniform=("FFN",)),
     Family("GLM", "glm"),
     Family("GLM-4", "glm4"),
     Family("GPT-BigCode", "gpt_bigcode", **TIED),
@@ -86,9 +90,6 @@ FAMILIES = (
     Family("Bailing hybrid", "bailing_hybrid", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
     Family("Bamba", "bamba", **HYBRID, stays="Mamba 2 mixers"),
     Family("Falcon-H1", "falcon_h1", **HYBRID, stays="Mamba 2 mixers"),
-    Family("Gemma 3n text", "gemma3n_text", **SHARED, uniform=()),
-    Family("Gemma 4 text", "gemma4_text", **SHARED, uniform=("FFN",)),
-    Family("Gemma 4 unified text", "gemma4_unified_text", **SHARED, uniform=("FFN",)),
     Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, stays="Mamba 2 mixers, experts"),
     Family("Jamba", "jamba", **HYBRID, uniform=("heads",), stays="Mamba mixers, experts"),
     Family("Kimi Linear", "kimi_linear", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
@@ -123,9 +124,12 @@ FAMILIES = (
 WRAPPERS = (
     Family("Aya Vision", "aya_vision", **TOWERS),
     Family("Gemma 3", "gemma3", **TOWERS),
+    Family("Gemma 3n", "gemma3n", kind="wrapper", uniform=(), stays=f"towers, {SHARED['stays']}"),
+    Family("Gemma 4", "gemma4", kind="wrapper", uniform=("FFN",), stays=f"towers, {SHARED['stays']}"),
     Family("GOT-OCR2", "got_ocr2", **TOWERS),
     Family("Idefics3", "idefics3", **TOWERS),
     Family("InternVL", "internvl", **TOWERS),
+    Family("Llama 4", "llama4", kind="wrapper", **SOME, stays="towers, experts"),
     Family("Llava", "llava", **TOWERS),
     Family("Llava-Next", "llava_next", **TOWERS),
     Family("Llava-OneVision", "llava_onevision", **TOWERS),
@@ -191,7 +195,6 @@ def family_of(config: PretrainedConfig) -> Family:
         for field, usual in names.items()
         if getattr(family, field) == READ
     }
-    # Norms as wide as the hidden size shared by all heads; blocks that read others' keys, and keep all their heads.
-    if keys.get("qk_layernorm") or keys.get("num_kv_shared_layers"):
+    if keys.get("qk_layernorm"):  # as wide as the hidden size shared by all heads, whatever their size
         found["head_dim_key"] = None
     return replace(family, **found, heads_stay=family.heads_stay or (ALIBI if keys.get("alibi") else ""))

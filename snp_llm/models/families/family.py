@@ -23,10 +23,10 @@ class Family:
         head_dim_key: config key that keeps the head dimension when heads go; None where the config cannot say it.
         heads_stay: why heads cannot go; empty where they can.
         divides_hidden: whether its config refuses head counts that do not divide the hidden size.
-        kind: what its blocks may have beside attention and FFN, or instead; "wrapper": a text model with towers. Of all
-            but dense ones keys are read off every model, and cuts are tried.
-        stays: what is left as it is beside embeddings, norms and head, in words.
-        uniform: what a plain config can hold other widths of, where the type is not dense.
+        kind: what its blocks may have beside attention and FFN, or instead; "wrapper": a text model with towers.
+        stays: what is left as it is beside embeddings, norms and head, in words. Unless that is nothing and the type is
+            dense, keys are read off every model, and cuts are tried.
+        uniform: what a plain config can hold other widths of, where that is tried.
         needs_bos: whether its models are lost in a window of text that does not start with BOS.
         substitute: model_type of a plain config that computes the same but takes more head counts.
         engines: what loads the plain config with another FFN width.
@@ -54,7 +54,7 @@ class Family:
     @property
     def alike(self) -> bool:
         """Whether what the table says of config keys holds for all blocks of its models; else every model is tried."""
-        return self.checked and self.kind == "dense"
+        return self.checked and self.kind == "dense" and not self.stays
 
 
 PRUNED = "snp_"  # what the type of a model with widths of its own begins with
