@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py FOLDER --tokenizer-from dense.gguf --llama-cpp CHECKOUT
 
-Each gets the folder's weights in its own format and has to compute the logits that torch does: as a GGUF by
-gguf_export.py, and with `--llama-cpp` as one by llama.cpp's own converter, which also has to read the tokenizer. Tokens
-are drawn at random here; benchmarks/real_model.py brings text.
+Each gets the folder's weights in its own format and has to compute the logits that torch does: of Llama and Mistral as
+a GGUF by gguf_export.py, and with `--llama-cpp` as one by llama.cpp's own converter, which also has to read the
+tokenizer. Tokens are drawn at random here; benchmarks/real_model.py brings text.
 """
 
 import argparse
@@ -54,10 +54,12 @@ def main() -> int:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    vocabulary = transformers.AutoConfig.from_pretrained(args.folder).vocab_size
-    tokens = torch.randint(vocabulary, (4, 128), generator=torch.Generator().manual_seed(0))
+    config = transformers.AutoConfig.from_pretrained(args.folder)
+    tokens = torch.randint(config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as work:
-        checks = check_engines(args.folder, tokens, Path(work), args.tokenizer_from)
+        checks: list[Check] = []
+        if config.model_type in gguf_export.KNOWN:
+            checks = check_engines(args.folder, tokens, Path(work), args.tokenizer_from)
         if args.llama_cpp is not None:
             checks += check_converter(args.folder, tokens, Path(work) / "converted.gguf", args.llama_cpp)
     print("\n".join(str(check) for check in checks))

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from snp_llm.models.families.family import EVERYWHERE, HERE, READ, Family
+from snp_llm.models.families.family import EVERYWHERE, HERE, READ, VLLM, Family
 from snp_llm.models.families.vision import VISION
 from snp_llm.models.registry import auto_class, dense_type
 from snp_llm.models.text_part import text_config
@@ -24,7 +24,7 @@ SOME: dict[str, Any] = {"uniform": ("heads", "dense FFN")}  # experts that all t
 ALL: dict[str, Any] = {"engines": EVERYWHERE, "head_engines": EVERYWHERE}
 
 FAMILIES = (
-    Family("OPT", "opt", **TIED, engines=("transformers", "vLLM")),
+    Family("OPT", "opt", **TIED, engines=VLLM),
     Family("Llama", "llama", **ALL, divides_hidden=True, substitute="mistral"),
     Family("Mistral", "mistral", **ALL),
     # Its config has no head dimension of its own; transformers reads one that is there, other engines may divide.
@@ -33,8 +33,8 @@ FAMILIES = (
     Family("Gemma", "gemma", **ALL, needs_bos=True),
     Family("Gemma 2", "gemma2", **ALL, divides_hidden=True, needs_bos=True),
     Family("Gemma 3 text", "gemma3_text", **ALL, divides_hidden=True, needs_bos=True),
-    Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=("transformers", "vLLM")),
-    Family("GPT-2", "gpt2", **TIED, engines=("transformers", "vLLM")),
+    Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=VLLM),
+    Family("GPT-2", "gpt2", **TIED, engines=VLLM),
     Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=EVERYWHERE),
     Family("SmolLM3", "smollm3", **ALL),
     Family("OLMo 2", "olmo2", **ALL, heads_stay=JOINT_NORM),
@@ -51,22 +51,22 @@ FAMILIES = (
     Family("Cohere Compass text", "cohere_compass_text"),
     Family("CTRL", "ctrl", **TIED),
     Family("CWM", "cwm", divides_hidden=True),
-    Family("ERNIE 4.5", "ernie4_5"),
+    Family("ERNIE 4.5", "ernie4_5", engines=VLLM, head_engines=VLLM),
     Family("EXAONE", "exaone", divides_hidden=True),
     Family("EXAONE 4", "exaone4"),
     Family("Falcon", "falcon", **TIED),
-    Family("Gemma 3n text", "gemma3n_text", **SHARED, uniform=()),  # its config lists FFN widths
+    Family("Gemma 3n text", "gemma3n_text", **SHARED, divides_hidden=True, uniform=()),  # its config lists FFN widths
     Family("Gemma 4 text", "gemma4_text", **SHARED, uniform=("FFN",)),
     Family("Gemma 4 unified text", "gemma4_unified_text", **SHARED, uniform=("FFN",)),
     Family("GLM", "glm"),
-    Family("GLM-4", "glm4"),
+    Family("GLM-4", "glm4", engines=VLLM),
     Family("GPT-BigCode", "gpt_bigcode", **TIED),
     Family("GPT-J", "gptj", **TIED),
     Family("GPT-Neo", "gpt_neo", **TIED),
     Family("GPT-NeoX Japanese", "gpt_neox_japanese", **TIED),
     Family("Granite with sliding windows", "granite_swa"),
     Family("Helium", "helium", **TIED),  # its out-projection is as wide as the model
-    Family("HunYuan dense", "hunyuan_v1_dense"),
+    Family("HunYuan dense", "hunyuan_v1_dense", **ALL),
     Family("HyperCLOVA X", "hyperclovax", divides_hidden=True),
     Family("InternLM 3", "internlm3", divides_hidden=True),
     Family("IQuest-Coder", "iquestcoder", divides_hidden=True),
@@ -78,25 +78,25 @@ FAMILIES = (
     Family("MPT", "mpt", **TIED, heads_stay=ALIBI),
     Family("NanoChat", "nanochat"),
     Family("Nemotron", "nemotron"),
-    Family("OLMo", "olmo"),
-    Family("OLMo 3", "olmo3", heads_stay=JOINT_NORM),
+    Family("OLMo", "olmo", engines=EVERYWHERE, head_engines=VLLM),
+    Family("OLMo 3", "olmo3", **ALL, heads_stay=JOINT_NORM),
     Family("OpenAI GPT", "openai-gpt", **TIED),
     Family("Persimmon", "persimmon", **TIED),
     Family("Phi", "phi"),
-    Family("Seed-OSS", "seed_oss"),
-    Family("StarCoder 2", "starcoder2"),
+    Family("Seed-OSS", "seed_oss", **ALL),
+    Family("StarCoder 2", "starcoder2", engines=EVERYWHERE),
     Family("VaultGemma", "vaultgemma", divides_hidden=True, needs_bos=True),
     Family("XGLM", "xglm", **TIED),
     Family("Bailing hybrid", "bailing_hybrid", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
     Family("Bamba", "bamba", **HYBRID, stays="Mamba 2 mixers"),
-    Family("Falcon-H1", "falcon_h1", **HYBRID, stays="Mamba 2 mixers"),
-    Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("Falcon-H1", "falcon_h1", **HYBRID, **ALL, stays="Mamba 2 mixers"),
+    Family("Granite 4 hybrid", "granitemoehybrid", **HYBRID, engines=VLLM, stays="Mamba 2 mixers, experts"),
     Family("Jamba", "jamba", **HYBRID, uniform=("heads",), stays="Mamba mixers, experts"),
     Family("Kimi Linear", "kimi_linear", **HYBRID, **SOME, kv_heads_key=None, stays="linear attention, experts"),
-    Family("LFM2", "lfm2", **HYBRID, stays="short convolutions"),
+    Family("LFM2", "lfm2", **HYBRID, engines=("transformers", "llama.cpp"), stays="short convolutions"),
     Family("LFM3", "lfm3", **HYBRID, stays="short convolutions"),
     Family("MiniMax", "minimax", **HYBRID, uniform=(), stays="lightning attention, experts"),
-    Family("Nemotron-H", "nemotron_h", **HYBRID, stays="Mamba 2 mixers, experts"),
+    Family("Nemotron-H", "nemotron_h", **HYBRID, engines=VLLM, head_engines=VLLM, stays="Mamba 2 mixers, experts"),
     Family("OLMo hybrid", "olmo_hybrid", **HYBRID, uniform=("FFN",), heads_stay=JOINT_NORM, stays="gated delta nets"),
     Family("Qwen3-Next", "qwen3_next", **HYBRID, stays="gated delta nets, experts"),
     Family("Qwen3.5 text", "qwen3_5_text", **HYBRID, stays="gated delta nets"),

@@ -7,6 +7,7 @@ from typing import Literal
 # some have experts.
 Kind = Literal["dense", "hybrid", "MLA", "mixture", "wrapper"]
 EVERYWHERE = ("transformers", "vLLM", "llama.cpp")
+VLLM = ("transformers", "vLLM")
 HERE = ("transformers",)
 READ = ""  # a config key that the table does not name
 
