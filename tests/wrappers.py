@@ -249,6 +249,7 @@ WRAPPERS: dict[str, tuple[dict, int]] = {
 if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
     MoeCausalLMOutputWithPast.image_outputs = None
 NEED = {"gemma3n": "timm"}  # a package
+COMPACT = ("gemma3n",)  # no plain config holds other widths of them
 GRID_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")  # they take patches, and the grid that these are in
 
 

@@ -25,7 +25,7 @@ from snp_llm.models.size import linear_weights, model_size
 from snp_llm.models.text_part import text_config
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import save_model, small_recipe, zeroed
-from tests.wrappers import NEED, WRAPPERS, small_wrapper, with_image
+from tests.wrappers import COMPACT, NEED, WRAPPERS, small_wrapper, with_image
 
 TOKENS = torch.randint(3, 1900, (2, 24), generator=torch.Generator().manual_seed(0))
 CUTS = {"ffn_sparsity": 0.3, "head_sparsity": 0.3, "round_to": 4, "num_samples": 4}
@@ -78,6 +78,8 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit_with_and_without_an_image(m
 @pytest.mark.parametrize("layout", ["compact", "uniform", "padded"])
 @pytest.mark.parametrize("model_type", EVERY)
 def test_pruned_equals_dense_with_those_units_zeroed(model_type, layout, tokenizer):
+    if layout == "uniform" and model_type in COMPACT:
+        pytest.skip("no plain config holds other widths, which is said")
     dense = small_wrapper(model_type, torch.float64)
     pruned = cut(dense, tokenizer, layout=layout)
     masked = zeroed(dense, pruned)
@@ -99,7 +101,7 @@ def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokeniz
     for model_type in types:
         folder = save_model(small_wrapper(model_type), tokenizer, tmp_path / model_type)
         dense, loaded = checkpoint.load(str(folder), "auto")
-        for layout in ("compact", "uniform"):
+        for layout in ("compact", "uniform")[: 1 if model_type in COMPACT else 2]:
             pruned = cut(dense, loaded, layout=layout, ffn_sparsity=0.45, allocation="loss").model
             out = tmp_path / f"{model_type}-{layout}"
             checkpoint.save(pruned, loaded, out, tokenizer_of=str(folder))

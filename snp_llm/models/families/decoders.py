@@ -35,7 +35,7 @@ FAMILIES = (
     Family("Gemma 3 text", "gemma3_text", **ALL, divides_hidden=True, needs_bos=True),
     Family("Phi-3", "phi3", engines=EVERYWHERE, head_engines=VLLM),
     Family("GPT-2", "gpt2", **TIED, engines=VLLM),
-    Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=EVERYWHERE),
+    Family("GPT-NeoX / Pythia", "gpt_neox", **TIED, engines=("transformers", "llama.cpp")),  # off in vLLM 0.32
     Family("SmolLM3", "smollm3", **ALL),
     Family("OLMo 2", "olmo2", **ALL, heads_stay=JOINT_NORM),
     Family("Granite", "granite", **ALL),
