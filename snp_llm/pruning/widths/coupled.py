@@ -54,6 +54,10 @@ class Pool:
         lower = (level - 1) // self.multiple * self.multiple
         return lower if lower > 0 else level
 
+    def above(self, level: int) -> int:
+        """The next level up, or the same where there is none."""
+        return min((level // self.multiple + 1) * self.multiple, self.levels)
+
 
 @dataclass(frozen=True)
 class Coupled:
@@ -126,7 +130,7 @@ def coupled_plan(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: 
     """
     costs, allowed = coupled_budget(anatomy, recipe)
     pools = _pools(anatomy, costs, curves, recipe)
-    levels = _shrunk(costs, pools, allowed, RULES[recipe.allocation], limit=recipe.budget is not None)
+    levels = _shrunk(costs, pools, allowed, RULES[recipe.allocation])
     widths = [0] * len(anatomy.sites)
     for pool, level in zip(pools, levels, strict=True):
         for group, each in pool.members:
@@ -241,26 +245,34 @@ def _widths(costs: Coupled, pools: Sequence[Pool], levels: Sequence[int]) -> lis
     return widths
 
 
-def _shrunk(costs: Coupled, pools: Sequence[Pool], allowed: float, rule: Rule, *, limit: bool) -> list[int]:
-    """Levels of all pools at which a model costs what it may: no more where that is a limit, else about that."""
+def _shrunk(costs: Coupled, pools: Sequence[Pool], allowed: float, rule: Rule) -> list[int]:
+    """Levels of all pools at which a model costs what it may, and as little less as whole units allow."""
     levels = [pool.levels for pool in pools]
+    allowed *= 1 + 1e-9
+
+    def cost_with(i: int, level: int) -> float:
+        return costs.cost(_widths(costs, pools, [*levels[:i], level, *levels[i + 1 :]]))
+
     now = costs.cost(_widths(costs, pools, levels))
-    while now > allowed * (1 + 1e-9):
+    while now > allowed:
         steps = []
         for i, pool in enumerate(pools):
             if (lower := pool.below(levels[i])) < levels[i]:
-                after = costs.cost(_widths(costs, pools, [*levels[:i], lower, *levels[i + 1 :]]))
+                after = cost_with(i, lower)
                 steps.append((rule(pool, levels[i], now - after), i, lower, after))
         if not steps:
             break
-        _, i, lower, after = min(steps)
-        if after < allowed:  # the last step: the one that comes closest
-            ending = [step for step in steps if step[3] <= allowed * (1 + 1e-9)]
-            _, i, lower, after = max(ending, key=lambda step: step[3])
-            if not limit and now - allowed < allowed - after:
-                break
-        levels[i], now = lower, after
-    return levels
+        _, i, lower, now = min(steps)
+        levels[i] = lower
+    while True:  # what the last step took too much goes to whom it is dearest
+        steps = []
+        for i, pool in enumerate(pools):
+            if (higher := pool.above(levels[i])) > levels[i] and (after := cost_with(i, higher)) <= allowed:
+                steps.append((rule(pool, higher, after - now), i, higher, after))
+        if not steps:
+            return levels
+        _, i, higher, now = max(steps)
+        levels[i] = higher
 
 
 def weights_kept(anatomy: Anatomy, widths: Sequence[int]) -> float:
