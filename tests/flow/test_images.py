@@ -136,7 +136,8 @@ def test_costs_are_what_the_pruned_model_has(kind):
 
 
 def test_readers_of_a_stream_keep_the_same_units():
-    run = prune(small_classifier("basic"), small_processor(), image_recipe(sparsity=0.5))
+    dense = small_classifier("basic", embedding_size=16)
+    run = prune(dense, small_processor(), image_recipe(sparsity=0.5))
     by_name = {}
     for result in run.sites:
         if result.site.shared is not None:
@@ -212,6 +213,7 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
 def test_mistakes_are_said_in_one_line(break_it, said, tmp_path, capsys):
     folder, images = saved_classifier("vit", tmp_path / "dense"), image_folder(tmp_path / "images", each=2)
     break_it(folder, images)
+    capsys.readouterr()
     arguments = ["--calibration", str(images), "--num-samples", "8", "--quiet", "--output", str(tmp_path / "out")]
     assert prune_main([str(folder), *arguments]) == 2
     error = capsys.readouterr().err.strip()

@@ -6,6 +6,7 @@ all others, until the budget is met. Costs are exact at every step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from snp_llm.pruning.shared import shared_order
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
-UNITS = {"params": "parameters", "size": "bytes", "flops": "FLOPs an image"}
+NEAR = 0.005  # of the whole model, to which a budget is met
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,26 @@ def _shrunk(costs: Coupled, pools: Sequence[Pool], allowed: float, rule: Rule) -
             if (higher := pool.above(levels[i])) > levels[i] and (after := cost_with(i, higher)) <= allowed:
                 steps.append((rule(pool, higher, after - now), i, higher, after))
         if not steps:
-            return levels
+            return _exchanged(costs, pools, levels, allowed)
         _, i, higher, now = max(steps)
         levels[i] = higher
+
+
+def _exchanged(costs: Coupled, pools: Sequence[Pool], levels: list[int], allowed: float) -> list[int]:
+    """Levels with a step up here for a step down there, as long as that comes closer to what is allowed."""
+    now, wanted = costs.cost(_widths(costs, pools, levels)), NEAR * costs.cost(costs.units)
+    while allowed - now > wanted:
+        best, found = now, levels
+        for i, j in permutations(range(len(pools)), 2):
+            tried = [*levels]
+            tried[i], tried[j] = pools[i].above(levels[i]), pools[j].below(levels[j])
+            after = costs.cost(_widths(costs, pools, tried))
+            if best < after <= allowed:
+                best, found = after, tried
+        if found is levels:
+            break
+        now, levels = best, found
+    return levels
 
 
 def weights_kept(anatomy: Anatomy, widths: Sequence[int]) -> float:
