@@ -32,7 +32,7 @@ from snp_llm.pruning.estimate.estimate import estimate, place_hidden_states
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
 from snp_llm.pruning.sensitivity import visit_passes
 from snp_llm.pruning.widths.latency import check_table
-from snp_llm.pruning.widths.plan import check_budget
+from snp_llm.pruning.widths.plan import check_budget, removed_weights
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
 from snp_llm.recipe.file import save_recipe
@@ -255,10 +255,14 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
 def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> None:
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
     size = model_sizes.model_size(dense, recipe.seq_len)
-    removed = sum((site.units - width) * site.cost for site, width in plan)
-    print("block  heads         FFN channels")
+    removed = removed_weights(dense, size.block_linear, plan)
+    if any(site.heads is not None or site.kind == "ffn" for site, _ in plan):
+        print("block  heads         FFN channels")
     blocks: dict[int, dict[str, str]] = {}
     for site, width in plan:
+        if site.heads is None and site.kind != "ffn":
+            print(f"{site.name}: {width:,} of {site.units:,} {site.unit}")
+            continue
         kept, units = (width, site.units) if site.heads is None else (site.heads_after(width).query, site.heads.query)
         blocks.setdefault(site.block, {})[site.kind] = f"{kept:,} of {units:,}"
     for block, kinds in blocks.items():
@@ -272,7 +276,7 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
 def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> dict[str, Any]:
     """Widths and sizes of a plan, ready for JSON."""
     size = model_sizes.model_size(dense, recipe.seq_len)
-    removed = sum((site.units - width) * site.cost for site, width in plan)
+    removed = removed_weights(dense, size.block_linear, plan)
     sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
     return {
         "block_linear_before": size.block_linear,

@@ -131,7 +131,18 @@ def labelled_batches(
         SnpError: no such images, some that cannot be read, no labels, or labels that are none of the model's classes.
     """
     rows, label = _open(pictures, "evaluation")
+    for number, known in enumerate(_labels(rows, pictures)):
+        _class({pictures.label: known}, number, form, pictures)
     return _batches(islice(iter(rows), most), form, pictures, batch_size, labelled=True), label
+
+
+def _labels(rows: Any, pictures: Pictures) -> Sequence[Any]:
+    """The labels of all rows, where that is known without decoding the images; none of a stream."""
+    if isinstance(rows, list):
+        return [row[pictures.label] for row in rows]
+    dataset = getattr(rows, "dataset", None)
+    columns = getattr(dataset, "column_names", None) or ()
+    return list(dataset[pictures.label]) if dataset is not None and pictures.label in columns else []
 
 
 def check_pictures(pictures: Pictures, purpose: Purpose) -> None:

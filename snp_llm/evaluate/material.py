@@ -121,6 +121,8 @@ def image_settings(recipe: Recipe, model: PreTrainedModel, _processor: Any) -> d
     """
     if recipe.perplexity_increase is not None:
         raise SnpError("--max-perplexity-increase: expected a model of texts; one of images has no perplexity.")
+    if recipe.target_latency is not None:
+        raise SnpError("--target-latency: is not measured for models of images. Use --target-flops.")
     return {
         "calibration": recipe.calibration or UNNAMED,
         "eval_dataset": recipe.eval_dataset or recipe.calibration or UNNAMED,

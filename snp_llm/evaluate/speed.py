@@ -22,6 +22,7 @@ from snp_llm.evaluate.work import cell_flops, weights_read
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.models.size import model_size
+from snp_llm.models.task import TEXT, task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.commands import BenchRecipe
 from snp_llm.runtime.device import compute_device, synchronize, versions
@@ -52,6 +53,10 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     names = (recipe.dense, recipe.pruned)
     skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
     for name, skeleton in zip(names, skeletons, strict=True):
+        if task_of(skeleton.config) is not TEXT:
+            raise SnpError(
+                f"bench: expected models of texts, {name} is one of images. snp-llm eval says images a second."
+            )
         check_positions(name, skeleton.config, wanted)
         check_reader(name, skeleton.config)
     # Before anything is loaded here, so that there is memory for them.

@@ -8,7 +8,7 @@ from typing import Any
 
 from snp_llm.checkpoint.contents import REPORT
 from snp_llm.models.size import ModelSize
-from snp_llm.models.task import task_of
+from snp_llm.models.task import TEXT, task_of
 from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.pruning.result import SiteResult
 from snp_llm.runtime.device import versions
@@ -113,7 +113,10 @@ def achieved_sparsity(dense: Measured, after: Measured, pruned: PrunedModel) -> 
 
 
 def predicted_ratio(pruned: PrunedModel) -> float | None:
-    """What the quadratic model of the loss predicts for perplexity on the calibration text, over that of dense."""
+    """What the quadratic model of the loss predicts for perplexity on the calibration text, over that of dense; None
+    where nothing was predicted, or no text was read."""
+    if task_of(pruned.model.config) is not TEXT:
+        return None
     losses = [r.predicted_loss for r in pruned.sites if r.predicted_loss is not None]
     return math.exp(sum(losses)) if len(losses) == len(pruned.sites) else None
 

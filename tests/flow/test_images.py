@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from snp_llm import checkpoint, prune
-from snp_llm.cli.parse import evaluate_main, inspect_main, prune_main
+from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
 from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.blocks import loss_gradient
 from snp_llm.models.projections import inputs_as_rows, weight_of
@@ -132,11 +132,12 @@ def test_costs_are_what_the_pruned_model_has(kind):
         assert costs.cost(widths) == pytest.approx(size.block_linear if key == "weights" else size.parameters)
     run = prune(dense, small_processor(), image_recipe(target_flops="0.7x", sparsity=None, round_to=1))
     share = model_size(run.model, 1).flops / model_size(dense, 1).flops
-    assert 0.69 < share <= 0.7
+    assert 0.68 < share <= 0.7  # a unit of so small a network is a hundredth of it
 
 
 def test_readers_of_a_stream_keep_the_same_units():
-    run = prune(small_classifier("basic"), small_processor(), image_recipe(sparsity=0.5))
+    dense = small_classifier("basic", embedding_size=16)
+    run = prune(dense, small_processor(), image_recipe(sparsity=0.5))
     by_name = {}
     for result in run.sites:
         if result.site.shared is not None:
@@ -194,6 +195,9 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     assert evaluate_main([str(folder), out, "--dataset", str(images)]) == 0
     assert "top-1" in capsys.readouterr().out
     assert inspect_main([str(folder)]) == 0
+    assert prune_main([*arguments, "--quiet", "--dry-run", "--sparsity", "0.2"]) == 0
+    assert bench_main([str(folder), out]) == 2
+    assert "snp-llm eval" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -209,6 +213,7 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
 def test_mistakes_are_said_in_one_line(break_it, said, tmp_path, capsys):
     folder, images = saved_classifier("vit", tmp_path / "dense"), image_folder(tmp_path / "images", each=2)
     break_it(folder, images)
+    capsys.readouterr()
     arguments = ["--calibration", str(images), "--num-samples", "8", "--quiet", "--output", str(tmp_path / "out")]
     assert prune_main([str(folder), *arguments]) == 2
     error = capsys.readouterr().err.strip()
@@ -249,6 +254,7 @@ def test_budgets_that_a_network_does_not_have_are_refused():
     for settings, said in (
         ({"sparsity": None, "head_sparsity": 0.3}, "use --sparsity"),
         ({"sparsity": None, "target_latency": "0.5x"}, "Use --target-flops"),
+        ({"sparsity": None, "max_perplexity_increase": "5%"}, "one of images has no perplexity"),
         ({"sparsity": 0.99}, "expected to keep at least"),
     ):
         with pytest.raises(SnpError, match=said):

@@ -6,6 +6,7 @@ all others, until the budget is met. Costs are exact at every step.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from snp_llm.pruning.shared import shared_order
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
-UNITS = {"params": "parameters", "size": "bytes", "flops": "FLOPs an image"}
+NEAR = 0.005  # of the whole model, to which a budget is met
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Pool:
         """The next level down, or the same where there is none."""
         lower = (level - 1) // self.multiple * self.multiple
         return lower if lower > 0 else level
+
+    def above(self, level: int) -> int:
+        """The next level up, or the same where there is none."""
+        return min((level // self.multiple + 1) * self.multiple, self.levels)
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def coupled_plan(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: 
     """
     costs, allowed = coupled_budget(anatomy, recipe)
     pools = _pools(anatomy, costs, curves, recipe)
-    levels = _shrunk(costs, pools, allowed, RULES[recipe.allocation], limit=recipe.budget is not None)
+    levels = _shrunk(costs, pools, allowed, RULES[recipe.allocation])
     widths = [0] * len(anatomy.sites)
     for pool, level in zip(pools, levels, strict=True):
         for group, each in pool.members:
@@ -241,25 +246,50 @@ def _widths(costs: Coupled, pools: Sequence[Pool], levels: Sequence[int]) -> lis
     return widths
 
 
-def _shrunk(costs: Coupled, pools: Sequence[Pool], allowed: float, rule: Rule, *, limit: bool) -> list[int]:
-    """Levels of all pools at which a model costs what it may: no more where that is a limit, else about that."""
+def _shrunk(costs: Coupled, pools: Sequence[Pool], allowed: float, rule: Rule) -> list[int]:
+    """Levels of all pools at which a model costs what it may, and as little less as whole units allow."""
     levels = [pool.levels for pool in pools]
+    allowed *= 1 + 1e-9
+
+    def cost_with(i: int, level: int) -> float:
+        return costs.cost(_widths(costs, pools, [*levels[:i], level, *levels[i + 1 :]]))
+
     now = costs.cost(_widths(costs, pools, levels))
-    while now > allowed * (1 + 1e-9):
+    while now > allowed:
         steps = []
         for i, pool in enumerate(pools):
             if (lower := pool.below(levels[i])) < levels[i]:
-                after = costs.cost(_widths(costs, pools, [*levels[:i], lower, *levels[i + 1 :]]))
+                after = cost_with(i, lower)
                 steps.append((rule(pool, levels[i], now - after), i, lower, after))
         if not steps:
             break
-        _, i, lower, after = min(steps)
-        if after < allowed:  # the last step: the one that comes closest
-            ending = [step for step in steps if step[3] <= allowed * (1 + 1e-9)]
-            _, i, lower, after = max(ending, key=lambda step: step[3])
-            if not limit and now - allowed < allowed - after:
-                break
-        levels[i], now = lower, after
+        _, i, lower, now = min(steps)
+        levels[i] = lower
+    while True:  # what the last step took too much goes to whom it is dearest
+        steps = []
+        for i, pool in enumerate(pools):
+            if (higher := pool.above(levels[i])) > levels[i] and (after := cost_with(i, higher)) <= allowed:
+                steps.append((rule(pool, higher, after - now), i, higher, after))
+        if not steps:
+            return _exchanged(costs, pools, levels, allowed)
+        _, i, higher, now = max(steps)
+        levels[i] = higher
+
+
+def _exchanged(costs: Coupled, pools: Sequence[Pool], levels: list[int], allowed: float) -> list[int]:
+    """Levels with a step up here for a step down there, as long as that comes closer to what is allowed."""
+    now, wanted = costs.cost(_widths(costs, pools, levels)), NEAR * costs.cost(costs.units)
+    while allowed - now > wanted:
+        best, found = now, levels
+        for i, j in permutations(range(len(pools)), 2):
+            tried = [*levels]
+            tried[i], tried[j] = pools[i].above(levels[i]), pools[j].below(levels[j])
+            after = costs.cost(_widths(costs, pools, tried))
+            if best < after <= allowed:
+                best, found = after, tried
+        if found is levels:
+            break
+        now, levels = best, found
     return levels
 
 

@@ -26,7 +26,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.size import linear_weights
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
-from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan
+from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -150,6 +150,14 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
     if isinstance(anatomy.blocks, Segments):
         return coupled_plan(anatomy, curves, recipe)
     return plan_widths(anatomy, curves, find_removals(anatomy, recipe), recipe)
+
+
+def removed_weights(dense: PreTrainedModel, block_linear: int, plan: Sequence[tuple[Site, int]]) -> int:
+    """Weights of the blocks' linear layers, of which there are so many, that go where sites keep what is planned."""
+    anatomy = find_anatomy(dense)
+    if isinstance(anatomy.blocks, Segments):
+        return block_linear - round(weights_kept(anatomy, [width for _, width in plan]))
+    return sum((site.units - width) * site.cost for site, width in plan)
 
 
 def plan_widths(
