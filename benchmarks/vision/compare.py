@@ -61,8 +61,8 @@ PLAIN = {"allocation": "uniform", "metric": "error", "reference": "self"}
 METHODS = {
     "ours": Method(),
     "the paper": Method({"ordering": "zca", "allocation": "variance", "metric": "error", "reference": "self"}),
-    "zca, uniform": Method({"ordering": "zca", **PLAIN}),
-    "SAW, repaired": Method({"ordering": "saw", **PLAIN}),
+    "zca uniform": Method({"ordering": "zca", **PLAIN}),
+    "SAW with repair": Method({"ordering": "saw", **PLAIN}),
     "SAW": Method({"ordering": "saw", **PLAIN}, repaired=False, shifted=False),
     "VBP": Method({"ordering": "variance", **PLAIN}, repaired=False),
     "PFA": Method({"ordering": "pfa", **PLAIN}, repaired=False, shifted=False),
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--methods", default=",".join(METHODS).replace(", ", ";"))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--sparsities", default="0.2,0.4,0.6")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--num-samples", type=int, default=256)
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dense = accuracy([model], test)[0].top1
     print(f"{name}, dense {dense:.2f}", flush=True)
     for seed in map(int, args.seeds.split(",")):
-        for method in (m.replace(";", ", ") for m in args.methods.split(",")):
+        for method in args.methods.split(","):
             for sparsity in map(float, args.sparsities.split(",")):
                 key = [name, args.calibration, args.num_samples, method, sparsity, seed]
                 if any(cell["key"] == key for cell in read(args.work)):

@@ -63,7 +63,7 @@ def _repair_reader(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, b
             bias = new_bias + (taps.sum(0) @ shift.to(taps)) if new_bias is not None else None
         elif shift is not None:
             bias = normed_bias(block, site) + taps.sum(0) @ shift.to(taps)
-        weight = (taps @ weight.to(taps)).permute(1, 2, 0).flatten(1)  # (d_out, kept units, taps)
+        weight = _mixed(taps, weight.to(taps), kept, site)
     if bias is not None and site.norm:
         mean = norm_of(block, site).running_mean
         assert mean is not None
@@ -72,11 +72,28 @@ def _repair_reader(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, b
     elif bias is not None:
         new_bias = bias.to(old.weight.device, old.weight.dtype)
     weight = weight.to(old.weight.device, old.weight.dtype)
-    if site.shared is not None:
+    if site.shared is not None and not site.taps:
         whole = torch.zeros_like(weight_of(old))
         whole[:, unit_channels(kept, site.taps or site.unit_size).to(weight.device)] = weight
         weight = whole
     block.set_submodule(path, with_weight(old, weight, new_bias))
+
+
+def _mixed(taps: Tensor, mixing: Tensor, kept: Tensor, site: Site) -> Tensor:
+    """A consumer's weight on what remains of its channels, mixed for every tap; zero for gone units that are shared.
+
+    Args:
+        taps: its weight by tap, (taps, d_out, units).
+        mixing: what each channel is of those kept, (units, u).
+        kept: units, ascending, (u,), int64.
+        site: that it reads.
+    """
+    shared = site.shared is not None
+    weight = taps.new_zeros(taps.shape[1], site.units if shared else len(kept), len(taps))
+    columns = kept.to(taps.device) if shared else torch.arange(len(kept), device=taps.device)
+    for number, tap in enumerate(taps):  # one at a time: all of them are as large as the layer
+        weight[:, columns, number] = tap @ mixing
+    return weight.flatten(1)
 
 
 def drop_shared(block: nn.Module, index: int, shared: Shared, sites: Sequence[Site], kept: Tensor) -> None:

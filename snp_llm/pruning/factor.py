@@ -185,10 +185,12 @@ def _metric(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor)
         metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
     if not site.taps:
         return metric
-    total = like.new_zeros(site.units, site.units)
-    for tap in tap_weights(block, site):
-        W = tap.to(like)
-        total += W.mT @ (W if metric is None else metric @ W)
+    total, taps = like.new_zeros(site.units, site.units), tap_weights(block, site)
+    wide = torch.promote_types(taps.dtype, torch.float32)  # products with many outputs are not worth more
+    metric = None if metric is None else metric.to(wide)
+    for tap in taps:
+        W = tap.to(like.device, wide)
+        total += (W.mT @ (W if metric is None else metric @ W)).to(total)
     return total
 
 
