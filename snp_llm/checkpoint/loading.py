@@ -178,9 +178,10 @@ def check_layers(name: str, values: dict[str, Any]) -> None:
     structure = values.get("pruned_structure") or {"parts": []}
     of = [index for part in structure["parts"] for index in part["of"]]
     for key, said in (("pruned_layers", values.get("pruned_layers") or {}), ("pruned_structure", of)):
-        if strange := sorted({str(index) for index in said} - {str(index) for index in range(layers)}):
-            raise SnpError(f"model {name}: config {key}: expected layers 0 to {layers - 1}, got {strange[0]}.")
-    if structure["parts"] and sorted(of) != list(range(layers)):
+        for index in map(str, said):  # of layers there may be said to be billions
+            if not index.isdecimal() or int(index) >= layers or index != str(int(index)):
+                raise SnpError(f"model {name}: config {key}: expected layers 0 to {layers - 1}, got {index}.")
+    if structure["parts"] and (len(of) != layers or len(set(of)) != layers):
         raise SnpError(
             f"model {name}: config pruned_structure: expected every one of {layers} layers once, got {len(of)}."
         )

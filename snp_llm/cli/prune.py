@@ -58,14 +58,14 @@ def run_prune(recipe: Recipe, command: Sequence[str], talk: Talk, config: str | 
         config: the recipe file that it started from.
     """
     folder, inputs = output_folder(recipe), inputs_of(recipe, config)
-    material = material_of(load_config(recipe.model, trust_remote_code=recipe.trust_remote_code))
-    material.check(recipe, "calibration")
-    if recipe.eval:
-        material.check(recipe, "evaluation")
     if not recipe.dry_run:
         output.check_output(folder, overwrite=recipe.overwrite, inputs=inputs)
         if recipe.push_to_hub is not None:
             hub.check_access(recipe.push_to_hub)
+    material = material_of(load_config(recipe.model, trust_remote_code=recipe.trust_remote_code))
+    material.check(recipe, "calibration")
+    if recipe.eval:
+        material.check(recipe, "evaluation")
     check_model(recipe)
     if recipe.dry_run:
         with tempfile.TemporaryDirectory() as scratch:

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config, ViTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, CLIPVisionConfig, LlamaConfig, T5Config
 
 from snp_llm import prune
 from snp_llm.models import carried
@@ -31,7 +31,7 @@ def test_sites_of_an_opt_model():
     assert sum(s.units * s.cost for s in sites) == linear
 
 
-@pytest.mark.parametrize("config", [T5Config(), ViTConfig()])
+@pytest.mark.parametrize("config", [T5Config(), CLIPVisionConfig()])
 def test_what_is_no_causal_language_model_is_refused(config):
     with pytest.raises(SnpError, match=f"model_type '{config.model_type}' is not supported; expected a decoder-only"):
         find_family(config)
