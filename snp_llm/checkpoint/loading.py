@@ -189,7 +189,11 @@ def check_layers(name: str, values: dict[str, Any]) -> None:
 
 def check_config(name: str, config: PretrainedConfig) -> None:
     """Refuses what cannot be pruned, before any weight is read."""
-    text = text_config(config)
+    text: Any = text_config(config)
+    if not isinstance(text, PretrainedConfig):  # a type that knows of no such key keeps it as it is
+        raise SnpError(
+            f"model {name}: config text_config: expected none, {config.model_type} has no text model inside of it."
+        )
     if any(part.is_encoder_decoder or getattr(part, "add_cross_attention", False) for part in (config, text)):
         raise SnpError(f"model {name}: {config.model_type} is an encoder-decoder; expected a decoder-only model.")
     if any(getattr(part, "quantization_config", None) for part in (config, text)):

@@ -234,6 +234,7 @@ def test_any_value_of_any_key_of_a_config(model_type, tmp_path, capsys):
         ({"init_std": float("nan")}, "config init_std: expected a finite number, got nan"),
         ({"activation_function": "no"}, "no model can be built from its config"),
         ({"dtype": "float99"}, "config"),
+        ({"text_config": {"hidden_size": 16}}, "config text_config: expected none, opt has no text model inside"),
     ],
 )
 @pytest.mark.parametrize("command", ["prune", "inspect", "eval", "bench"])
