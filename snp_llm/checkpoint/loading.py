@@ -35,14 +35,8 @@ from snp_llm.runtime.errors import SnpError, reason
 log = logging.getLogger(__name__)
 
 
-# Config keys with an entry for every layer.
-BY_LAYER = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "num_attention_heads_per_layer",
-    "no_rope_layers",
-)  # and others that a type checks itself
+# Config keys with an entry for every layer, beside others that a type checks itself.
+BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "num_attention_heads_per_layer", "no_rope_layers")
 
 MODELING = Path(modeling_snp.__file__)
 

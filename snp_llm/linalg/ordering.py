@@ -25,9 +25,9 @@ RISE = 1.05  # times what the next in line costs: what a unit may come to cost t
 
 ZCA_EXACT_UP_TO = 512  # channels
 
-GPU_PANEL = 384  # the same on a GPU, which is done with a few rows before it has been asked
-
 PANEL = 96  # channels whose removal the inverse takes up at once: one by one only memory would be busy
+
+GPU_PANEL = 384  # the same on a GPU, which is done with fewer before it has been asked for the next
 
 
 @dataclass(frozen=True)

@@ -179,10 +179,7 @@ def factor_site(
 
 def _metric(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor) -> Tensor | None:
     """F with a floor under it; of mixed channels what it says of an error in them, `sum_taps W^T F W`."""
-    metric = None
-    if gradient is not None:
-        metric = gradient.to(like, copy=True)
-        metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+    metric = None if gradient is None else _floored(gradient, like)
     if not site.taps:
         return metric
     total, taps = like.new_zeros(site.units, site.units), tap_weights(block, site)
@@ -194,12 +191,18 @@ def _metric(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor)
     return total
 
 
+def _floored(gradient: Tensor, like: Tensor) -> Tensor:
+    """A copy of F with the floor under it."""
+    metric = gradient.to(like, copy=True)
+    metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+    return metric
+
+
 def _whole(block: nn.Module, site: Site, gradient: Tensor | None, like: Tensor) -> Tensor | None:
     """S with a floor under it, likewise; of mixed channels all taps see one error."""
     if gradient is None:
         return None
-    metric = gradient.to(like, copy=True)
-    metric.diagonal().add_(METRIC_FLOOR * metric.diagonal().mean())
+    metric = _floored(gradient, like)
     if not site.taps:
         return metric
     W = tap_weights(block, site).sum(0).to(like)

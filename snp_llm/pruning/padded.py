@@ -8,9 +8,10 @@ from torch import nn
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import on_device
-from snp_llm.models.offload import copy_unhooked, leave_on_disk
+from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.surgery import pad_site
 from snp_llm.pruning.result import SiteResult
+from snp_llm.pruning.sequential import keep_block
 from snp_llm.runtime import ranks
 
 
@@ -32,11 +33,7 @@ def padded_blocks(
             for result in results:
                 if result.site.block == index and len(result.kept) < result.site.units:
                     pad_site(block, old, result.site, result.kept)
-        if journal.folder is not None:
-            if ranks.rank() == 0:
-                journal.put(index, dict(block.state_dict()))
-            leave_on_disk(block, journal.file(index))
-        blocks.append(block)
+        blocks.append(keep_block(block, index, journal))
     journal.settle()
     ranks.wait()
     return blocks

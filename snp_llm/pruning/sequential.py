@@ -71,7 +71,7 @@ def prune_blocks(
         results += found
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
-            pruned_blocks.append(keep_block(block, found, index, journal))
+            pruned_blocks.append(keep_block(block, index, journal, [_facts(result) for result in found]))
             state = {"hidden": stream.hidden, **dense.state()}
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
@@ -259,12 +259,12 @@ def _fixing(fixed: Sequence[FixedSite], at: slice, device: torch.device) -> Iter
         yield outputs
 
 
-def keep_block(block: nn.Module, results: Sequence[SiteResult], index: int, journal: Journal) -> nn.Module:
-    """The pruned block, which waits on disk from now on where the journal is there."""
+def keep_block(block: nn.Module, index: int, journal: Journal, facts: Any = None) -> nn.Module:
+    """A block that is done, which waits on disk from now on where the journal is there, with facts beside it."""
     if journal.folder is None:
         return block
     if ranks.rank() == 0:
-        journal.put(index, dict(block.state_dict()), [_facts(result) for result in results])
+        journal.put(index, dict(block.state_dict()), facts)
     leave_on_disk(block, journal.file(index))
     return block
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import on_device
-from snp_llm.models.offload import copy_unhooked, leave_on_disk
+from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.projections import Projection, weight_of
 from snp_llm.models.site import Shared, tensor_or_module
 from snp_llm.models.surgery import drop_shared
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.sequential import keep_block
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 
@@ -115,11 +116,7 @@ def narrowed_blocks(
             for shared, units in kept.items():
                 here = [s for s in anatomy.sites if s.block == index and s.shared == shared]
                 drop_shared(block, index, shared, here, units)
-        if journal.folder is not None:
-            if ranks.rank() == 0:
-                journal.put(index, dict(block.state_dict()))
-            leave_on_disk(block, journal.file(index))
-        found.append(block)
+        found.append(keep_block(block, index, journal))
     journal.settle()
     ranks.wait()
     return found

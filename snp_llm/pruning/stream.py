@@ -96,9 +96,9 @@ def capture(anatomy: Anatomy, tokens: Tensor, run: Run) -> Stream:
         tokens: all calibration windows, (windows, T), int64.
         run: of this phase; its journal's folder takes hidden states on disk, or the system's for temporary files.
     """
-    place = (
-        "cpu" if run.recipe.hidden_device == "auto" else run.recipe.hidden_device
-    )  # where nobody has looked for room
+    place = run.recipe.hidden_device
+    if place == "auto":  # nobody has looked for room
+        place = "cpu"
     on_gpu = run.clock.device.type == "cuda"
     storage = Storage(
         None if place == "disk" else torch.device(place), run.journal.folder, pinned=on_gpu and place == "cpu"
