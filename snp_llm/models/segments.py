@@ -90,6 +90,11 @@ def resnet_segments(model: Any) -> Segments:
             stream[1].append(layers[0])
             chain.inner += pairwise(layers)
             if not isinstance(block.shortcut, nn.Identity):
+                if not isinstance(getattr(block.shortcut, "convolution", None), nn.Conv2d):
+                    raise SnpError(
+                        f"{blocks[-1][0]}.shortcut: is a {type(block.shortcut).__name__}; expected a convolution, or "
+                        "none. Shortcuts that fill up with zeros cannot lose channels."
+                    )
                 shortcut = Layer(index, "shortcut.convolution", "shortcut.normalization")
                 stream[1].append(shortcut)
                 stream = ([shortcut], [])
@@ -216,7 +221,7 @@ def _check_layers(blocks: Segments) -> None:
     """Refuses layers whose channels belong together in another way than these sites say."""
     seen: dict[int, str] = {}
     for prefix, block in zip(blocks.prefixes, blocks, strict=True):
-        for path, module in block.named_modules():
+        for path, module in block.named_modules(remove_duplicate=False):
             name = f"{prefix}.{path}".removeprefix(".")
             if isinstance(module, nn.Conv2d) and (module.groups > 1 or isinstance(module.padding, str)):
                 what = "depthwise" if module.groups == module.in_channels else "grouped"

@@ -103,9 +103,14 @@ def test_a_reader_of_shared_units_comes_to_least_squares():
     torch.testing.assert_close(got, expected[:, kept], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "vgg_bn"])
-def test_norms_hold_what_a_pass_over_the_images_gives(kind):
+@pytest.mark.parametrize("kind", ["bottleneck", "vgg_bn", "mixed", "all"])
+def test_norms_hold_what_a_pass_over_the_images_gives(kind, monkeypatch):
     settings = {"dtype": "float64", "allocation": "uniform", "sparsity": 0.4}
+    if kind == "mixed":
+        monkeypatch.setattr("snp_llm.models.segments.WIDEST_PATCH", 20)
+    if kind == "all":
+        settings["norm_statistics"] = "pass"
+    kind = {"mixed": "vgg_bn", "all": "bottleneck"}.get(kind, kind)
     run = prune(small_classifier(kind, torch.float64), small_processor(), image_recipe(**settings))
     norms = {n: m for n, m in run.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     found = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
@@ -116,8 +121,8 @@ def test_norms_hold_what_a_pass_over_the_images_gives(kind):
     cut = [s.site for s in run.sites if len(s.kept) < s.site.units and s.site.norm]
     prefixes = find_anatomy(run.model).blocks.prefixes
     assert cut
-    for site in cut:
-        name = f"{prefixes[site.block]}.{site.norm}"
+    anew = [f"{prefixes[site.block]}.{site.norm}" for site in cut]
+    for name in norms if "norm_statistics" in settings else anew:
         mean, variance = seen[name].mean((0, 2, 3)), seen[name].var((0, 2, 3), unbiased=False)
         torch.testing.assert_close(found[name][0], mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[name][1], variance, rtol=1e-5, atol=1e-5)
