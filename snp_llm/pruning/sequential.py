@@ -216,7 +216,7 @@ def cut_site(
     with run.clock.phase("Gram matrices"):
         sums = over_all_ranks(sums)
 
-    def here() -> tuple[SiteResult, Tensor, Tensor | None]:
+    def here() -> tuple[SiteResult, dict[str, dict[str, Any]]]:
         with run.clock.phase("Gram matrices"):
             W, bias = site_weight(block, site), site_bias(block, site)
             statistics = sums.statistics(W, bias, gradient())

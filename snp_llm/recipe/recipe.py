@@ -114,8 +114,8 @@ class Recipe:
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""
     norm_statistics: Literal["closed", "pass"] = "closed"
-    """What batch norms take for mean and variance after a cut. closed: what follows from sums that are there. pass: what
-    calibration images then bring, norm after norm."""
+    """What batch norms take for mean and variance after a cut. closed: what follows from sums that are there. pass:
+    what calibration images then bring, norm after norm."""
     round_to: int | None = None
     """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
     calibration: Text | None = None

@@ -203,8 +203,15 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
     assert inspect_main([str(folder)]) == 0
     assert prune_main([*arguments, "--quiet", "--dry-run", "--sparsity", "0.2"]) == 0
-    assert bench_main([str(folder), out]) == 2
-    assert "snp-llm eval" in capsys.readouterr().err
+    assert bench_main([str(folder), out, "--batch-sizes", "1", "4", "--repeats", "2", "--save", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "images, 4 at a time" in printed and "images a second" in printed and "peak host memory" in printed
+    cell = json.loads((tmp_path / "out/bench.json").read_text())["cells"][1]
+    assert cell["dense"]["per_second"] == pytest.approx(4 / cell["dense"]["seconds"])
+    assert cell["flops_ratio"] == pytest.approx(report["dense"]["size"]["flops"] / report["pruned"]["size"]["flops"])
+    assert cell["bytes_ratio"] == pytest.approx(report["dense"]["size"]["bytes"] / report["pruned"]["size"]["bytes"])
+    assert bench_main([str(folder), out, "--new-tokens", "4"]) == 2
+    assert "--new-tokens: expected models of texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
