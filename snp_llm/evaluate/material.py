@@ -17,6 +17,7 @@ from snp_llm.data.windows import Windows, calibration_windows, evaluation_window
 from snp_llm.evaluate.accuracy import accuracy, image_speed
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.evaluate.prefill import prefill_speed
+from snp_llm.evaluate.samples import LOOKED_AT, Sample, samples
 from snp_llm.models.positions import positions
 from snp_llm.models.segments import find_segments
 from snp_llm.models.task import task_of
@@ -40,9 +41,11 @@ class Evaluation:
 
     Attributes:
         measure: figures of each of some models by their names, and what they were measured on, for people.
+        shown: what a report shows of two models besides figures; nothing of models of texts.
     """
 
     measure: Callable[[Sequence[PreTrainedModel], torch.device], tuple[list[Figures], str]]
+    shown: Callable[[Sequence[PreTrainedModel], torch.device], list[Sample]] = lambda _models, _device: []
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,13 @@ def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) 
         found = accuracy(models, batches, device)
         return [{"top1": f.top1, "top5": f.top5} for f in found], f"{label}, {found[0].images:,} images"
 
-    return Evaluation(measure)
+    def shown(models: Sequence[PreTrainedModel], device: torch.device) -> list[Sample]:
+        if not recipe.shown_images:
+            return []
+        batches, _ = labelled_batches(form, pictures, batch_size=LOOKED_AT, most=LOOKED_AT)
+        return samples(models, *next(batches), recipe.shown_images, device)
+
+    return Evaluation(measure, shown)
 
 
 TEXTS = Material(

@@ -156,6 +156,9 @@ class Recipe:
     of images the calibration images' other split."""
     eval_split: Text | None = None
     """Default: the test split."""
+    shown_images: int = 8
+    """Evaluation images that report.html shows with what both models say of them, where models classify images. They go
+    wherever the folder goes; 0: none."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""
     push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None

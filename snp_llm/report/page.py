@@ -68,6 +68,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "said": said_of(report),
             "arguments": str(report.get("command", "")).split(),
             "quoted": json.dumps(f"path/to/{run.name}", ensure_ascii=False),
+            "samples": report.get("samples", []),
             "widths": pictures.widths(report),
             "predictions": pictures.predictions(report),
             "curves": pictures.curves(report),

@@ -1,11 +1,14 @@
 """Classifiers of images through the whole flow: what stays is what least squares, padding and counting say."""
 
+import base64
 import copy
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
@@ -25,6 +28,7 @@ from snp_llm.pruning.shared import readers, shared_order
 from snp_llm.pruning.widths.coupled import coupled_costs
 from snp_llm.runtime.errors import SnpError
 from tests.images import (
+    CLASSES,
     CONVOLUTIONAL,
     KINDS,
     image_folder,
@@ -198,7 +202,11 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     assert report["task"] == "images" and 0 <= report["pruned"]["top1"] <= 100
     card = (tmp_path / "out/README.md").read_text()
     assert "pipeline_tag: image-classification" in card and "AutoImageProcessor" in card
-    assert (tmp_path / "out/report.html").exists()
+    page = (tmp_path / "out/report.html").read_text()
+    assert len(report["samples"]) == 8 and page.count("data:image/png;base64,") == 8 and "img-src data:" in page
+    for sample in report["samples"]:
+        drawn = Image.open(io.BytesIO(base64.b64decode(sample["picture"])))
+        assert drawn.size == (16, 16) and {sample[of] for of in ("label", "dense", "pruned")} <= set(CLASSES)
     assert evaluate_main([str(folder), out, "--dataset", str(images)]) == 0
     assert "top-1" in capsys.readouterr().out
     assert inspect_main([str(folder)]) == 0
