@@ -70,7 +70,10 @@ def find_segments(model: PreTrainedModel) -> Segments | None:
         SnpError: it has layers that cannot lose channels.
     """
     make = SEGMENTS.get(str(model.config.model_type).removeprefix("snp_"))
-    return None if make is None else make(model)
+    if make is None:
+        return None
+    _check_apart(model)
+    return make(model)
 
 
 def resnet_segments(model: Any) -> Segments:
@@ -217,18 +220,21 @@ def _named(blocks: Segments, layer: Layer) -> str:
     return f"{blocks.prefixes[layer.block]}.{layer.path}".removeprefix(".")
 
 
+def _check_apart(model: PreTrainedModel) -> None:
+    """Refuses layers in two places, and two layers of one tensor: a cut of one would be one of the other."""
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Projection) and (other := seen.setdefault(id(module.weight), name)) != name:
+            raise SnpError(f"{name}: shares its weights with {other}; expected a tensor of its own. Untie them first.")
+
+
 def _check_layers(blocks: Segments) -> None:
     """Refuses layers whose channels belong together in another way than these sites say."""
-    seen: dict[int, str] = {}
     for prefix, block in zip(blocks.prefixes, blocks, strict=True):
-        for path, module in block.named_modules(remove_duplicate=False):
+        for path, module in block.named_modules():
             name = f"{prefix}.{path}".removeprefix(".")
             if isinstance(module, nn.Conv2d) and (module.groups > 1 or isinstance(module.padding, str)):
                 what = "depthwise" if module.groups == module.in_channels else "grouped"
                 raise SnpError(f"{name}: is a {what} convolution; expected one of one group. It is not supported.")
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
                 raise SnpError(f"{name}: is a batch norm without running statistics; expected them.")
-            if isinstance(module, Projection) and (other := seen.setdefault(id(module.weight), name)) != name:
-                raise SnpError(
-                    f"{name}: shares its weights with {other}; expected a tensor of its own. Untie them first."
-                )
