@@ -9,7 +9,8 @@ measured again. Prints a table in Markdown: mean over the seeds, and half their 
 
 Methods that do not repair are made from the same loop with the repair taken out: SAW (sum of absolute weights), VBP
 (variance, with the mean of what goes moved into the bias; arXiv 2507.12988), PFA (of the two most correlated channels
-one goes, as in PFA-EN, arXiv 1807.10585, whose own widths are replaced by uniform ones), and random.
+one goes, as in PFA-EN, arXiv 1807.10585, whose own widths are replaced by uniform ones), and random. Intra-Fusion
+(`intra_fusion.py`) sees no images, and of convolutional networks alone.
 """
 
 import argparse
@@ -36,10 +37,17 @@ from snp_llm.evaluate.accuracy import accuracy
 from snp_llm.evaluate.material import form_of
 from snp_llm.linalg import ordering
 from snp_llm.linalg.ordering import OrderingProblem
+from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.segments import find_segments
 from snp_llm.pruning import cut as cutting
 from snp_llm.pruning.pipeline import prune
 from snp_llm.pruning.repair import RepairedSite
+from snp_llm.pruning.run import resolve
+from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.recipe.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parent))
+from intra_fusion import fused
 
 
 @dataclass(frozen=True)
@@ -50,21 +58,24 @@ class Method:
         settings: of the recipe.
         repaired: whether what stays is repaired, and batch norms are set in closed form.
         shifted: whether the mean of what goes is moved into biases and batch norms.
+        fused: whether units are fused, and not dropped.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     repaired: bool = True
     shifted: bool = True
+    fused: bool = False
 
 
 PLAIN = {"allocation": "uniform", "metric": "error", "reference": "self"}
 METHODS = {
     "ours": Method(),
-    "the paper": Method({"ordering": "zca", "allocation": "variance", "metric": "error", "reference": "self"}),
+    "the paper": Method({**PLAIN, "ordering": "zca", "allocation": "variance", "dampening": 0.01}),
     "zca uniform": Method({"ordering": "zca", **PLAIN}),
     "SAW with repair": Method({"ordering": "saw", **PLAIN}),
     "SAW": Method({"ordering": "saw", **PLAIN}, repaired=False, shifted=False),
     "VBP": Method({"ordering": "variance", **PLAIN}, repaired=False),
+    "Intra-Fusion": Method({"ordering": "saw", **PLAIN}, fused=True),
     "PFA": Method({"ordering": "pfa", **PLAIN}, repaired=False, shifted=False),
     "random": Method({"ordering": "random", **PLAIN}, repaired=False, shifted=False),
 }
@@ -90,22 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = Path(args.model).name
     dense = accuracy([model], test)[0].top1
     print(f"{name}, dense {dense:.2f}", flush=True)
+    convolutional = find_segments(model) is not None
+    methods = [m for m in args.methods.split(",") if convolutional or not METHODS[m].fused]
     for seed in map(int, args.seeds.split(",")):
-        for method in args.methods.split(","):
+        for method in methods:
             for sparsity in map(float, args.sparsities.split(",")):
                 key = [name, args.calibration, args.num_samples, method, sparsity, seed]
                 if any(cell["key"] == key for cell in read(args.work)):
                     continue
                 start = time.time()
                 recipe = make_recipe(args, method, sparsity, seed)
-                pruned = pruned_by(METHODS[method], model, processor, recipe)
+                pruned, again = pruned_by(METHODS[method], model, processor, recipe)
                 seconds = time.time() - start
                 found = {"plain": accuracy([pruned], test)[0].top1}
                 if any(isinstance(module, nn.BatchNorm2d) for module in pruned.modules()):
                     pictures = Pictures(args.calibration)
                     drawn = calibration_images(form, pictures, num_samples=args.num_samples, seed=seed)
-                    estimate_again(pruned, drawn.tokens)
-                    found["again"] = accuracy([pruned], test)[0].top1
+                    estimate_again(again, drawn.tokens)
+                    found["again"] = accuracy([again], test)[0].top1
                 cell = {"key": key, "dense": dense, "seconds": seconds, **found}
                 with open(args.work, "a", encoding="utf-8") as file:
                     file.write(json.dumps(cell) + "\n")
@@ -123,13 +136,21 @@ def make_recipe(args: Any, method: str, sparsity: float, seed: int) -> Recipe:
     )
 
 
-def pruned_by(method: Method, model: PreTrainedModel, processor: Any, recipe: Recipe) -> PreTrainedModel:
+def pruned_by(
+    method: Method, model: PreTrainedModel, processor: Any, recipe: Recipe
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The pruned model, and the one whose batch norms are estimated again: another where they were merged."""
+    if method.fused:
+        resolved, anatomy = resolve(recipe, model), find_anatomy(model)
+        widths = widths_of(anatomy, [None] * len(anatomy.sites), resolved)
+        return fused(model, widths, merged=True), fused(model, widths, merged=False)
     with contextlib.ExitStack() as stack:
         if not method.repaired:
             stack.enter_context(without_repair())
         if method.settings.get("ordering") == "pfa":
             stack.enter_context(mock.patch.dict(ordering.ORDERINGS, {"residual": least_correlated}))
-        return prune(model, processor, recipe).model
+        pruned = prune(model, processor, recipe).model
+        return pruned, pruned
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.staying import mixers, what_stays
 from snp_llm.models.structure import of_experts
-from snp_llm.models.task import task_of
+from snp_llm.models.task import TEXT, task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.run import resolve
@@ -74,6 +74,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "task": task_of(model.config).name,
+        "windows": task_of(model.config).windows,
         "family": family.name,
         "model_type": model.config.model_type,
         "blocks": len(blocks),
@@ -291,7 +292,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     kinds = [(k, n) for k, n in facts["parameters"].items() if n or k == "head"]
     rows = [(kind, f"{count:,}", f"{100 * count / everything:.1f} %") for kind, count in kinds]
     print_table(table_of(("parameters", "", "share"), rows))
-    if not facts["parameters"]["head"] and facts["task"] == "text":
+    if not facts["parameters"]["head"] and facts["task"] == TEXT.name:
         print("the head is tied to the embeddings")
     print()
     print_sparsity(facts["sparsity"])
@@ -313,8 +314,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print_table(table_of(columns, rows))
     print()
     prune = facts["prune"]
-    what = "images" if facts["task"] == "images" else "windows"
-    print(f"A prune on {prune['windows']} {what} of {prune['seq_len']:,} tokens, evaluation not counted:")
+    print(f"A prune on {prune['windows']} {facts['windows']} of {prune['seq_len']:,} tokens, evaluation not counted:")
     print_estimate(prune, prune["device"])
 
 

@@ -121,6 +121,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
     figures: list[Figures] = [{}, {}]
     measured_on: str | None = None
+    more: dict[str, Any] = {"command": shlex.join(command)}
     with ExitStack() as stack:
 
         def start() -> checkpoint.FreshProcess:
@@ -151,6 +152,8 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             ranks.from_rank(0, save)
         if evaluation is not None:  # while the other process loads
             figures, measured_on = evaluation.measure(models, device)
+            if shown := evaluation.shown(models, device):
+                more["samples"] = shown
         with clock.phase("saving"):
             difference = ranks.from_rank(0, compare)
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
@@ -162,8 +165,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         facts.Measured(size, disk, speed=speed, **found)
         for size, disk, speed, found in zip(sizes, disks, speeds, figures, strict=True)
     )
-    more: dict[str, Any] = {"command": shlex.join(command), "largest_logit_difference": difference}
-    more["device"] = describe_device(device)
+    more |= {"largest_logit_difference": difference, "device": describe_device(device)}
     if measured_on is not None:
         more["evaluation"] = measured_on
     summary = facts.build_report(pruned, before, after, more)

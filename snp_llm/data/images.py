@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Form:
         labels: number of each class, by its name.
         classes: how many there are.
         dtype: of the pixels.
+        numbers: of each class of a dataset that names its classes as the model does, in the dataset's order; empty
+            where labels are the model's own numbers.
     """
 
     processor: Any
@@ -65,6 +67,7 @@ class Form:
     labels: dict[str, int]
     classes: int
     dtype: torch.dtype
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,18 @@ def labelled_batches(
         SnpError: no such images, some that cannot be read, no labels, or labels that are none of the model's classes.
     """
     rows, label = _open(pictures, "evaluation")
+    names = _class_names(rows, pictures)
+    if names and all(name in form.labels for name in names):
+        form = replace(form, numbers=tuple(form.labels[name] for name in names))
     for number, known in enumerate(_labels(rows, pictures)):
         _class({pictures.label: known}, number, form, pictures)
     return _batches(islice(iter(rows), most), form, pictures, batch_size, labelled=True), label
+
+
+def _class_names(rows: Any, pictures: Pictures) -> Sequence[str]:
+    """What a dataset calls its classes, in its order; nothing where it does not say."""
+    features = getattr(getattr(rows, "dataset", rows), "features", None) or {}
+    return getattr(features.get(pictures.label), "names", None) or ()
 
 
 def _labels(rows: Any, pictures: Pictures) -> Sequence[Any]:
@@ -264,6 +276,8 @@ def _decoded(row: dict[str, Any], number: int, form: Form, pictures: Pictures) -
         elif isinstance(value, Path | str):
             where = f"images {pictures.name}, {Path(value).name}"
             value = Image.open(value)
+        if value.mode[0] in "IF":
+            raise ValueError(f"its values have more than 8 bits, mode {value.mode}")
         return value.convert(MODES[form.channels])
     except Exception as error:  # whatever Pillow says of what is no image
         raise SnpError(f"{where}: expected an image, cannot be read ({reason(error)}).") from error
@@ -278,6 +292,8 @@ def _class(row: dict[str, Any], number: int, form: Form, pictures: Pictures) -> 
             "none. Name the column with --label-column."
         )
     found = form.labels.get(label, int(label) if label.isdecimal() else -1) if isinstance(label, str) else label
+    if form.numbers and isinstance(found, int) and not isinstance(label, str | bool):
+        found = form.numbers[found] if 0 <= found < len(form.numbers) else -1
     if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < form.classes:
         raise SnpError(f"{where}: expected one of the model's {form.classes:,} classes as a label, got {shown(label)}.")
     return found

@@ -12,25 +12,32 @@ class Cell:
 
     Attributes:
         kind: "prefill": a batch of prompts up to the logits of the next token, with a cache as for generating.
-            "decode": after that prompt, tokens one at a time.
-        batch: prompts at a time.
-        length: tokens of a prompt.
+            "decode": after that prompt, tokens one at a time. "classify": images up to their classes.
+        batch: prompts or images at a time.
+        length: tokens of a prompt; 1 for an image.
         new_tokens: decoded after it.
     """
 
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode", "classify"]
     batch: int
     length: int
     new_tokens: int
 
     @property
-    def tokens(self) -> int:
-        """Tokens that a pass goes through."""
-        return self.batch * (self.length if self.kind == "prefill" else self.new_tokens)
+    def items(self) -> int:
+        """Tokens, or images, that a pass goes through."""
+        return self.batch * (self.new_tokens if self.kind == "decode" else self.length)
+
+    @property
+    def item(self) -> str:
+        """What these are, in the plural."""
+        return "images" if self.kind == "classify" else "tokens"
 
     @property
     def name(self) -> str:
         """What is measured, for people."""
+        if self.kind == "classify":
+            return f"images, {self.batch} at a time"
         if self.kind == "prefill":
             return f"prefill, {self.batch} x {self.length:,}"
         return f"decode, {self.batch} after {self.length:,}"
@@ -38,18 +45,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one model in one cell: a whole prefill, or one step of decoding.
+    """Seconds of one model in one cell: a whole prefill or batch of images, or one step of decoding.
 
     Attributes:
         seconds: median.
         low, high: quartiles.
-        tokens_per_second: at the median.
+        per_second: tokens or images, at the median.
     """
 
     seconds: float
     low: float
     high: float
-    tokens_per_second: float
+    per_second: float
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The one place, beside `models/task.py`, that tells the two apart. Prunes nothing.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,13 +18,17 @@ from snp_llm.data.windows import Windows, calibration_windows, evaluation_window
 from snp_llm.evaluate.accuracy import accuracy, image_speed
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.evaluate.prefill import prefill_speed
-from snp_llm.models.positions import positions
-from snp_llm.models.segments import find_segments
+from snp_llm.evaluate.samples import LOOKED_AT, Sample, samples
+from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.positions import positions, site_positions
+from snp_llm.models.segments import Segments, find_segments
 from snp_llm.models.task import task_of
 from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bos, window_length
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.errors import SnpError
+
+log = logging.getLogger(__name__)
 
 LONGEST_COMPARISON = 128  # tokens on which the reloaded model is compared
 
@@ -40,9 +45,11 @@ class Evaluation:
 
     Attributes:
         measure: figures of each of some models by their names, and what they were measured on, for people.
+        shown: what a report shows of two models besides figures; nothing of models of texts.
     """
 
     measure: Callable[[Sequence[PreTrainedModel], torch.device], tuple[list[Figures], str]]
+    shown: Callable[[Sequence[PreTrainedModel], torch.device], list[Sample]] = lambda _models, _device: []
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,28 @@ def drawn_images(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel,
     check_images(recipe, "calibration")
     form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "calibration")
     drawn = calibration_images(form, pictures, num_samples=recipe.num_samples + more, seed=recipe.seed)
+    say_what_is_short(model, len(drawn.tokens) - more, recipe)
     return cast(Windows, drawn)  # which has what pruning asks of windows
+
+
+def say_what_is_short(model: PreTrainedModel, images: int, recipe: ResolvedRecipe) -> None:
+    """Warns of sites with more channels than so many images have positions there; says what is the reference."""
+    anatomy = find_anatomy(model, recipe.head_unit)
+    blocks = anatomy.blocks
+    if isinstance(blocks, Segments):
+        log.info("layers of a convolutional network are repaired to put out what they did: --reference self")
+    short: list[tuple[int, str]] = []
+    for site in anatomy.sites:
+        each = site_positions(model, blocks, site) if isinstance(blocks, Segments) else recipe.seq_len
+        if images * each < site.channels:
+            short.append((-(-site.channels // each), site.name))
+    if short:
+        needed, worst = max(short)
+        log.warning(
+            "%d images are fewer than %d of %d sites have channels for; the rest is guessed by dampening. %s needs %s: "
+            "use a --num-samples of as many, or more.",
+            *(images, len(short), len(anatomy.sites), worst, f"{needed:,}"),
+        )
 
 
 def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) -> Evaluation:
@@ -180,7 +208,13 @@ def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) 
         found = accuracy(models, batches, device)
         return [{"top1": f.top1, "top5": f.top5} for f in found], f"{label}, {found[0].images:,} images"
 
-    return Evaluation(measure)
+    def shown(models: Sequence[PreTrainedModel], device: torch.device) -> list[Sample]:
+        if not recipe.shown_images:
+            return []
+        batches, _ = labelled_batches(form, pictures, batch_size=LOOKED_AT, most=LOOKED_AT)
+        return samples(models, *next(batches), recipe.shown_images, device)
+
+    return Evaluation(measure, shown)
 
 
 TEXTS = Material(

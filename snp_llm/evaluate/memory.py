@@ -17,7 +17,7 @@ from snp_llm.runtime.errors import SnpError
 
 
 def peak_memory(name: str, wanted: Sequence[Cell], device: torch.device, recipe: BenchRecipe) -> dict[str, Any]:
-    """Peaks of one model in the largest prefill and the largest decode, in a fresh process.
+    """Peaks of one model in the largest cell of each kind, in a fresh process.
 
     Returns:
         Bytes: `libraries` before and `loaded` after loading, `host` at the peak, `device` at the peak or None.
@@ -26,15 +26,15 @@ def peak_memory(name: str, wanted: Sequence[Cell], device: torch.device, recipe:
         SnpError: whatever went wrong there.
     """
     largest = [
-        max((c for c in wanted if c.kind == kind), key=lambda c: c.batch * (c.length + c.new_tokens), default=None)
-        for kind in ("prefill", "decode")
+        max((c for c in wanted if c.kind == kind), key=lambda c: c.batch * (c.length + c.new_tokens))
+        for kind in dict.fromkeys(cell.kind for cell in wanted)
     ]
     asked = {
         "model": name,
         "dtype": recipe.dtype,
         "device": str(device),
         "trust_remote_code": recipe.trust_remote_code,
-        "cells": [asdict(cell) for cell in largest if cell is not None],
+        "cells": [asdict(cell) for cell in largest],
     }
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)

@@ -13,7 +13,7 @@ from torch import nn
 
 from snp_llm import checkpoint
 from snp_llm.evaluate.cells import Cell
-from snp_llm.evaluate.speed import decode, prefill, random_tokens
+from snp_llm.evaluate.speed import INPUTS, PASSES, decode
 from snp_llm.runtime.errors import SnpError
 
 
@@ -34,11 +34,11 @@ def main() -> int:
             torch.cuda.reset_peak_memory_stats(device)
         for fields in asked["cells"]:
             cell = Cell(**fields)
-            tokens = random_tokens(model, cell, device)
-            if cell.kind == "prefill":
-                prefill(model, tokens)
+            given = INPUTS[cell.kind](model, cell, device)
+            if cell.kind == "decode":
+                decode(model, given, cell.new_tokens, device)
             else:
-                decode(model, tokens, cell.new_tokens, device)
+                PASSES[cell.kind](model, given)
     except SnpError as error:
         print(json.dumps({"error": str(error)}))
         return 0

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm import checkpoint
-from snp_llm.checkpoint.skeleton import check_reader, load_skeleton
+from snp_llm.checkpoint.skeleton import check_reader, load_config, load_skeleton
 from snp_llm.evaluate.cells import MODELS, Cell, Comparison, Timing
 from snp_llm.evaluate.memory import peak_memory
-from snp_llm.evaluate.work import cell_flops, weights_read
+from snp_llm.evaluate.work import bytes_read, cell_flops
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.models.size import model_size
-from snp_llm.models.task import TEXT, task_of
+from snp_llm.models.task import image_shape, task_of
 from snp_llm.models.text_part import text_config
+from snp_llm.recipe.checks import flag
 from snp_llm.recipe.commands import BenchRecipe
 from snp_llm.runtime.device import compute_device, synchronize, versions
 from snp_llm.runtime.errors import SnpError
@@ -31,10 +32,30 @@ from snp_llm.runtime.version import __version__
 
 
 def cells(recipe: BenchRecipe) -> list[Cell]:
+    """What is measured, by what the dense model is for.
+
+    Raises:
+        SnpError: a setting that such models do not have.
+    """
+    return CELLS[task_of(load_config(recipe.dense, trust_remote_code=recipe.trust_remote_code)).name](recipe)
+
+
+def text_cells(recipe: BenchRecipe) -> list[Cell]:
     """Cells of every batch size at every prompt length, prefill first."""
     shapes = [*itertools.product(recipe.batch_sizes, recipe.prompt_lengths)]
     found = [Cell("prefill", batch, length, 0) for batch, length in shapes]
     return found + [Cell("decode", batch, length, recipe.new_tokens) for batch, length in shapes if recipe.new_tokens]
+
+
+def image_cells(recipe: BenchRecipe) -> list[Cell]:
+    """Cells of every batch size."""
+    for name in ("prompt_lengths", "new_tokens"):
+        if getattr(recipe, name) != getattr(BenchRecipe, name):
+            raise SnpError(f"{flag(name)}: expected models of texts; {recipe.dense} is one of images. Leave it out.")
+    return [Cell("classify", batch, 1, 0) for batch in recipe.batch_sizes]
+
+
+CELLS = {"text": text_cells, "images": image_cells}
 
 
 def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> dict[str, Any]:
@@ -53,10 +74,8 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
     names = (recipe.dense, recipe.pruned)
     skeletons = [load_skeleton(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code) for name in names]
     for name, skeleton in zip(names, skeletons, strict=True):
-        if task_of(skeleton.config) is not TEXT:
-            raise SnpError(
-                f"bench: expected models of texts, {name} is one of images. snp-llm eval says images a second."
-            )
+        if (task := task_of(skeleton.config)) is not task_of(skeletons[0].config):
+            raise SnpError(f"bench: expected two models of one task; {name} is one of {task.name}, {names[0]} is not.")
         check_positions(name, skeleton.config, wanted)
         check_reader(name, skeleton.config)
     # Before anything is loaded here, so that there is memory for them.
@@ -120,10 +139,10 @@ def disk_bytes(name: str, model: PreTrainedModel) -> int:
 
 def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device, recipe: BenchRecipe) -> Comparison:
     """Times both models in turns, starting with the other one every time."""
-    tokens = [random_tokens(model, cell, device) for model in models]
+    inputs = [INPUTS[cell.kind](model, cell, device) for model in models]
     forwards: list[Callable[..., Any]] = [compiled(model) if recipe.compile else model for model in models]
     passes: list[Callable[[], float]] = [
-        partial(timed, forward, given, cell, device) for forward, given in zip(forwards, tokens, strict=True)
+        partial(timed, forward, given, cell, device) for forward, given in zip(forwards, inputs, strict=True)
     ]
     try:
         for once in passes:  # the first warms up, and compiles
@@ -146,12 +165,12 @@ def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device,
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, middle, high = quartiles(ratios)
     flops = [cell_flops(model, cell) for model in models]
-    read = [weights_read(model) for model in models]
-    steps = 1 if cell.kind == "prefill" else cell.new_tokens
+    read = [bytes_read(model, cell) for model in models]
+    steps = cell.new_tokens if cell.kind == "decode" else 1
     timings = []
     for seconds in times:
         least, median, most = (value / steps for value in quartiles(seconds))
-        timings.append(Timing(median, least, most, cell.tokens / steps / median))
+        timings.append(Timing(median, least, most, cell.items / steps / median))
     return Comparison(cell, timings[0], timings[1], middle, low, high, flops[0] / flops[1], read[0] / read[1])
 
 
@@ -178,13 +197,26 @@ def random_tokens(model: PreTrainedModel, cell: Cell, device: torch.device) -> T
     return tokens.to(device)
 
 
-def timed(forward: Callable[..., Any], tokens: Tensor, cell: Cell, device: torch.device) -> float:
+def random_images(model: PreTrainedModel, cell: Cell, device: torch.device) -> Tensor:
+    """Images of noise, (batch, channels, height, width)."""
+    shape = (cell.batch, *image_shape(model.config))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, model.dtype)
+
+
+INPUTS: dict[str, Callable[[PreTrainedModel, Cell, torch.device], Tensor]] = {
+    "prefill": random_tokens,
+    "decode": random_tokens,
+    "classify": random_images,
+}
+
+
+def timed(forward: Callable[..., Any], inputs: Tensor, cell: Cell, device: torch.device) -> float:
     """Seconds of one pass; of decoding, without the prefill before it."""
     if cell.kind == "decode":
-        return decode(forward, tokens, cell.new_tokens, device)
+        return decode(forward, inputs, cell.new_tokens, device)
     synchronize(device)
     start = time.perf_counter()
-    prefill(forward, tokens)
+    PASSES[cell.kind](forward, inputs)
     synchronize(device)
     return time.perf_counter() - start
 
@@ -193,6 +225,15 @@ def timed(forward: Callable[..., Any], tokens: Tensor, cell: Cell, device: torch
 def prefill(forward: Callable[..., Any], tokens: Tensor) -> Any:
     """Runs prompts up to the logits of the next token, and returns the cache that decoding needs."""
     return forward(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+
+@torch.inference_mode()
+def classify(forward: Callable[..., Any], pixels: Tensor) -> Any:
+    """Runs images up to the logits of their classes."""
+    return forward(pixels).logits
+
+
+PASSES: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {"prefill": prefill, "classify": classify}
 
 
 @torch.inference_mode()

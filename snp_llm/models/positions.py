@@ -9,6 +9,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models.projections import Projection, outputs_as_rows
 from snp_llm.models.registry import auto_class
+from snp_llm.models.segments import Segments
+from snp_llm.models.site import Site
 from snp_llm.models.task import image_shape
 
 
@@ -16,6 +18,13 @@ def positions(model: PreTrainedModel) -> int:
     """Positions of an image where most sites are last: tokens of a transformer, those of the last feature map."""
     counts = [count for count in layer_positions(model).values() if count > 1]
     return counts[-1] if counts else 2
+
+
+def site_positions(model: PreTrainedModel, blocks: Segments, site: Site) -> int:
+    """Positions of one image at which a site of a convolutional network is read."""
+    name = f"{blocks.prefixes[site.block]}.{site.consumers[0]}".removeprefix(".")
+    found = layer_positions(model).get(name, 1)
+    return max(found, site.taps if found == 1 else 1)
 
 
 def layer_positions(model: PreTrainedModel) -> dict[str, int]:

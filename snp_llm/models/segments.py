@@ -70,7 +70,10 @@ def find_segments(model: PreTrainedModel) -> Segments | None:
         SnpError: it has layers that cannot lose channels.
     """
     make = SEGMENTS.get(str(model.config.model_type).removeprefix("snp_"))
-    return None if make is None else make(model)
+    if make is None:
+        return None
+    _check_apart(model)
+    return make(model)
 
 
 def resnet_segments(model: Any) -> Segments:
@@ -90,6 +93,11 @@ def resnet_segments(model: Any) -> Segments:
             stream[1].append(layers[0])
             chain.inner += pairwise(layers)
             if not isinstance(block.shortcut, nn.Identity):
+                if not isinstance(getattr(block.shortcut, "convolution", None), nn.Conv2d):
+                    raise SnpError(
+                        f"{blocks[-1][0]}.shortcut: is a {type(block.shortcut).__name__}; expected a convolution, or "
+                        "none. Shortcuts that fill up with zeros cannot lose channels."
+                    )
                 shortcut = Layer(index, "shortcut.convolution", "shortcut.normalization")
                 stream[1].append(shortcut)
                 stream = ([shortcut], [])
@@ -212,9 +220,16 @@ def _named(blocks: Segments, layer: Layer) -> str:
     return f"{blocks.prefixes[layer.block]}.{layer.path}".removeprefix(".")
 
 
+def _check_apart(model: PreTrainedModel) -> None:
+    """Refuses layers in two places, and two layers of one tensor: a cut of one would be one of the other."""
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Projection) and (other := seen.setdefault(id(module.weight), name)) != name:
+            raise SnpError(f"{name}: shares its weights with {other}; expected a tensor of its own. Untie them first.")
+
+
 def _check_layers(blocks: Segments) -> None:
     """Refuses layers whose channels belong together in another way than these sites say."""
-    seen: dict[int, str] = {}
     for prefix, block in zip(blocks.prefixes, blocks, strict=True):
         for path, module in block.named_modules():
             name = f"{prefix}.{path}".removeprefix(".")
@@ -223,7 +238,3 @@ def _check_layers(blocks: Segments) -> None:
                 raise SnpError(f"{name}: is a {what} convolution; expected one of one group. It is not supported.")
             if isinstance(module, nn.BatchNorm2d) and module.running_mean is None:
                 raise SnpError(f"{name}: is a batch norm without running statistics; expected them.")
-            if isinstance(module, Projection) and (other := seen.setdefault(id(module.weight), name)) != name:
-                raise SnpError(
-                    f"{name}: shares its weights with {other}; expected a tensor of its own. Untie them first."
-                )

@@ -27,6 +27,7 @@ class Task:
         pipeline: what the Hub calls it, where the model's Auto class does not say.
         reader: the Auto class of what makes inputs of texts or images.
         item: what a loss, or a figure of work, is of, in the singular.
+        windows: what calibration is counted in, in the plural.
         smallest: runs a model on the smallest of its inputs, with a whole mask or none, for the sake of its shapes.
         loss: summed negative log-likelihood, from logits and the inputs that they are of.
         losses: how many likelihoods that is a sum of.
@@ -37,6 +38,7 @@ class Task:
     pipeline: str
     reader: str
     item: str
+    windows: str
     smallest: Callable[[PreTrainedModel, bool], object]
     loss: Callable[[Tensor, Tensor], Tensor]
     losses: Callable[[Tensor], int]
@@ -86,6 +88,7 @@ TEXT = Task(
     pipeline="text-generation",
     reader="AutoTokenizer",
     item="token",
+    windows="windows",
     smallest=two_tokens,
     loss=next_tokens,
     losses=lambda tokens: tokens.numel(),
@@ -96,6 +99,7 @@ IMAGES = Task(
     pipeline="image-classification",
     reader="AutoImageProcessor",
     item="image",
+    windows="images",
     smallest=one_image,
     loss=drawn_labels,
     losses=len,

@@ -1,12 +1,19 @@
-"""Statistics of a batch norm after a cut, in closed form from sums that are there. Runs nothing."""
+"""Statistics of batch norms after a cut: in closed form from sums that are there, or from a pass over the images."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from snp_llm.linalg.gram import Moments, completed
 from snp_llm.linalg.units import unit_channels
+from snp_llm.models.blocks import input_of
 from snp_llm.models.projections import bias_of, projection, weight_of
 from snp_llm.models.site import Site, norm_of
+from snp_llm.pruning.result import SiteResult
+from snp_llm.pruning.stream import Stream
+from snp_llm.runtime import ranks
+from snp_llm.runtime.batches import in_batches
 
 
 @torch.no_grad()
@@ -32,6 +39,47 @@ def restate(block: nn.Module, site: Site, kept: Tensor, moments: Moments) -> Non
         mean, covariance = mean[at], covariance[at[:, None], at]
     bias = bias_of(consumer)
     put(norm, W @ mean + (0 if bias is None else bias), ((W @ covariance) * W).sum(1))
+
+
+@torch.no_grad()
+def estimate(block: nn.Module, paths: Sequence[str], stream: Stream) -> None:
+    """Mean and variance of what batch norms get, over all positions of all images, in place.
+
+    One pass through the block up to each norm, in the order in which they run: what a norm gets follows from the
+    statistics of those before it.
+
+    Args:
+        block: on the compute device.
+        paths: of the norms.
+        stream: before the block; left as it is.
+    """
+    for path in paths:
+        norm = block.get_submodule(path)
+        assert isinstance(norm, nn.BatchNorm2d)
+        sums, count = torch.zeros(2, norm.num_features, dtype=torch.float64), 0
+
+        def arriving(at: slice, norm: nn.Module = norm) -> Tensor:
+            return input_of(norm, block, stream.hidden[at], stream.call)
+
+        for _, values in in_batches(len(stream.windows), stream.batch, arriving):
+            values = values.transpose(0, 1).flatten(1).double()
+            sums += torch.stack([values.sum(1), values.square().sum(1)]).cpu()
+            count += values.shape[1]
+        ranks.add_up([sums])
+        first, second = sums / sum(ranks.from_all(count))
+        put(norm, first, second - first.square())
+
+
+def norms_left(results: Sequence[SiteResult]) -> list[str]:
+    """Paths of the batch norms that no closed form was for: of a convolution whose channels are mixed no sums are there
+    over pairs of taps."""
+    cut = [r.site for r in results if r.site.drifts or len(r.kept) < r.site.units]
+    return [site.norm for site in cut if site.norm and site.taps]
+
+
+def norms_of(block: nn.Module) -> list[str]:
+    """Paths of the batch norms in a block, in the order in which they run."""
+    return [path for path, module in block.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def put(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:

@@ -62,6 +62,8 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         raise SnpError(
             f"--hidden-device {recipe.hidden_device}: expected auto, cpu, disk or {kind}, where blocks are run."
         )
+    if recipe.norm_statistics == "pass" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        raise SnpError("--norm-statistics pass: expected a model with batch norms; this one has none. Leave it out.")
     settings = {
         **material_of(model.config).settings(recipe, model, tokenizer),
         "round_to": recipe.round_to or usual_rounding(model, recipe.layout),

@@ -21,6 +21,7 @@ from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.cut import cut
+from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.result import Curve, SiteResult
 from snp_llm.pruning.run import Run
@@ -142,6 +143,11 @@ def prune_block(
             form, seen = forms.pop(0), inputs.pop(0)
             if seen is not None:
                 fixed.append(fix(block, result, form, seen, stream))
+        with run.clock.phase("forward passes"):
+            estimate(block, norms_left(results[-len(stage) :]), stream)
+    if run.recipe.norm_statistics == "pass":
+        with run.clock.phase("forward passes"):
+            estimate(block, norms_of(block), stream)
 
     def run_on(at: slice) -> Tensor:
         with _fixing(fixed, at, run.clock.device):
@@ -210,18 +216,27 @@ def cut_site(
     with run.clock.phase("Gram matrices"):
         sums = over_all_ranks(sums)
 
-    def here() -> tuple[SiteResult, Tensor, Tensor | None]:
+    def here() -> tuple[SiteResult, dict[str, dict[str, Any]]]:
         with run.clock.phase("Gram matrices"):
             W, bias = site_weight(block, site), site_bias(block, site)
             statistics = sums.statistics(W, bias, gradient())
         result = with_algebra(site.name, statistics, lambda found: cut(block, site, found, width, run))
-        return result, site_weight(block, site), site_bias(block, site)
+        return result, {path: block.get_submodule(path).state_dict() for path in (*site.consumers, site.norm) if path}
 
     owner = ranks.owner(site.block)
-    result, weight, bias = ranks.from_rank(owner, here)
+    result, repaired = ranks.from_rank(owner, here)
     if ranks.rank() != owner:
-        prune_site(block, site, result.kept, weight, bias)
+        cut_alike(block, result)
+        for path, tensors in repaired.items():
+            block.get_submodule(path).load_state_dict(tensors)
     return result
+
+
+def cut_alike(block: nn.Module, result: SiteResult) -> None:
+    """Gives a block the shapes that a cut gave another copy of it; what the repaired tensors hold is yet to come."""
+    W = site_weight(block, result.site)
+    weight = W[:, unit_channels(result.kept, result.site.unit_size).to(W.device)]
+    prune_site(block, result.site, result.kept, weight, site_bias(block, result.site))
 
 
 def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:
@@ -279,10 +294,8 @@ def finished_block(block: nn.Module, results: Sequence[SiteResult], file: Path) 
     """
     pruned = copy_unhooked(block)
     for result in results:
-        site, W = result.site, site_weight(pruned, result.site)
-        weight = W[:, unit_channels(result.kept, site.unit_size).to(W.device)]
-        prune_site(pruned, site, result.kept, weight, site_bias(pruned, site))
-        if not site.consumers and not len(result.kept):
+        cut_alike(pruned, result)
+        if not result.site.consumers and not len(result.kept):
             pruned = NoBlock()
     read_buffers(pruned, file)
     leave_on_disk(pruned, file)

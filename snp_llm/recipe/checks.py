@@ -50,6 +50,7 @@ RANGES = {
     "seq_len": Range(int, 2, COUNT.most),
     "batch_size": COUNT,
     "seed": Range(int, 0, 2**63 - 1),
+    "shown_images": Range(int, 0, 64),
     "save_every": Range(float, 0, 10**9),
     "stride": COUNT,
     "max_windows": COUNT,

@@ -170,11 +170,11 @@ class BenchRecipe:
     pruned: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRUNED")]]
     """Hub id or local folder of the model that is compared with it."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Windows at a time."""
+    """Windows, or images, at a time."""
     prompt_lengths: tuple[int, ...] = (128, 512)
-    """Tokens of a prompt."""
+    """Tokens of a prompt; of models of texts alone."""
     new_tokens: int = 16
-    """Tokens decoded after a prompt, one at a time; 0 for none."""
+    """Tokens decoded after a prompt, one at a time; 0 for none; likewise."""
     repeats: int = 7
     """Timed passes of each model for every row, after a warm-up; medians count."""
     compile: bool = False

@@ -8,7 +8,7 @@ SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
     *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "absorb_bias"),
-    *("head_unit", "layout", "round_to"),
+    *("norm_statistics", "head_unit", "layout", "round_to"),
 )
 
 # A run knows it by its tokens or pixels, not by its name.
@@ -20,7 +20,7 @@ ROUNDING = ("dtype", "batch_size", "device")  # sums in another order or type di
 
 PLACES = ("model", "hidden_device", "save_every")  # of weights and hidden states, whose bits are the same anywhere
 
-EVALUATION = ("eval", "eval_dataset", "eval_split")
+EVALUATION = ("eval", "eval_dataset", "eval_split", "shown_images")
 
 # Of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
 ONCE = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")

@@ -113,6 +113,9 @@ class Recipe:
     orderings and curves."""
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""
+    norm_statistics: Literal["closed", "pass"] = "closed"
+    """What batch norms take for mean and variance after a cut. closed: what follows from sums that are there. pass:
+    what calibration images then bring, norm after norm."""
     round_to: int | None = None
     """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
     calibration: Text | None = None
@@ -153,6 +156,9 @@ class Recipe:
     of images the calibration images' other split."""
     eval_split: Text | None = None
     """Default: the test split."""
+    shown_images: int = 8
+    """Evaluation images that report.html shows with what both models say of them, where models classify images. They go
+    wherever the folder goes; 0: none."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""
     push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None

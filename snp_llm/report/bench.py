@@ -26,7 +26,7 @@ def bench_table(result: dict[str, Any]) -> Table:
         for model in MODELS:
             timing = cell[model]
             spread = 50 * (timing["high"] - timing["low"]) / timing["seconds"]
-            shown.append(f"{1000 * timing['seconds']:,.1f} ms ± {spread:.0f} %, {timing['tokens_per_second']:,.0f}/s")
+            shown.append(f"{1000 * timing['seconds']:,.1f} ms ± {spread:.0f} %, {timing['per_second']:,.0f}/s")
         ratio = f"{cell['speedup']:.2f} ({cell['speedup_low']:.2f} to {cell['speedup_high']:.2f})"
         rows.append((named.name, *shown, ratio, f"{cell['flops_ratio']:.2f}", f"{cell['bytes_ratio']:.2f}"))
 
@@ -55,9 +55,10 @@ def headline(result: dict[str, Any]) -> str:
     threads = f", {result['threads']} threads" if result["threads"] else ""
     dtypes = "/".join(dict.fromkeys(result["dtype"]))
     how = "torch.compile" if result["compile"] else "eager"
+    items = Cell(**result["cells"][0]["cell"]).item
     return (
         f"{result['models']['dense']} and {result['models']['pruned']} on {result['device']}{threads}, {dtypes}, "
-        f"{how}: medians of {result['repeats']} passes in turns ± half the quartiles' distance; tokens a second"
+        f"{how}: medians of {result['repeats']} passes in turns ± half the quartiles' distance; {items} a second"
     )
 
 

@@ -11,7 +11,7 @@ from snp_llm.checkpoint.tokenizer import reader_of
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.pruning.pipeline import PrunedModel
-from snp_llm.report.rows import markdown_table, measured_by
+from snp_llm.report.rows import markdown_table, measured_by, what_went
 from snp_llm.runtime.files import write_text
 
 # By the Auto class of a model, where the Hub calls what it does something else than the generation of text.
@@ -53,12 +53,12 @@ def model_card(
             f"other engine that reads `{model_type}` checkpoints.",
         ]
     made = f" Made with `{report['command']}`." if "command" in report else ""
-    removed = 100 * report["sparsity"]["achieved"]
+    removed, (gone, repaired) = 100 * report["sparsity"]["achieved"], what_went(report)
     lines = [
         *("---", front_matter(report, base_model, has_code=has_code, auto=auto), "---", ""),
         f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
         "",
-        "Whole FFN neurons and attention heads were removed in one shot, without training, and the out-projections",
+        f"Whole {gone} were removed in one shot, without training, and the {repaired}",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
         *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
         "",

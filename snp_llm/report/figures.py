@@ -102,6 +102,28 @@ def widths_figure(kind: str, kept: Sequence[int], before: Sequence[int], unit: s
         return figure
 
 
+def segments_figure(sites: Sequence[tuple[int, str, int, int]]) -> "Figure":
+    """Channels kept at every site of a convolutional network, segment after segment, before faint bars of what was.
+
+    Args:
+        sites: segment, kind, channels kept, and channels before, of each in the order of the network.
+    """
+    with drawing_style():
+        figure, axes = draw_axes("segment", "channels kept")
+        places = range(len(sites))
+        axes.bar(places, [before for *_, before in sites], color=COLOURS["gone"], width=0.8)
+        for kind in dict.fromkeys(kind for _, kind, *_ in sites):
+            at = [place for place in places if sites[place][1] == kind]
+            axes.bar(at, [sites[place][2] for place in at], color=COLOURS[kind], width=0.8, label=NAMES[kind])
+        first = {segment: place for place, (segment, *_) in reversed([*enumerate(sites)])}
+        axes.set_xticks([*first.values()], [str(segment) for segment in first])
+        axes.set_xlim(-0.7, len(sites) - 0.3)
+        axes.set_ylim(0, 1.04 * max(before for *_, before in sites))
+        whole_numbers(axes.yaxis)
+        legend_above(figure, axes)
+        return figure
+
+
 def spectrum_figure(
     kind: str, channels: Sequence[int], variance: Sequence[float], spectrum: Sequence[float], cut: int
 ) -> "Figure":

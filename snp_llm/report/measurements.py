@@ -20,15 +20,18 @@ def bench_measurements(value: Any) -> Measurements | None:
     if not isinstance(value, dict) or not isinstance(cells := value.get("cells"), list):
         return measurements(value)
     rest = measurements({name: inner for name, inner in value.items() if name != "cells"})
-    columns = ["", "dense, tokens a second", "pruned", "times as fast", "quartiles", "FLOPs", "weights"]
+    columns = ["", "dense, a second", "pruned", "times as fast", "quartiles", "FLOPs", "weights"]
     rows = []
     for c in cells:
         what, shape = c["cell"]["kind"], f"{c['cell']['batch']} \N{MULTIPLICATION SIGN} {count(c['cell']['length'])}"
-        speeds = [count(c[model]["tokens_per_second"]) for model in ("dense", "pruned")]
+        speeds = [count(c[model]["per_second"]) for model in ("dense", "pruned")]
         quartiles = f"{c['speedup_low']:.2f} to {c['speedup_high']:.2f}"
         ratios = [f"{c[ratio]:.3f}" for ratio in ("flops_ratio", "bytes_ratio")]
         rows.append([f"{what}, {shape}", *speeds, f"{c['speedup']:.2f}", quartiles, *ratios])
-    caption = "Batch and prompt length; FLOPs and weights of the dense model over those of the pruned one"
+    caption = (
+        "Batch and prompt length, tokens a second, or images; FLOPs and weights of the dense model over those of the "
+        "pruned one"
+    )
     return Measurements(rest.lines if rest else [], [Table(caption, columns, rows)])
 
 

@@ -17,7 +17,7 @@ from snp_llm.report import pictures
 from snp_llm.report.compare import compare
 from snp_llm.report.measurements import bench_measurements, measurements
 from snp_llm.report.read import Run, model_name, read_run
-from snp_llm.report.rows import measured_by, summary, words_of
+from snp_llm.report.rows import measured_by, summary, what_went, words_of
 from snp_llm.report.words import asked, brief, brief_count, change_words, count, percent, said_of, setting_words
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.files import write_text
@@ -68,6 +68,8 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "said": said_of(report),
             "arguments": str(report.get("command", "")).split(),
             "quoted": json.dumps(f"path/to/{run.name}", ensure_ascii=False),
+            "gone": what_went(report)[0],
+            "samples": report.get("samples", []),
             "widths": pictures.widths(report),
             "predictions": pictures.predictions(report),
             "curves": pictures.curves(report),

@@ -18,8 +18,14 @@ KINDS = {
 }
 
 
+LAYERS = ("convolution", "stream", "linear")  # kinds of site of convolutional networks
+
+
 def widths(report: Mapping[str, Any]) -> list[Picture]:
-    """Of each kind of site, what every block keeps."""
+    """What every block keeps: of each kind of site, or of all sites of a convolutional network together."""
+    layers = [s for s in report["sites"] if s["kind"] in LAYERS]
+    if layers:
+        return [segment_widths(layers)]
     found = []
     for kind, title in KINDS.items():
         sites = [s for s in report["sites"] if s["kind"] == kind]
@@ -32,6 +38,16 @@ def widths(report: Mapping[str, Any]) -> list[Picture]:
         figure = figures.widths_figure(kind, kept, before, unit)
         found.append(as_picture(figure, title, note, f"{unit} kept in every block: {said}", f"widths{kind}"))
     return found
+
+
+def segment_widths(sites: Sequence[Mapping[str, Any]]) -> Picture:
+    """What is kept of the channels that each layer of a convolutional network reads, segment after segment."""
+    rows = [(int(s["site"].split()[1]), s["kind"], s["units_after"], s["units_before"]) for s in sites]
+    said = ", ".join(f"{s['site']} {s['units_after']}" for s in sites)
+    note = (
+        "Of what each layer reads; the faint bar is what there was. Layers that read one stream keep the same channels."
+    )
+    return as_picture(figures.segments_figure(rows), "Channels", note, f"channels kept: {said}", "widthssegments")
 
 
 def predictions(report: Mapping[str, Any]) -> list[Picture]:

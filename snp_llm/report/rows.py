@@ -55,9 +55,19 @@ IMAGES = Words(
 )
 
 
+WORDS = {"text": TEXT, "images": IMAGES}  # by what a report calls the task; older ones do not
+
+
 def words_of(report: Mapping[str, Any]) -> Words:
-    """What the figures of a report are of: tokens, unless it says images."""
-    return IMAGES if report.get("task") == "images" else TEXT
+    """What the figures of a report are of, by its task."""
+    return WORDS[report.get("task", "text")]
+
+
+def what_went(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What was removed, and what was repaired, in the plural."""
+    if any(site["kind"] in ("attention", "ffn") for site in report["sites"]):
+        return "FFN neurons and attention heads", "out-projections"
+    return "channels", "layers that read them"
 
 
 def measured_by(report: Mapping[str, Any]) -> list[str]:

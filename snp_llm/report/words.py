@@ -5,6 +5,7 @@ from typing import Any
 
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.recipe import GOALS, SPARSITY
+from snp_llm.report.rows import words_of
 
 LARGE = 1e4  # from here on without decimals
 
@@ -13,8 +14,8 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
     """Sentences that stand below the summary of a report."""
     found = []
     if report.get("evaluation") is not None:
-        found.append(f"{'Accuracy' if report.get('task') == 'images' else 'Perplexity'} on {report['evaluation']}.")
-    if report.get("predicted_perplexity_ratio") is not None and report.get("task") != "images":
+        found.append(f"{words_of(report).quality.split()[0]} on {report['evaluation']}.")
+    if report.get("predicted_perplexity_ratio") is not None:
         found.append(f"A ratio of {report['predicted_perplexity_ratio']:.3f} was predicted for calibration text.")
     if report.get("largest_logit_difference") is not None:
         difference = report["largest_logit_difference"]

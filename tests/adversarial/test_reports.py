@@ -19,8 +19,8 @@ COUNT = REPORTED + PUSHED + SAVED + TABLES
 TIMES = {"seconds": 0.1, "low": 0.1, "high": 0.2}
 CELL = {
     "cell": {"kind": "prefill", "batch": 8, "length": 16, "new_tokens": 0},
-    "dense": {**TIMES, "tokens_per_second": 40960.4},
-    "pruned": {**TIMES, "tokens_per_second": 51200.0},
+    "dense": {**TIMES, "per_second": 40960.4},
+    "pruned": {**TIMES, "per_second": 51200.0},
     "speedup": 1.25,
     "speedup_low": 1.2,
     "speedup_high": 1.3,

@@ -54,7 +54,7 @@ def test_one_table_one_json_one_card(memory, folders, tmp_path, capsys):
             assert 0 < timing["low"] <= timing["seconds"] <= timing["high"]
             tokens = 16 if cell["cell"]["kind"] == "prefill" else 1
             rate = tokens * cell["cell"]["batch"] / timing["seconds"]
-            assert timing["tokens_per_second"] == pytest.approx(rate)
+            assert timing["per_second"] == pytest.approx(rate)
     card = Path(pruned, "README.md").read_text()
     assert card.count("## Speed") == 1 and "| prefill, 1 x 16 |" in card and card.startswith("---\n")
     assert bench_main([dense, pruned, *SHORT, "--no-memory", "--save", "--json", "--quiet"]) == 0

@@ -323,6 +323,10 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+SAMPLES = {"samples", *(f"samples[].{name}" for name in ("picture", "label"))}  # of classifiers of images
+SAMPLES |= {f"samples[].{model}{of}" for model in ("dense", "pruned") for of in ("", "_chance")}
+
+
 def test_every_key_of_a_report_is_explained(folder):
     report = json.loads((folder / "pruned/prune_report.json").read_text())
     page = (ROOT / "docs/report.md").read_text()
@@ -332,7 +336,13 @@ def test_every_key_of_a_report_is_explained(folder):
         explained = f"`{key.removeprefix('recipe.')}`" in recipes if key.startswith("recipe.") else key in described
         assert explained, key
     first_column = {name for row in re.findall(r"^\|([^|]*)\|", page, re.M) for name in re.findall(r"`([^`]+)`", row)}
-    elsewhere = {"trials[].sparsity", "trials[].perplexity_rise", "tasks", "perplexities"}  # not in this run's
+    elsewhere = {
+        "trials[].sparsity",
+        "trials[].perplexity_rise",
+        "tasks",
+        "perplexities",
+        *SAMPLES,
+    }  # not in this run's
     assert first_column - {*keys(report)} == elsewhere
 
 

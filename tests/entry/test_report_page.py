@@ -195,8 +195,8 @@ def test_the_benchmark_is_a_table(runs, tmp_path):
     times = {"seconds": 0.1, "low": 0.1, "high": 0.2}
     cell = {
         "cell": {"kind": "prefill", "batch": 8, "length": 512, "new_tokens": 0},
-        "dense": {**times, "tokens_per_second": 40960.4},
-        "pruned": {**times, "tokens_per_second": 51200.0},
+        "dense": {**times, "per_second": 40960.4},
+        "pruned": {**times, "per_second": 51200.0},
         "speedup": 1.25,
         "speedup_low": 1.2,
         "speedup_high": 1.3,

@@ -1,17 +1,24 @@
 """Classifiers of images through the whole flow: what stays is what least squares, padding and counting say."""
 
+import base64
 import copy
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageColumn
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
 from snp_llm import checkpoint, prune
 from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
+from snp_llm.data.images import Pictures, labelled_batches
+from snp_llm.evaluate.material import form_of
 from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.blocks import loss_gradient
 from snp_llm.models.projections import inputs_as_rows, weight_of
@@ -25,6 +32,7 @@ from snp_llm.pruning.shared import readers, shared_order
 from snp_llm.pruning.widths.coupled import coupled_costs
 from snp_llm.runtime.errors import SnpError
 from tests.images import (
+    CLASSES,
     CONVOLUTIONAL,
     KINDS,
     image_folder,
@@ -103,9 +111,14 @@ def test_a_reader_of_shared_units_comes_to_least_squares():
     torch.testing.assert_close(got, expected[:, kept], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "vgg_bn"])
-def test_norms_hold_what_a_pass_over_the_images_gives(kind):
+@pytest.mark.parametrize("kind", ["bottleneck", "vgg_bn", "mixed", "all"])
+def test_norms_hold_what_a_pass_over_the_images_gives(kind, monkeypatch):
     settings = {"dtype": "float64", "allocation": "uniform", "sparsity": 0.4}
+    if kind == "mixed":
+        monkeypatch.setattr("snp_llm.models.segments.WIDEST_PATCH", 20)
+    if kind == "all":
+        settings["norm_statistics"] = "pass"
+    kind = {"mixed": "vgg_bn", "all": "bottleneck"}.get(kind, kind)
     run = prune(small_classifier(kind, torch.float64), small_processor(), image_recipe(**settings))
     norms = {n: m for n, m in run.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     found = {name: (norm.running_mean.clone(), norm.running_var.clone()) for name, norm in norms.items()}
@@ -116,8 +129,8 @@ def test_norms_hold_what_a_pass_over_the_images_gives(kind):
     cut = [s.site for s in run.sites if len(s.kept) < s.site.units and s.site.norm]
     prefixes = find_anatomy(run.model).blocks.prefixes
     assert cut
-    for site in cut:
-        name = f"{prefixes[site.block]}.{site.norm}"
+    anew = [f"{prefixes[site.block]}.{site.norm}" for site in cut]
+    for name in norms if "norm_statistics" in settings else anew:
         mean, variance = seen[name].mean((0, 2, 3)), seen[name].var((0, 2, 3), unbiased=False)
         torch.testing.assert_close(found[name][0], mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found[name][1], variance, rtol=1e-5, atol=1e-5)
@@ -193,13 +206,24 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     assert report["task"] == "images" and 0 <= report["pruned"]["top1"] <= 100
     card = (tmp_path / "out/README.md").read_text()
     assert "pipeline_tag: image-classification" in card and "AutoImageProcessor" in card
-    assert (tmp_path / "out/report.html").exists()
+    page = (tmp_path / "out/report.html").read_text()
+    assert len(report["samples"]) == 8 and page.count("data:image/png;base64,") == 8 and "img-src data:" in page
+    for sample in report["samples"]:
+        drawn = Image.open(io.BytesIO(base64.b64decode(sample["picture"])))
+        assert drawn.size == (16, 16) and {sample[of] for of in ("label", "dense", "pruned")} <= set(CLASSES)
     assert evaluate_main([str(folder), out, "--dataset", str(images)]) == 0
     assert "top-1" in capsys.readouterr().out
     assert inspect_main([str(folder)]) == 0
     assert prune_main([*arguments, "--quiet", "--dry-run", "--sparsity", "0.2"]) == 0
-    assert bench_main([str(folder), out]) == 2
-    assert "snp-llm eval" in capsys.readouterr().err
+    assert bench_main([str(folder), out, "--batch-sizes", "1", "4", "--repeats", "2", "--save", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "images, 4 at a time" in printed and "images a second" in printed and "peak host memory" in printed
+    cell = json.loads((tmp_path / "out/bench.json").read_text())["cells"][1]
+    assert cell["dense"]["per_second"] == pytest.approx(4 / cell["dense"]["seconds"])
+    assert cell["flops_ratio"] == pytest.approx(report["dense"]["size"]["flops"] / report["pruned"]["size"]["flops"])
+    assert cell["bytes_ratio"] == pytest.approx(report["dense"]["size"]["bytes"] / report["pruned"]["size"]["bytes"])
+    assert bench_main([str(folder), out, "--new-tokens", "4"]) == 2
+    assert "--new-tokens: expected models of texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -220,6 +244,69 @@ def test_mistakes_are_said_in_one_line(break_it, said, tmp_path, capsys):
     assert prune_main([str(folder), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def table_of_images(file, labels, names=None, mode="RGB"):
+    """A parquet file of as many images as labels; names: what the dataset calls its classes."""
+    column = ClassLabel(names=names) if names else Value("int64")
+    pictures = [Image.new(mode, (16, 16), 7) for _ in labels]
+    rows = {"image": pictures, "label": labels}
+    Dataset.from_dict(rows, Features({"image": ImageColumn(), "label": column})).to_parquet(str(file))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("labels", "more", "said"),
+    [
+        ([0, 7], {}, "number 1: expected one of the model's 4 classes as a label, got 7"),
+        ([0, -1], {}, "expected one of the model's 4 classes as a label, got -1"),
+        ([0, None], {}, "number 1: expected a label"),
+        ([0, 1], {"mode": "I;16"}, "number 0: expected an image, cannot be read (its values have more than 8 bits"),
+        ([0, 1], {"column": "--image-column=pixels"}, "expected a column 'pixels' of images, it has image, label"),
+        ([0, 1], {"column": "--label-column=class"}, "expected a label, in a column 'class'"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_by_row(labels, more, said, tmp_path, capsys):
+    folder = saved_classifier("vit", tmp_path / "dense")
+    column = [more.pop("column")] if "column" in more else []
+    table = table_of_images(tmp_path / "t.parquet", labels, **more)
+    arguments = ["--calibration", "noise", "--eval-dataset", str(table), "--num-samples", "8", "--quiet", *column]
+    assert prune_main([str(folder), *arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error and not (tmp_path / "out").exists()
+
+
+def test_classes_go_by_their_names_where_these_are_the_models(tmp_path):
+    form = form_of(small_classifier("vit").config, small_processor(), torch.float32)
+    for names, expected in ((CLASSES[::-1], [3, 0]), (["a", "b", "c", "d"], [0, 3])):
+        table = table_of_images(tmp_path / "t.parquet", [0, 3], list(names))
+        ((_, classes),) = labelled_batches(form, Pictures(str(table)), batch_size=4)[0]
+        assert classes.tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_images_of_every_mode_become_what_the_model_takes(mode, tmp_path):
+    table = table_of_images(tmp_path / "t.parquet", [0], mode=mode)
+    for kind, channels in (("vit", 3), ("bottleneck", 1)):
+        processor = small_processor()
+        processor.image_mean = processor.image_std = [0.5] * channels
+        form = form_of(small_classifier(kind, num_channels=channels).config, processor, torch.float32)
+        ((pixels, _),) = labelled_batches(form, Pictures(str(table)), batch_size=4)[0]
+        assert pixels.shape == (1, channels, 16, 16)
+
+
+def test_too_few_images_are_warned_of_with_the_number_that_is_needed(caplog):
+    dense = small_classifier("vgg")
+    with caplog.at_level("INFO", logger="snp_llm"):
+        prune(dense, small_processor(), image_recipe(num_samples=9))
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "9 images are fewer than 3 of 5 sites have channels for" in warning and "needs 64" in warning
+    assert any("--reference self" in r.getMessage() for r in caplog.records)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="snp_llm"):
+        prune(dense, small_processor(), image_recipe(num_samples=64))
+        prune(small_classifier("deit"), small_processor(), image_recipe(num_samples=2))
+    assert not caplog.records
 
 
 def test_images_have_to_be_named(tmp_path, capsys):
@@ -249,6 +336,14 @@ def test_layers_that_cannot_lose_channels_are_named():
     layers[1].layer[0].convolution.weight = layers[1].layer[1].convolution.weight
     with pytest.raises(SnpError, match="shares its weights with"):
         find_anatomy(tied)
+    twice = small_classifier("vgg", layers=[8, "M", 16, 16, 16, "M"])
+    twice.features[7] = twice.features[5]
+    with pytest.raises(SnpError, match=r"features\.7: shares its weights with features\.5"):
+        find_anatomy(twice)
+    padded = small_classifier("basic")
+    padded.resnet.encoder.stages[1].layers[0].shortcut = nn.ZeroPad2d(1)
+    with pytest.raises(SnpError, match=r"1\.layers\.0\.shortcut: is a ZeroPad2d; .* zeros cannot lose"):
+        find_anatomy(padded)
 
 
 def test_budgets_that_a_network_does_not_have_are_refused():

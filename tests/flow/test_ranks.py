@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from snp_llm import checkpoint
 from snp_llm.runtime import ranks
 from tests.flow.test_unfinished import dense, finished, prune  # noqa: F401 - fixtures
+from tests.images import saved_classifier
 
 pytestmark = pytest.mark.slow
 # The first 32 windows have references: of four ranks the last has none of them.
@@ -78,6 +79,16 @@ def test_a_rank_that_dies_ends_the_run_on_all_and_others_can_go_on(prune, dense,
     assert result["codes"] == [0, 0], result["stderr"]
     assert "block 0 self_attn.o_proj: kept" not in result["stderr"]
     assert_same_model(tmp_path / "whole", out)
+
+
+def test_ranks_have_the_same_statistics_of_batch_norms(prune, tmp_path):  # noqa: F811
+    model = saved_classifier("vgg_bn", tmp_path / "dense")
+    settings = ("--calibration", "noise", "--num-samples", 16, "--no-eval", "--sparsity", 0.4, "--round-to", 4)
+    for count in (1, 2):
+        out = tmp_path / f"{count}"
+        result = prune(model, *settings, "--device", "cpu", "--dtype", "float64", "--output", out, ranks=count)
+        assert result["codes"] == [0] * count, result["stderr"]
+    assert_same_model(tmp_path / "1", tmp_path / "2")
 
 
 def test_an_error_on_one_rank_is_everybodys(prune, dense, tmp_path):  # noqa: F811

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from snp_llm.linalg.gram import triangle_flops
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.positions import layer_positions
+from snp_llm.models.positions import site_positions
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site, outputs_of
 from snp_llm.models.size import model_size
@@ -96,9 +96,7 @@ def _sites(anatomy: Anatomy) -> list[tuple[Site, int]]:
 
 def _positions(anatomy: Anatomy, site: Site) -> int:
     assert isinstance(anatomy.blocks, Segments)
-    name = f"{anatomy.blocks.prefixes[site.block]}.{site.consumers[0]}".removeprefix(".")
-    found = layer_positions(anatomy.model).get(name, 1)
-    return max(found, site.taps if found == 1 else 1)
+    return site_positions(anatomy.model, anatomy.blocks, site)
 
 
 def _maps(anatomy: Anatomy) -> list[int]:
