@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from snp_llm.runtime.version import __version__
 
 if TYPE_CHECKING:
+    from snp_llm.api import PrunedModel, prune
     from snp_llm.evaluate.perplexity import perplexity
-    from snp_llm.pruning.pipeline import PrunedModel, prune
     from snp_llm.recipe.file import load_recipe, save_recipe
     from snp_llm.recipe.recipe import Recipe
     from snp_llm.runtime.errors import SnpError
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["PrunedModel", "Recipe", "SnpError", "__version__", "load_recipe", "perplexity", "prune", "save_recipe"]
 
 PLACES = {
-    "PrunedModel": "pruning.pipeline",
+    "PrunedModel": "api",
     "Recipe": "recipe.recipe",
     "SnpError": "runtime.errors",
     "load_recipe": "recipe.file",
     "perplexity": "evaluate.perplexity",
-    "prune": "pruning.pipeline",
+    "prune": "api",
     "save_recipe": "recipe.file",
 }
 PROGRAM = "snp-llm"

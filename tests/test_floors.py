@@ -11,9 +11,9 @@ import snp_llm
 
 ROOT = Path(snp_llm.__file__).parent
 # From the entry down to the ground; a folder imports itself and those after it.
-FLOORS = ("cli", "report", "pruning", "evaluate", "checkpoint", "models", "data", "linalg", "recipe", "runtime")
+FLOORS = ("api", "cli", "report", "pruning", "evaluate", "checkpoint", "models", "data", "linalg", "recipe", "runtime")
 PROGRAMS = ("__init__", "prune", "evaluate.__main__")  # names for what is inside
-ENTRIES = 12  # that one sees in the package's folder
+ENTRIES = 13  # that one sees in the package's folder
 
 
 def arrows() -> dict[str, set[str]]:
@@ -35,7 +35,9 @@ def arrows() -> dict[str, set[str]]:
 
 
 def test_every_folder_is_on_the_list():
-    assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS)
+    assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS) - {
+        "api"
+    }
     shown = [path for path in ROOT.iterdir() if path.name not in ("__pycache__", "py.typed")]
     assert len(shown) <= ENTRIES, sorted(path.name for path in shown)
 

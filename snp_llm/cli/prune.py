@@ -30,15 +30,13 @@ from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import estimate, place_hidden_states
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
-from snp_llm.pruning.sensitivity import visit_passes
 from snp_llm.pruning.widths.latency import check_table
 from snp_llm.pruning.widths.plan import check_budget, removed_weights
 from snp_llm.recipe.checks import check_output_name
 from snp_llm.recipe.commands import PushRecipe, Talk
-from snp_llm.recipe.file import save_recipe
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
-from snp_llm.report import card as model_cards
 from snp_llm.report import facts
+from snp_llm.report.folder import describe
 from snp_llm.report.rows import closing_table, measured_by
 from snp_llm.report.words import asked
 from snp_llm.runtime import ranks
@@ -118,7 +116,6 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     # Read before pruning, so that a mistake in it costs seconds.
     evaluation = material.evaluation(tokenizer, resolved, dense) if resolved.eval else None
     journal = Journal(partial / contents.JOURNAL, resolved.save_every, behind=device.type != "cpu")
-    steps = (2 + visit_passes(resolved)) * len(find_blocks(dense))
     figures: list[Figures] = [{}, {}]
     measured_on: str | None = None
     more: dict[str, Any] = {"command": shlex.join(command)}
@@ -129,9 +126,9 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
         # Reads its libraries meanwhile, where host memory is not what the run itself has to live in.
         fresh = start() if device.type == "cuda" and ranks.rank() == 0 else None
-        with progress(
-            steps if resolved.perplexity_increase is None else None
-        ) as on_step:  # a search's end is not known
+        # A search's end is not known.
+        steps = pipeline.steps(resolved, dense) if resolved.perplexity_increase is None else None
+        with progress(steps) as on_step:
             pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
         hand_back(device)
         compared, models = material.compared(pruned.calibration), (dense, pruned.model)
@@ -168,14 +165,8 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     more |= {"largest_logit_difference": difference, "device": describe_device(device)}
     if measured_on is not None:
         more["evaluation"] = measured_on
-    summary = facts.build_report(pruned, before, after, more)
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
-    model_cards.write_card(summary, pruned, base_model, partial)
-    save_recipe(pruned.recipe, partial / contents.RECIPE, shlex.join(command))
-    written = [name for name in contents.files_in(partial) if name.split("/")[0] not in contents.UNFINISHED]
-    summary["files"] = sorted({*written, contents.REPORT})  # of which --overwrite replaces no more
-    facts.write_report(summary, partial)
-    return summary
+    return describe(partial, pruned, (before, after), more, base_model)
 
 
 def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) -> None:

@@ -117,6 +117,38 @@ def calibration_images(form: Form, pictures: Pictures, *, num_samples: int, seed
     return images_of(drawn, label, short)
 
 
+def given_images(form: Form, data: Any, columns: Pictures, *, num_samples: int, seed: int) -> Images:
+    """A seeded draw of images from data in memory, as `calibration_images` draws from datasets.
+
+    Args:
+        form: that the model takes.
+        data: pixels as the processor makes them, (images, channels, height, width); or a sequence, or an iterable of
+            which the first are taken, of Pillow's images, of files, or of records with a column of either.
+        columns: names of those of a record.
+        num_samples: images that are wanted.
+        seed: of the draw.
+
+    Raises:
+        SnpError: nothing of that kind.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(data, Tensor):
+        if data.dim() != 4 or not data.is_floating_point() or not len(data):
+            raise SnpError(
+                "data: expected pixels, (images, channels, height, width), floating point, got "
+                f"{data.dtype} of shape {tuple(data.shape)}."
+            )
+        chosen = data[torch.randperm(len(data), generator=generator)[:num_samples]].cpu()
+        return images_of(_as_form(chosen, form, columns), columns.name)
+    if isinstance(data, Sequence):
+        data = (data[i] for i in torch.randperm(len(data), generator=generator)[:num_samples].tolist())
+    rows = (row if isinstance(row, dict) else {columns.image: row} for row in islice(data, num_samples))
+    pixels = [found for found, _ in _batches(rows, form, columns, AT_ONCE, labelled=False)]
+    if not pixels:
+        raise SnpError("data: expected at least one image, got none.")
+    return images_of(torch.cat(pixels), columns.name)
+
+
 def images_of(pixels: Tensor, origin: str, remark: str = "") -> Images:
     """Images of pixels, (images, channels, height, width)."""
     count, _, height, width = pixels.shape
@@ -304,6 +336,11 @@ def _pixels(images: list[Any], form: Form, pictures: Pictures) -> Tensor:
         pixels: Tensor = form.processor(images=images, return_tensors="pt")["pixel_values"]
     except Exception as error:  # whatever a processor says of images that are not as it wants them
         raise SnpError(f"images {pictures.name}: the processor does not take them ({reason(error)}).") from error
+    return _as_form(pixels, form, pictures)
+
+
+def _as_form(pixels: Tensor, form: Form, pictures: Pictures) -> Tensor:
+    """Pixels in the type of a model, if they are of a size that it takes."""
     got = tuple(pixels.shape[1:])
     if got[0] != form.channels or (form.size is not None and got[1:] != form.size):
         size = "any size" if form.size is None else " x ".join(map(str, form.size))

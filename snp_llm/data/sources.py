@@ -16,6 +16,8 @@ Purpose = Literal["calibration", "evaluation"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 
+CONVERSATION = "messages"  # column of conversations, read where there is no text
+
 SAVED = ("state.json", "dataset_dict.json")  # in a folder that `datasets` saved: of one split, or of several
 
 BUILDERS = {".txt": "text", ".raw": "text", ".tokens": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -86,7 +88,7 @@ def check_dataset(dataset: Dataset, purpose: Purpose) -> None:
         _find(dataset, purpose)
 
 
-def open_dataset(dataset: Dataset, purpose: Purpose) -> tuple[Iterator[str], Source, str]:
+def open_dataset(dataset: Dataset, purpose: Purpose) -> tuple[Iterator[Any], Source, str]:
     """Documents of a dataset, streamed, where they come from, and the name and split as people are told.
 
     Raises:
@@ -147,8 +149,10 @@ def _folder(name: str, column: str) -> Source:
     return Source("folder", {}, column=column)
 
 
-def _read(name: str, source: Source, split: str) -> Iterator[str]:
-    """The documents of a split, streamed. Records that hold null are none, of which a log line says how many.
+def _read(name: str, source: Source, split: str) -> Iterator[Any]:
+    """The documents of a split, streamed: texts, or conversations as lists of messages.
+
+    Records that hold null are none, of which a log line says how many.
 
     Raises:
         SnpError: what cannot be read, whatever `datasets` says of it, in one line.
@@ -161,8 +165,9 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
     try:
         while (row := _explained(name, lambda: next(rows, None))) is not None:
             count += 1
-            text = row.get(source.column)
-            if source.column not in row:
+            column = source.column if source.column in row or CONVERSATION not in row else CONVERSATION
+            text = row.get(column)
+            if column not in row:
                 raise SnpError(
                     f"dataset {name}: expected a text column {source.column!r}; its columns are {', '.join(row)}. "
                     "Choose one with --text-column."
@@ -172,14 +177,21 @@ def _read(name: str, source: Source, split: str) -> Iterator[str]:
             elif isinstance(text, str):
                 _explained(name, text.encode)  # JSON may escape halves of characters
                 yield text
+            elif _is_conversation(text):
+                yield text
             else:
                 raise SnpError(
-                    f"dataset {name}: expected text in column {source.column!r}, record {count:,} has {shown(text)}. "
-                    "Choose another column with --text-column."
+                    f"dataset {name}: expected text in column {column!r}, record {count:,} has {shown(text)}. Choose "
+                    "another column with --text-column."
                 )
     finally:
         if nulls:
             log.warning("dataset %s: %s of %s records hold no text and were left out", name, f"{nulls:,}", f"{count:,}")
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and what is said."""
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def _rows(name: str, source: Source, split: str) -> Iterable[dict[str, Any]]:

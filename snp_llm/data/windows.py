@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from snp_llm.data.sources import Dataset, open_dataset
 from snp_llm.recipe.recipe import Bos
-from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.errors import SnpError, reason
 
 # Characters of calibration text read for every token wanted: about eight times what is needed, so that the seed has
 # windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
@@ -74,14 +75,49 @@ def calibration_windows(
     if dataset.name == "random":
         added = set(tokenizer.added_tokens_decoder)  # which may lie past the embeddings
         ids = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - added))
-        drawn = ids[torch.randint(len(ids), (num_samples * seq_len,), generator=generator)]
-        return _windows(_cut(drawn, seq_len, dataset.name, first)[:num_samples], "uniformly random token ids", bos)
+        chosen = ids[torch.randint(len(ids), (num_samples * seq_len,), generator=generator)]
+        return windows_of(
+            cut_windows(chosen, seq_len, dataset.name, first)[:num_samples], "uniformly random token ids", bos
+        )
     documents, source, label = open_dataset(dataset, "calibration")
-    text = source.joiner.join(_take(documents, CHARACTERS_A_TOKEN * num_samples * seq_len))
-    tokens = _cut(_tokenize(tokenizer, text, bos), seq_len, dataset.name, first)
-    chosen = torch.randperm(len(tokens), generator=generator)[:num_samples]
+    text = (documents, source.joiner, label, dataset.name)
+    return text_windows(tokenizer, *text, num_samples=num_samples, seq_len=seq_len, seed=seed, bos=bos)
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Any],
+    joiner: str,
+    label: str,
+    name: str | None = None,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    bos: Bos,
+) -> Windows:
+    """A seeded draw of windows from documents, as `calibration_windows` has it.
+
+    Args:
+        tokenizer: of the model.
+        documents: texts, and conversations as lists of messages, which go through the tokenizer's chat template.
+        joiner: stands between two of them.
+        label: for people.
+        name: of the dataset, for errors.
+        num_samples, seq_len, seed, bos: as there.
+    """
+    name, first = name or label, _first_token(tokenizer, bos)
+    texts = (_rendered(tokenizer, document, name) for document in documents)
+    text = joiner.join(_take(texts, CHARACTERS_A_TOKEN * num_samples * seq_len))
+    tokens = cut_windows(_tokenize(tokenizer, text, bos), seq_len, name, first)
+    return drawn(tokens, label, bos, num_samples=num_samples, seed=seed)
+
+
+def drawn(tokens: Tensor, label: str, bos: Bos, *, num_samples: int, seed: int) -> Windows:
+    """A seeded draw of some windows, (windows, T); all of them, which the description says, where there are no more."""
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:num_samples]
     short = f" ({num_samples} asked for, the text holds no more)" if len(tokens) < num_samples else ""
-    return _windows(tokens[chosen], label, bos, short)
+    return windows_of(tokens[chosen], label, bos, short)
 
 
 def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
@@ -95,8 +131,8 @@ def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
         raise SnpError("calibration: expected at least two windows, one of them to be held out; got one.")
     held = min(held, max(1, count // 4))
     return (
-        _windows(windows.tokens[:-held], windows.origin, windows.bos, f", {held} more held out"),
-        _windows(windows.tokens[-held:], windows.origin, windows.bos),
+        windows_of(windows.tokens[:-held], windows.origin, windows.bos, f", {held} more held out"),
+        windows_of(windows.tokens[-held:], windows.origin, windows.bos),
     )
 
 
@@ -122,8 +158,11 @@ def evaluation_windows(
     """
     first = _first_token(tokenizer, bos)
     documents, source, label = open_dataset(dataset, "evaluation")
-    text = source.joiner.join(islice(documents, source.evaluation_documents))
-    return _windows(_cut(_tokenize(tokenizer, text, bos), seq_len, dataset.name, first)[:max_windows], label, bos)
+    texts = (_rendered(tokenizer, d, dataset.name) for d in islice(documents, source.evaluation_documents))
+    text = source.joiner.join(texts)
+    return windows_of(
+        cut_windows(_tokenize(tokenizer, text, bos), seq_len, dataset.name, first)[:max_windows], label, bos
+    )
 
 
 def evaluation_text(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, bos: Bos = "once") -> Windows:
@@ -140,13 +179,28 @@ def evaluation_text(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, bos
     """
     first = _first_token(tokenizer, bos)
     documents, source, label = open_dataset(dataset, "evaluation")
-    text = source.joiner.join(islice(documents, source.evaluation_documents))
+    texts = (_rendered(tokenizer, d, dataset.name) for d in islice(documents, source.evaluation_documents))
+    text = source.joiner.join(texts)
     tokens = _tokenize(tokenizer, text, bos)
     if len(tokens) < 2:
         raise SnpError(f"dataset {dataset.name}: expected at least two tokens of text, got {len(tokens)}.")
     counted = tokens if first is None else torch.cat([tokens, torch.tensor([first])])
     digest = hashlib.sha256(counted.numpy().tobytes()).hexdigest()
     return Windows(tokens[None], f"{label}, {len(tokens):,} tokens", digest, label, bos)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, document: Any, name: str) -> str:
+    """A document's text; that of a conversation is what the chat template makes of it, BOS left to where it stands."""
+    if isinstance(document, str):
+        return document
+    try:
+        text = str(tokenizer.apply_chat_template(document, tokenize=False))
+    except Exception as error:  # no template, or whatever a template says of messages that are not as it wants them
+        raise SnpError(
+            f"dataset {name}: expected messages that the tokenizer's chat template takes, each with a role and content "
+            f"({reason(error)[:200]}). Name a column of texts with --text-column."
+        ) from error
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _take(documents: Iterable[str], characters: int) -> Iterator[str]:
@@ -176,7 +230,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos) -> Tensor
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _cut(tokens: Tensor, seq_len: int, name: str, first: int | None) -> Tensor:
+def cut_windows(tokens: Tensor, seq_len: int, name: str, first: int | None = None) -> Tensor:
     """Windows, (windows, seq_len), of consecutive tokens, after `first` where there is such an id."""
     room = seq_len if first is None else seq_len - 1
     count = len(tokens) // room
@@ -189,7 +243,8 @@ def _cut(tokens: Tensor, seq_len: int, name: str, first: int | None) -> Tensor:
     return windows if first is None else torch.cat([torch.full((count, 1), first), windows], dim=1)
 
 
-def _windows(tokens: Tensor, origin: str, bos: Bos, remark: str = "") -> Windows:
+def windows_of(tokens: Tensor, origin: str, bos: Bos, remark: str = "") -> Windows:
+    """Windows of tokens, (windows, T), with what people are told of them."""
     count, length = tokens.shape
     description = f"{origin}, {count} windows of {length} tokens{BOS_REMARKS[bos]}{remark}"
     return Windows(tokens, description, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), origin, bos)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from snp_llm.data.images import NOISE, Form, Pictures, calibration_images, check_pictures, labelled_batches
+from snp_llm.data.given import ORIGIN, given_windows
+from snp_llm.data.images import (
+    NOISE,
+    Form,
+    Pictures,
+    calibration_images,
+    check_pictures,
+    given_images,
+    labelled_batches,
+)
 from snp_llm.data.sources import Dataset, Purpose, check_dataset
 from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
 from snp_llm.evaluate.accuracy import accuracy, image_speed
@@ -60,6 +69,7 @@ class Material:
         settings: those of a recipe that depend on a model and on what reads its inputs, which may not be there yet.
         check: refuses, before anything is loaded, what a recipe names for a purpose and is not there.
         calibration: what a recipe draws for a model, and so many more of it.
+        given: likewise out of data in memory.
         evaluation: what a recipe measures by; what is wrong with that is said now.
         compared: of what was drawn, that on which the reloaded model is compared.
         speed: tokens or images a second of models, from what was drawn.
@@ -68,6 +78,7 @@ class Material:
     settings: Callable[[Recipe, PreTrainedModel, Any], dict[str, Any]]
     check: Callable[[Recipe, Purpose], None]
     calibration: Callable[[Any, ResolvedRecipe, PreTrainedModel, int], Windows]
+    given: Callable[[Any, Any, ResolvedRecipe, PreTrainedModel, int], Windows]
     evaluation: Callable[[Any, ResolvedRecipe, PreTrainedModel], Evaluation]
     compared: Callable[[Windows], Tensor]
     speed: Callable[[Sequence[PreTrainedModel], Windows, torch.device], list[float]]
@@ -102,6 +113,21 @@ def text_windows(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
         bos=resolve_bos(recipe.bos, model, tokenizer),
+    )
+    check_tokens(windows, model)
+    return windows
+
+
+def text_given(tokenizer: Any, data: Any, recipe: ResolvedRecipe, model: PreTrainedModel, more: int) -> Windows:
+    """Calibration windows out of data in memory, and `more` after them, checked against the model's vocabulary."""
+    windows = given_windows(
+        tokenizer,
+        data,
+        column=recipe.text_column,
+        num_samples=recipe.num_samples + more,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        bos=recipe.bos,
     )
     check_tokens(windows, model)
     return windows
@@ -198,6 +224,14 @@ def say_what_is_short(model: PreTrainedModel, images: int, recipe: ResolvedRecip
         )
 
 
+def images_given(processor: Any, data: Any, recipe: ResolvedRecipe, model: PreTrainedModel, more: int) -> Windows:
+    """Calibration images out of data in memory, and `more` after them."""
+    form, columns = form_of(model.config, processor, model.dtype), Pictures(ORIGIN, image=recipe.image_column)
+    found = given_images(form, data, columns, num_samples=recipe.num_samples + more, seed=recipe.seed)
+    say_what_is_short(model, len(found.tokens) - more, recipe)
+    return cast(Windows, found)
+
+
 def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) -> Evaluation:
     """Accuracy on the evaluation images of a recipe; the first of them are read now."""
     form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "evaluation")
@@ -221,6 +255,7 @@ TEXTS = Material(
     text_settings,
     check_text,
     text_windows,
+    text_given,
     by_perplexity,
     compared=lambda windows: windows.tokens[:1, :LONGEST_COMPARISON],
     speed=lambda models, windows, device: prefill_speed(models, windows.tokens[:1], device=device),
@@ -229,6 +264,7 @@ IMAGES = Material(
     image_settings,
     check_images,
     drawn_images,
+    images_given,
     by_accuracy,
     compared=lambda images: images.tokens[:2],
     speed=lambda models, images, device: image_speed(models, images.tokens[:SPEED_IMAGES], device=device),

@@ -1,9 +1,10 @@
 """From a model and a recipe to a pruned model: visit, widths, the sequential loop, assembly. Writes no files."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.models.anatomy import Anatomy, find_anatomy
+from snp_llm.models.anatomy import Anatomy, find_anatomy, find_blocks
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
@@ -33,6 +34,8 @@ from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
+
+Measure = Callable[[PreTrainedModel], float]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
+    data: Any = None,
+    measure: Measure | None = None,
     journal: Journal | None = None,
     on_step: OnStep = lambda _line: None,
 ) -> PrunedModel:
@@ -76,6 +81,8 @@ def prune(
         model: dense model of a supported family; left as it was.
         tokenizer: its tokenizer.
         recipe: all settings. Everything about files and evaluation is ignored here.
+        data: in memory, to calibrate on in place of the text that the recipe names; see `data.given`.
+        measure: what a permitted rise is of, the smaller the better; None: perplexity on held-out calibration text.
         journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
         on_step: called with a line of text after each site, and after each block of the dense model's visit.
 
@@ -87,12 +94,12 @@ def prune(
     run = Run(resolved, clock, journal, on_step)
     allowed = resolved.perplexity_increase
     if allowed is not None:
-        drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS)
+        drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS, data)
         windows, unseen = split_windows(drawn, HELD_OUT_WINDOWS)
         journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
         visited = visit(model, windows, run.phase("visit"))
 
-        def measure(model: PreTrainedModel) -> float:
+        def held_out(model: PreTrainedModel) -> float:
             return perplexity(model, unseen.tokens, batch_size=resolved.batch_size, device=clock.device)
 
         def attempt(sparsity: float) -> tuple[PreTrainedModel, list[SiteResult]]:
@@ -102,15 +109,20 @@ def prune(
         def predicted(sparsity: float) -> float | None:
             return predicted_rise(visited, replace(resolved, sparsity=sparsity, max_perplexity_increase=None))
 
-        found = largest_sparsity(model, allowed, measure, attempt, predicted)
+        found = largest_sparsity(model, allowed, measure or held_out, attempt, predicted)
         facts = (windows, clock.seconds, found.sparsity, what_stays(visited.anatomy), found.trials)
         return PrunedModel(found.model, tokenizer, resolved, found.results, *facts)
-    windows = read_calibration(tokenizer, resolved, model)
+    windows = read_calibration(tokenizer, resolved, model, data=data)
     journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
     visited = visit(model, windows, run.phase("visit"))
     pruned, results = cut_once(visited, windows.tokens, run.phase("cut"))
     sparsity, stays = None if resolved.separate else resolved.sparsity, what_stays(visited.anatomy)
     return PrunedModel(pruned, tokenizer, resolved, results, windows, clock.seconds, sparsity, stays)
+
+
+def steps(recipe: Recipe, model: PreTrainedModel) -> int:
+    """How often `prune` calls `on_step`."""
+    return (2 + visit_passes(recipe)) * len(find_blocks(model))
 
 
 def plan(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,7 +113,11 @@ def check_weights(anatomy: Anatomy, device: torch.device) -> None:
 
 
 def read_calibration(
-    tokenizer: PreTrainedTokenizerBase, recipe: ResolvedRecipe, model: PreTrainedModel, more: int = 0
+    tokenizer: PreTrainedTokenizerBase, recipe: ResolvedRecipe, model: PreTrainedModel, more: int = 0, data: Any = None
 ) -> Windows:
-    """The calibration windows, or images, of a recipe, and `more` after them, checked against the model."""
-    return material_of(model.config).calibration(tokenizer, recipe, model, more)
+    """The calibration windows, or images, of a recipe or out of data in memory, and `more` after them, checked against
+    the model."""
+    material = material_of(model.config)
+    if data is not None:
+        return material.given(tokenizer, data, recipe, model, more)
+    return material.calibration(tokenizer, recipe, model, more)

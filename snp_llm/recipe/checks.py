@@ -4,8 +4,11 @@ import os
 import re
 import unicodedata
 from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from snp_llm.runtime.errors import SnpError, shown
 
@@ -66,6 +69,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that usual file systems take
 
 LONGEST_OUTPUT = 200  # of the last part: an unfinished run lies beside it under a longer name
 
+KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, broken ones and line ends
 
 
@@ -75,7 +80,7 @@ def flag(name: str) -> str:
 
 
 def check_settings(settings: Any) -> None:
-    """Checks every number against `RANGES`, and that every text can be a name.
+    """Checks every number against `RANGES`, every choice against what there is, and that every text can be a name.
 
     Args:
         settings: a recipe of any command.
@@ -83,6 +88,7 @@ def check_settings(settings: Any) -> None:
     Raises:
         SnpError: with the setting's name.
     """
+    chosen = kinds_of(settings.__class__)
     for field in fields(settings):
         value, where = getattr(settings, field.name), flag(field.name) if field.default is not MISSING else field.name
         several = isinstance(value, tuple | list) and (field.default is MISSING or isinstance(field.default, tuple))
@@ -93,6 +99,37 @@ def check_settings(settings: Any) -> None:
                 raise SnpError(f"{where}: expected {RANGES[field.name]}, got {shown(single)}.")
             if isinstance(single, str):
                 check_text(where, single)
+            kinds = chosen[field.name]
+            limited = any(kind is bool or get_origin(kind) is Literal for kind in kinds)
+            if limited and not any(fits(single, kind) for kind in kinds):
+                raise SnpError(f"{where}: expected {described(kinds)}, got {shown(single)}.{near(single, kinds)}")
+
+
+@cache
+def kinds_of(recipe: type) -> dict[str, tuple[Any, ...]]:
+    """By the names of a recipe's settings, the types that each may have, and the choices of those that are one."""
+    hints = get_type_hints(recipe)
+    return {n: get_args(h) if get_origin(h) in (Union, UnionType) else (h,) for n, h in hints.items()}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, or among its choices."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def described(kinds: tuple[Any, ...]) -> str:
+    """What a setting may be, for people."""
+    named = (f"one of {', '.join(get_args(k))}" if get_origin(k) is Literal else KINDS[k] for k in kinds)
+    return " or ".join(named)
+
+
+def near(value: Any, kinds: tuple[Any, ...]) -> str:
+    """The choice that a value that is none was meant to be, as a question; nothing where none is like it."""
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    found = get_close_matches(value[:LONGEST_NAME], choices, n=1) if isinstance(value, str) else []
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def check_text(where: str, value: str) -> None:

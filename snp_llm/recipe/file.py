@@ -3,26 +3,21 @@
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from snp_llm.recipe.checks import LONGEST_NAME
+from snp_llm.recipe.checks import LONGEST_NAME, described, fits, kinds_of, near
 from snp_llm.recipe.groups import ONCE
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.errors import SnpError, reason, shown
 from snp_llm.runtime.version import __version__
-
-HINTS = get_type_hints(Recipe)
 
 RENAMED = {"target": ("reference",), "target_weight": ("reference_weight",)}  # what files of before may say
 
 LONGEST_FILE = 100_000  # bytes; all settings take about two thousand
 
 NODES = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
-
-KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 
 
 def load_recipe(path: Path | str) -> Recipe:
@@ -87,6 +82,14 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     return settings
 
 
+def unknown(name: str) -> str:
+    """What to say of a name that no setting has."""
+    names = [field.name for field in fields(Recipe)]
+    found = RENAMED.get(name) or get_close_matches(name[:LONGEST_NAME].replace("-", "_"), names, n=1)
+    hint = f" Did you mean {found[0]!r}?" if found else " `snp-llm prune --help` lists them, with dashes."
+    return f"{shown(name)}: expected a setting's name, got an unknown one.{hint}"
+
+
 def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) -> None:
     """Writes all settings but those of `ONCE`, under a comment that says where they come from.
 
@@ -107,14 +110,10 @@ def save_recipe(recipe: Recipe, path: Path | str, command: str | None = None) ->
 
 def _checked(where: str, name: str, node: yaml.Node) -> Any:
     """The value of a node, if it is one that the setting may have."""
-    if name not in HINTS:
-        names = [field.name for field in fields(Recipe)]
-        near = RENAMED.get(name) or get_close_matches(name[:LONGEST_NAME].replace("-", "_"), names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else " `snp-llm prune --help` lists them, with dashes."
-        raise SnpError(f"{where}: {shown(name)}: expected a setting's name, got an unknown one.{hint}")
-    hint = HINTS[name]
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    expected = " or ".join(_described(kind) for kind in kinds)
+    if name not in kinds_of(Recipe):
+        raise SnpError(f"{where}: {unknown(name)}")
+    kinds = kinds_of(Recipe)[name]
+    expected = described(kinds)
     if not isinstance(node, yaml.ScalarNode):
         raise SnpError(f"{where}: {name}: expected {expected}, got {NODES[type(node)]}.")
     try:
@@ -128,26 +127,15 @@ def _checked(where: str, name: str, node: yaml.Node) -> Any:
             f"{where}: trust_remote_code: expected false, got true. Whether code of a repository may run is said on "
             "the command line: --trust-remote-code."
         )
-    if any(_fits(value, kind) for kind in kinds):
+    if any(fits(value, kind) for kind in kinds):
         return value
     raise SnpError(f"{where}: {name}: expected {expected}, got {shown(value)}.{_remedy(value, kinds)}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _described(kind: Any) -> str:
-    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else KINDS[kind]
-
-
 def _remedy(value: Any, kinds: tuple[Any, ...]) -> str:
     """What to do about a value of a wrong type, where that can be told."""
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if isinstance(value, str) and (near := get_close_matches(value[:LONGEST_NAME], choices, n=1)):
-        return f" Did you mean {near[0]!r}?"
+    if meant := near(value, kinds):
+        return meant
     if str in kinds:
         return " Put it in quotes."
     if float in kinds and isinstance(value, str):
