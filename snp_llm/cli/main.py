@@ -15,6 +15,8 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
   snp-llm report FOLDER [FOLDER ...]    report.html of smaller models, side by side
   snp-llm push FOLDER user/name         upload a smaller model to the Hugging Face Hub
   snp-llm families                      types of models that are tested, and what can go in each
+  snp-llm help COMMAND                  its options
+  snp-llm completion bash               a script that completes commands and options, also for zsh, tcsh
 
 Each has --help, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or the bundled
 tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or failed, said in
@@ -28,16 +30,19 @@ COMMANDS = {
     "report": "report_main",
     "push": "push_main",
     "families": "families_main",
+    "completion": "completion_main",
 }
 
 
 def main() -> int:
     """The console script `snp-llm`."""
     command, *rest = sys.argv[1:] or ["--help"]
+    if command == "help":
+        command, rest = (rest[0], ["--help"]) if rest else ("--help", [])
     if command in ("--help", "-h"):
         print(USAGE)
         return 0
-    if command == "--version":
+    if command == "--version" or (command in COMMANDS and rest == ["--version"]):
         print(f"snp-llm {__version__}")
         return 0
     if command not in COMMANDS:

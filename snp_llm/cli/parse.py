@@ -7,9 +7,9 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 import transformers
@@ -23,6 +23,7 @@ from snp_llm.cli import prune as prune_command
 from snp_llm.cli import push as push_command
 from snp_llm.cli import report as report_command
 from snp_llm.cli.failure import fail
+from snp_llm.cli.options import command_of, filled, in_words, taken_apart
 from snp_llm.recipe.commands import (
     BenchRecipe,
     EvaluationRecipe,
@@ -42,10 +43,7 @@ log = logging.getLogger("snp_llm")
 
 T = TypeVar("T")
 
-ConfigFile = Annotated[
-    str | None,
-    tyro.conf.arg(metavar="FILE", help="Recipe file, YAML, to start from; options given here override what it says."),
-]
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def inspect_main(arguments: Sequence[str]) -> int:
@@ -91,6 +89,28 @@ def families_main(arguments: Sequence[str]) -> int:
     return _guarded(FamiliesRecipe, "snp-llm families", arguments, families_command.run_families)
 
 
+RECIPES: dict[str, type] = {
+    "inspect": InspectRecipe,
+    "prune": Recipe,
+    "eval": EvaluationRecipe,
+    "bench": BenchRecipe,
+    "report": ReportRecipe,
+    "push": PushRecipe,
+    "families": FamiliesRecipe,
+}
+
+
+def completion_main(arguments: Sequence[str]) -> int:
+    """Entry point of `snp-llm completion`: a script for the shell that is named."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        return fail(f"snp-llm completion: expected one of {', '.join(SHELLS)}, got {' '.join(arguments) or 'none'}.")
+    commands: dict[str, Callable[..., Any]] = {name: command_of(kind) for name, kind in RECIPES.items()}
+    asked = ["--tyro-print-completion", arguments[0]]
+    with contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(commands, prog="snp-llm", args=asked)
+    return 0
+
+
 def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callable[[T, Talk], None]) -> int:
     """Parses a command's recipe and its `Talk`, runs it, and turns what may fail into one line and an exit code."""
     log.handlers = [logging.StreamHandler()]  # to what is stderr now
@@ -109,6 +129,9 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
         run(recipe, talk)
     except SnpError as error:
         return fail(str(error))
+    except BrokenPipeError:  # who reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     # What nothing before has put into words of its own: a file that went away, a disk that is full, names and texts in
     # odd encodings. Said in one line all the same, with what raised it.
     except (OSError, RecursionError, UnicodeError, MemoryError) as error:
@@ -128,21 +151,15 @@ def _guarded(kind: type[T], program: str, arguments: Sequence[str], run: Callabl
 
 
 def _parse(kind: type[T], program: str, arguments: Sequence[str]) -> tuple[T, Talk]:
-    """A command's recipe and its `Talk`, whose fields are all options of one command.
+    """A command's recipe and its `Talk`.
 
     Where the recipe is that of a prune, `--config` names a file with settings that options override.
     """
-    flat = tyro.conf.OmitArgPrefixes
-    parts: list[Any] = [("recipe", flat[kind]), ("talk", flat[Talk])]
     default: Any = None
-    if kind is Recipe:
-        parts.append(("config", ConfigFile, None))
-    command = make_dataclass(kind.__name__, parts, namespace={"__doc__": kind.__doc__})
     if kind is Recipe and (file := _config_file(arguments)) is not None:
         settings = {"model": tyro.MISSING, **read_settings(file)}
-        default = command(build_recipe(file, settings), Talk(), file)
-    parsed = _tyro(command, program, arguments, default)
-    return parsed.recipe, parsed.talk
+        default = filled(kind, build_recipe(file, settings), file)
+    return taken_apart(kind, _tyro(kind, program, arguments, default))
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
@@ -157,13 +174,13 @@ def _config_file(arguments: Sequence[str]) -> str | None:
     return files[0] if files else None
 
 
-def _tyro(command: Any, program: str, arguments: Sequence[str], default: Any) -> Any:
+def _tyro(kind: type, program: str, arguments: Sequence[str], default: Any) -> Any:
     """What tyro parses; its boxed errors become one line."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
             options = {} if default is None else {"default": default}
-            return tyro.cli(command, prog=program, args=list(arguments), **options)
+            return tyro.cli(command_of(kind), prog=program, args=list(arguments), **options)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -171,7 +188,7 @@ def _tyro(command: Any, program: str, arguments: Sequence[str], default: Any) ->
             line for line in captured.getvalue().splitlines() if not line.startswith("╭")
         ]  # that is the box's title
         text = re.sub(r"[─╰╯│]+|-{3,}", " ", " ".join(body))
-        raise SnpError(" ".join(text.split())) from None
+        raise SnpError(f"{in_words(' '.join(text.split()), kind)} See {program} --help.") from None
 
 
 def _interrupt(number: int, _frame: object) -> None:
