@@ -122,7 +122,7 @@ def prune(
 
 def steps(recipe: Recipe, model: PreTrainedModel) -> int:
     """How often `prune` calls `on_step`."""
-    return (2 + visit_passes(recipe)) * len(find_blocks(model))
+    return (2 + visit_passes(recipe) + bool(recipe.refine_steps)) * len(find_blocks(model))
 
 
 def plan(

@@ -7,13 +7,8 @@ AMOUNT = ("sparsity", *GOALS, "latency_table")
 SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
-<<<<<<< HEAD
-    *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "absorb_bias"),
-    *("norm_statistics", "head_unit", "layout", "round_to"),
-=======
-    *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "refine", "absorb_bias"),
-    *("head_unit", "layout", "round_to"),
->>>>>>> 157a5a8 (Refinement of blocks after their sites are cut; calibration texts in shares)
+    *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "refine"),
+    *("absorb_bias", "norm_statistics", "head_unit", "layout", "round_to"),
 )
 
 # A run knows it by its tokens or pixels, not by its name.
