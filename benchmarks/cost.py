@@ -50,10 +50,12 @@ SHAPES = {
     "opt-13b": (5120, 40, 40),
     "opt-30b": (7168, 48, 56),
 }
-# What no gradients are needed for: with the default's ordering, with the paper's, and without a visit to the model.
-PLAIN = {"allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1}
+# The default, with refinement and without, and what no gradients are needed for: with the default's ordering, with the
+# paper's, and without a visit to the model.
+PLAIN = {"allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1, "refine": "none"}
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
+    "unrefined": {"refine": "none"},
     "plain": PLAIN,
     "paper": {**PLAIN, "ordering": "zca"},
     "uniform": {**PLAIN, "ordering": "zca", "allocation": "uniform"},

@@ -38,7 +38,13 @@ def main() -> None:
     )
     if args.paper:
         recipe = replace(
-            recipe, ordering="zca", allocation="variance", metric="error", reference="self", dampening=0.01
+            recipe,
+            ordering="zca",
+            allocation="variance",
+            metric="error",
+            reference="self",
+            dampening=0.01,
+            refine="none",
         )
     skeleton = load_skeleton(args.model)
     recipe = run.resolve(recipe, skeleton)

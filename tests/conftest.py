@@ -23,7 +23,7 @@ from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.pruning.widths.latency import LatencyTable, key
 from tests.families import FAMILY_CONFIGS, IN_FLOAT32, VARIANTS
-from tests.quick import without_page, without_reloading
+from tests.quick import with_few_steps, without_page, without_reloading
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -76,12 +76,19 @@ def small_model(model_type: str, dtype: torch.dtype | None = None, **overrides) 
 
 def small_recipe(**overrides) -> Recipe:
     values = {"model": "small", "calibration": "bundled", "num_samples": 6, "seq_len": 32, "batch_size": 4}
+    values["refine"] = "none"  # what sites are repaired to is the least-squares solution without it
     return Recipe(**{**values, **overrides})
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(BUNDLED / "tiny-opt")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Few steps of refinement, where their number is left to the run."""
+    with_few_steps(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -100,6 +107,7 @@ def pruned_opt(tmp_path_factory, tokenizer) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         without_page(patch.setattr)
         without_reloading(patch.setattr)
+        with_few_steps(patch.setattr)
         command = [dense, "--output", str(root / "pruned"), "--calibration", "bundled", *options.split()]
         assert prune_main(command) == 0
     return root

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import Recipe
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.pipeline import cut_once, visit
 from snp_llm.pruning.run import Run, read_calibration, resolve
 from snp_llm.runtime.device import Clock, compute_device
@@ -20,6 +21,7 @@ from snp_llm.runtime.errors import SnpError
 from .common import Method, Prune, Pruned, pruned
 
 PAPER = {"ordering": "zca-exact", "allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1}
+PAPER |= {"refine": "none"}
 
 
 def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:
@@ -36,7 +38,7 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
     """
 
     def prepare(dense: PreTrainedModel, tokens: Tensor, seed: int, choices: dict[str, Any]) -> Prune:
-        recipe = resolve(make_recipe(settings, choices, 0.5, seed), dense)
+        recipe = decide(dense, resolve(make_recipe(settings, choices, 0.5, seed), dense))
         windows = read_calibration(tokenizer, recipe, dense)
         if not torch.equal(windows.tokens, tokens):
             raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
@@ -45,7 +47,7 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
         visited = visit(dense, windows, run)  # what no sparsity changes
 
         def prune(sparsity: float) -> Pruned:
-            recipe = resolve(make_recipe(settings, choices, sparsity, seed), dense)
+            recipe = decide(dense, resolve(make_recipe(settings, choices, sparsity, seed), dense))
             return pruned(dense, cut_once(visited, windows.tokens, replace(run, recipe=recipe))[0])
 
         return prune

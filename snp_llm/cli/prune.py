@@ -28,7 +28,7 @@ from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.layouts import possible_types
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
-from snp_llm.pruning.estimate.estimate import estimate, place_hidden_states
+from snp_llm.pruning.estimate.estimate import decide, estimate
 from snp_llm.pruning.estimate.refuse import refuse_what_cannot_fit
 from snp_llm.pruning.widths.latency import check_table
 from snp_llm.pruning.widths.plan import check_budget, removed_weights
@@ -108,7 +108,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     clock = Clock(device)
     with clock.phase("loading"):
         dense, tokenizer = load_on_disk(recipe, partial)
-    resolved = place_hidden_states(dense, run.resolve(recipe, dense, tokenizer))
+    resolved = decide(dense, run.resolve(recipe, dense, tokenizer))
     material, reader = material_of(dense.config), reader_for(dense.config)
     files = reader.files(checkpoint.find_model(resolved.model), tokenizer)
     reader.check(resolved.model, files, tokenizer, possible_types(dense, resolved.layout))
@@ -196,7 +196,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
 def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     """What `--dry-run` does: what the run would take and, as far as that fits, the widths that it would choose."""
     dense, tokenizer = load_on_disk(recipe, scratch)
-    resolved = place_hidden_states(dense, run.resolve(recipe, dense, tokenizer))
+    resolved = decide(dense, run.resolve(recipe, dense, tokenizer))
     takes = announce(dense, resolved, folder.absolute().parent, talk)
     with progress(len(find_blocks(dense))) as on_step:
         plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)

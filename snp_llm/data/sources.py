@@ -2,8 +2,9 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +83,35 @@ class Dataset:
     column: str = "text"
 
 
+def mixture(dataset: Dataset) -> list[tuple[Dataset, float]]:
+    """The datasets that a name lists, `a,b=2,c`, each with its share of the whole; of one name that dataset alone.
+
+    A file or folder of the whole name is that, commas and all.
+
+    Raises:
+        SnpError: a share is no number above 0, or a name is missing.
+    """
+    if "," not in dataset.name or Path(dataset.name).exists():
+        return [(dataset, 1.0)]
+    parts = []
+    for part in dataset.name.split(","):
+        name, _, share = part.strip().rpartition("=") if "=" in part else (part.strip(), "", "1")
+        if not name or not re.fullmatch(r"[0-9]*\.?[0-9]+", share) or not float(share) > 0:
+            raise SnpError(
+                f"--calibration: expected texts with commas between them, each with a share above 0 if not the same, "
+                f"as in wikitext2,notes.txt=0.5; got {shown(part)} in {shown(dataset.name)}."
+            )
+        parts.append((replace(dataset, name=name), float(share)))
+    whole = sum(share for _, share in parts)
+    return [(part, share / whole) for part, share in parts]
+
+
 def check_dataset(dataset: Dataset, purpose: Purpose) -> None:
     """Raises SnpError for what no dataset is called, and for local ones that are not there; nothing is read."""
+    if purpose == "calibration" and len(parts := mixture(dataset)) > 1:
+        for part, _ in parts:
+            check_dataset(part, purpose)
+        return
     if purpose == "evaluation" or dataset.name != "random":
         _find(dataset, purpose)
 

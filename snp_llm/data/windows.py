@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from snp_llm.data.sources import Dataset, open_dataset
+from snp_llm.data.sources import Dataset, mixture, open_dataset
 from snp_llm.recipe.recipe import Bos
-from snp_llm.runtime.errors import SnpError, reason
+from snp_llm.runtime.errors import SnpError, reason, shown
 
 # Characters of calibration text read for every token wanted: about eight times what is needed, so that the seed has
 # windows to choose from and a corpus of many gigabytes is not tokenised for its first thousandth.
@@ -118,6 +118,40 @@ def drawn(tokens: Tensor, label: str, bos: Bos, *, num_samples: int, seed: int) 
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:num_samples]
     short = f" ({num_samples} asked for, the text holds no more)" if len(tokens) < num_samples else ""
     return windows_of(tokens[chosen], label, bos, short)
+
+
+def mixed_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    bos: Bos = "once",
+) -> Windows:
+    """Windows of all datasets that a name lists, each with its share of them, in a seeded order.
+
+    Whatever is read from the first windows alone, or judged on some, then sees all of the texts. Of one dataset as
+    `calibration_windows`, whose arguments and errors these are.
+    """
+    parts = mixture(dataset)
+    ends = [round(num_samples * sum(share for _, share in parts[: at + 1])) for at in range(len(parts))]
+    counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    if 0 in counts:
+        raise SnpError(
+            f"--calibration: expected a window or more of each of {len(parts)} texts, got {num_samples} windows for "
+            f"{shown(dataset.name)}. Use more --num-samples or fewer texts."
+        )
+    found = [
+        calibration_windows(tokenizer, part, num_samples=count, seq_len=seq_len, seed=seed, bos=bos)
+        for (part, _), count in zip(parts, counts, strict=True)
+    ]
+    if len(found) == 1:
+        return found[0]
+    tokens = torch.cat([windows.tokens for windows in found])
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    shares = ", ".join(f"{len(windows.tokens)} of {windows.origin}" for windows in found)
+    return windows_of(tokens[order], " and ".join(windows.origin for windows in found), bos, f": {shares}")
 
 
 def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:

@@ -23,7 +23,7 @@ from snp_llm.data.images import (
     labelled_batches,
 )
 from snp_llm.data.sources import Dataset, Purpose, check_dataset
-from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
+from snp_llm.data.windows import Windows, evaluation_windows, mixed_windows
 from snp_llm.evaluate.accuracy import accuracy, image_speed
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.evaluate.prefill import prefill_speed
@@ -106,7 +106,7 @@ def check_text(recipe: Recipe, purpose: Purpose) -> None:
 
 def text_windows(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel, more: int) -> Windows:
     """The calibration windows of a recipe, and `more` after them, checked against the model's vocabulary."""
-    windows = calibration_windows(
+    windows = mixed_windows(
         tokenizer,
         Dataset(recipe.calibration, recipe.calibration_split, recipe.text_column),
         num_samples=recipe.num_samples + more,
@@ -156,12 +156,15 @@ def image_settings(recipe: Recipe, model: PreTrainedModel, _processor: Any) -> d
         raise SnpError("--max-perplexity-increase: expected a model of texts; one of images has no perplexity.")
     if recipe.target_latency is not None:
         raise SnpError("--target-latency: is not measured for models of images. Use --target-flops.")
+    convolutional = find_segments(model) is not None
+    if convolutional and recipe.refine_steps:
+        raise SnpError("--refine: expected none for a convolutional network, whose blocks have no stream to follow.")
     return {
         "calibration": recipe.calibration or UNNAMED,
         "eval_dataset": recipe.eval_dataset or recipe.calibration or UNNAMED,
         "seq_len": positions(model),
         # What a convolution is to put out is not known from a stream that blocks add to.
-        "reference": "self" if find_segments(model) is not None else recipe.reference,
+        "reference": "self" if convolutional else recipe.reference,
     }
 
 

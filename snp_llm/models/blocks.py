@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate.hooks import ModelHook
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from snp_llm.models.calls import BlockCall, call_of, for_windows, move, through, without_cache
+from snp_llm.models.calls import BlockCall, call_of, for_windows, in_dtype, move, through, without_cache
 from snp_llm.models.carried import lay_out, like
 from snp_llm.models.segments import Segments
 from snp_llm.models.task import task_of
@@ -72,6 +73,26 @@ def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """A block's output hidden states, (batch, T, d), computed where the block is."""
     device = next((p.device for p in block.parameters()), hidden.device)  # a block that has gone has none
     return through(block, move(hidden, device), move(for_windows(call, len(hidden)), device))
+
+
+def run_with(block: nn.Module, weights: dict[str, Tensor], hidden: Tensor, call: BlockCall) -> Tensor:
+    """A block's output hidden states with other weights in place of its own, for gradients of these.
+
+    Args:
+        block: left as it was.
+        weights: by the names of its parameters, of their shapes, where the block is.
+        hidden: its input, (batch, T, d), in the dtype of the weights.
+        call: its other arguments, which are taken in that dtype too.
+
+    Returns:
+        (batch, T, d).
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(block, weights, args, kwargs)
+
+    arguments = in_dtype(move(for_windows(call, len(hidden)), hidden.device), hidden.dtype)
+    return through(run, hidden, arguments)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     )
 
 
-def through(block: nn.Module, state: Tensor, call: BlockCall) -> Tensor:
+def through(block: Callable[..., Any], state: Tensor, call: BlockCall) -> Tensor:
     """The stream after a block, from that before it and its other arguments, all where the block is."""
     if call.carried is None:
         return first_tensor(block(state, *call.args, **call.kwargs))
@@ -61,6 +61,15 @@ def move(value: Any, device: torch.device) -> Any:
     """The same nested structure with its tensors on `device`."""
     later = device.type == "cuda"  # from pinned memory; the device takes copies in their turn
     return _changed(value, lambda leaf: leaf.to(device, non_blocking=later) if isinstance(leaf, Tensor) else leaf)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The same nested structure with its floating-point tensors in one dtype."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return _changed(value, cast)
 
 
 def for_windows(call: BlockCall, windows: int) -> BlockCall:

@@ -17,7 +17,7 @@ from snp_llm.models.anatomy import Anatomy, find_anatomy, find_blocks
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
-from snp_llm.pruning.estimate.estimate import place_hidden_states
+from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
@@ -89,7 +89,7 @@ def prune(
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    resolved, journal = place_hidden_states(model, resolve(recipe, model, tokenizer)), journal or Journal()
+    resolved, journal = decide(model, resolve(recipe, model, tokenizer)), journal or Journal()
     clock = Clock(compute_device(resolved.device))
     run = Run(resolved, clock, journal, on_step)
     allowed = resolved.perplexity_increase
@@ -122,7 +122,7 @@ def prune(
 
 def steps(recipe: Recipe, model: PreTrainedModel) -> int:
     """How often `prune` calls `on_step`."""
-    return (2 + visit_passes(recipe)) * len(find_blocks(model))
+    return (2 + visit_passes(recipe) + bool(recipe.refine_steps)) * len(find_blocks(model))
 
 
 def plan(
@@ -142,7 +142,7 @@ def plan(
             "--dry-run: expected a budget whose widths are known before anything is cut, got "
             "--max-perplexity-increase. Leave it out, or run without --dry-run."
         )
-    resolved = place_hidden_states(model, resolve(recipe, model, tokenizer))
+    resolved = decide(model, resolve(recipe, model, tokenizer))
     clock = Clock(compute_device(resolved.device))
     windows = read_calibration(tokenizer, resolved, model) if resolved.allocation in NEEDS_CURVES else None
     visited = visit(model, windows, Run(resolved, clock, Journal(), on_step))

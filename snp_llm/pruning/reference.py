@@ -19,6 +19,7 @@ from snp_llm.models.calls import move
 from snp_llm.models.projections import projection
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.staying import has_more
+from snp_llm.pruning.refine import refined_windows
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.pruning.stream import Stream, check_finite
@@ -45,11 +46,13 @@ class Reference:
             inputs are those of the dense model have none: they give what they should until they are cut.
         windows: on all ranks together.
         stream_scale: what the stream is divided by to be in the measure of a site's output; None under `dense`.
+        behind: the stream that the block as a whole should put out, for as many windows as it is refined on.
     """
 
     outputs: dict[Site, Tensor]
     windows: int
     stream_scale: float | None
+    behind: Stream
 
     def of(self, site: Site, at: slice, hidden: Tensor, before: Sequence[Tensor]) -> Tensor | None:
         """What a site's out-projection should put out, for those of the windows `at` that have a reference.
@@ -77,7 +80,9 @@ class DenseStream:
     Attributes:
         anatomy: of the dense model.
         run: of the phase.
-        stream: before the block that comes next; None where no site is repaired to give anything but its own output.
+        stream: before the block that comes next; None where no site is repaired to give anything but its own output,
+            and no block refined.
+        referred: of all windows so many have a reference at the sites.
         residual: whether blocks add to their stream, which sites are then repaired to give; None: not known yet.
             Blocks that add more than their sites put out are never asked for that.
     """
@@ -85,14 +90,16 @@ class DenseStream:
     anatomy: Anatomy
     run: Run
     stream: Stream | None
+    referred: int
     residual: bool | None
 
     @classmethod
     def beside(cls, stream: Stream, anatomy: Anatomy, run: Run) -> "DenseStream":
         """The dense model's stream beside one that has not yet entered the first block."""
-        wanted = run.recipe.reference
+        wanted, seq_len = run.recipe.reference, stream.hidden.shape[1]
+        refined = refined_windows(run.recipe, stream.total, seq_len)
         if wanted == "self":
-            return cls(anatomy, run, None, False)
+            return cls(anatomy, run, stream.first(refined) if refined else None, 0, False)
         if wanted == "residual" and (others := [i for i in range(len(anatomy.blocks)) if has_more(anatomy, i)]):
             log.warning(
                 "reference residual: %d of %d blocks add more than their sites put out, mixers or experts; reference "
@@ -101,8 +108,10 @@ class DenseStream:
                 len(anatomy.blocks),
             )
         widest = max(site.channels for site in anatomy.sites)
-        first = stream.first(enough_windows(widest, stream.hidden.shape[1]))
-        return cls(anatomy, run, first, None if wanted == "residual" else False)
+        referred = min(stream.total, enough_windows(widest, seq_len))
+        return cls(
+            anatomy, run, stream.first(max(referred, refined)), referred, None if wanted == "residual" else False
+        )
 
     def state(self) -> dict[str, Tensor]:
         """What is needed to go on after the process was killed."""
@@ -128,21 +137,22 @@ class DenseStream:
             widths: of all sites.
         """
         kept = [width == site.units for site, width in zip(self.anatomy.sites, widths, strict=True)]
+        sites = [site for site in self.anatomy.sites_of(index) if site.has_reference] if self.referred else []
+        begin = 0 if self.referred else index  # where a block's own output counts, earlier ones change nothing
         entered, untouched = (
-            all(whole for site, whole in zip(self.anatomy.sites, kept, strict=True) if site.block < end)
+            all(whole for site, whole in zip(self.anatomy.sites, kept, strict=True) if begin <= site.block < end)
             for end in (index, index + 1)
         )
         if self.stream is None or untouched:
             return None
         block, dense, device = self.anatomy.blocks[index], self.stream.before(index), self.run.clock.device
-        sites = [site for site in self.anatomy.sites_of(index) if site.has_reference]
         with self.run.clock.phase("forward passes"):
             only_sites = bool(sites) and not has_more(self.anatomy, index)
             last = index == len(self.anatomy.blocks) - 1  # which may have something of its own, as a bias
             if only_sites and (self.residual is None or (self.residual and last)):
                 self.residual = adds_to_stream(block, sites, dense, device)
             residual = bool(self.residual and only_sites)
-            found = block_reference(block, sites, dense, residual=residual, device=device)
+            found = block_reference(block, sites, dense, self.referred, residual=residual, device=device)
         if entered:
             for site in self.anatomy.stages(index)[0]:
                 found.outputs.pop(site, None)
@@ -150,7 +160,7 @@ class DenseStream:
 
 
 def block_reference(
-    block: nn.Module, sites: Sequence[Site], dense: Stream, *, residual: bool, device: torch.device
+    block: nn.Module, sites: Sequence[Site], dense: Stream, referred: int, *, residual: bool, device: torch.device
 ) -> Reference:
     """Runs a dense block over the dense model's stream, which moves on to what the block puts out.
 
@@ -158,10 +168,13 @@ def block_reference(
         block: dense, on `device`.
         sites: of the block, in the order of its stages.
         dense: the dense model's hidden states before it; overwritten by those after it.
+        referred: of all windows so many have a reference at the sites.
         residual: whether the stream is part of the reference.
         device: to compute on.
     """
-    wanted = {site: dense.room_for(len(site_weight(block, site))) for site in sites}
+    known = len(dense.among_first(referred))
+    shape, dtype = (known, dense.hidden.shape[1]), dense.hidden.dtype
+    wanted = {s: dense.storage.empty(*shape, len(site_weight(block, s)), dtype=dtype) for s in sites}
     scale = _stream_scale(block) if residual else None
     for at, (hidden, output, outputs) in _outputs(block, sites, dense, len(dense.hidden), device):
         check_finite(output, dense.index)
@@ -170,10 +183,11 @@ def block_reference(
             for number, added in enumerate(outputs[:-1]):
                 outputs[number] = stream = stream + added
             outputs[-1] = output / scale
+        here = slice(min(at.start, known), min(at.stop, known))
         for site, value in zip(sites, outputs, strict=True):
-            store(wanted[site], at, value)
+            store(wanted[site], here, value[: here.stop - here.start])
         store(dense.hidden, at, output)
-    return Reference(wanted, dense.total, scale)
+    return Reference(wanted, min(referred, dense.total) if referred else dense.total, scale, dense)
 
 
 def adds_to_stream(block: nn.Module, sites: Sequence[Site], dense: Stream, device: torch.device) -> bool:

@@ -67,6 +67,8 @@ class SiteResult:
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
         curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired.
+        refinement: at the last site of a block that was refined, the block's error on held-out windows after that over
+            the error before; 1 where it stayed as it was. None elsewhere.
     """
 
     site: Site
@@ -79,6 +81,7 @@ class SiteResult:
     dampening: float
     seconds: float
     curve: Curve | None = None
+    refinement: float | None = None
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"

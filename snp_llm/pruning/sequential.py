@@ -23,6 +23,7 @@ from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.cut import cut
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
+from snp_llm.pruning.refine import refine_block
 from snp_llm.pruning.result import Curve, SiteResult
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks, with_algebra
@@ -67,7 +68,7 @@ def prune_blocks(
             reference = dense.reference(index, widths)
             block = copy_unhooked(blocks[index])
             block, found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
-        if reference is None:
+        if reference is None or not dense.referred:
             dense.follow(stream)
         results += found
         with clock.phase("saving"):
@@ -148,6 +149,14 @@ def prune_block(
     if run.recipe.norm_statistics == "pass":
         with run.clock.phase("forward passes"):
             estimate(block, norms_of(block), stream)
+
+    if reference is not None and run.recipe.refine_steps:
+        with run.clock.phase("refinement"):
+            refinement = refine_block(block, stream, reference.behind, run)
+        results[-1] = replace(results[-1], refinement=refinement)
+        if refinement < 1:
+            fixed.clear()  # what they put out is no longer what the block does
+        run.on_step(f"block {stream.index}: refined, error {refinement:.3f} of what it was")
 
     def run_on(at: slice) -> Tensor:
         with _fixing(fixed, at, run.clock.device):

@@ -81,9 +81,13 @@ class Stream:
         """Room for so many values a token, (windows, T, channels), on the storage."""
         return self.storage.empty(*self.hidden.shape[:2], channels, dtype=self.hidden.dtype)
 
+    def among_first(self, count: int) -> range:
+        """Which of the first so many of all windows are this rank's."""
+        return range(self.windows.start, max(self.windows.start, min(self.windows.stop, count)))
+
     def first(self, count: int) -> "Stream":
         """Stream of the first so many of all windows, this rank's among them, with hidden states of its own."""
-        mine = range(self.windows.start, max(self.windows.start, min(self.windows.stop, count)))
+        mine = self.among_first(count)
         hidden = self.storage.empty(len(mine), *self.hidden.shape[1:], dtype=self.hidden.dtype)
         return replace(self, hidden=hidden.copy_(self.hidden[: len(mine)]), windows=mine, total=min(self.total, count))
 

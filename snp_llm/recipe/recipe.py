@@ -111,6 +111,9 @@ class Recipe:
     dampening: float | None = None
     """Added to each channel's energy, relative to it. Default: in every repair, what held-out windows like best; 0.1 in
     orderings and curves."""
+    refine: Annotated[str, tyro.conf.arg(metavar="STEPS")] = "auto"
+    """Steps by which each block as a whole is moved towards what the dense model has behind it, after its sites are
+    cut and repaired. none: no step. auto: as many as take no longer than the rest of the run."""
     absorb_bias: bool = True
     """Move the mean of what is pruned into the out-projection's bias, where there is one."""
     norm_statistics: Literal["closed", "pass"] = "closed"
@@ -186,7 +189,7 @@ class Recipe:
                 f"{flags}: expected one budget, got {len(budgets)}. Leave out all but one; what a recipe file says is "
                 f"taken back with {flag(budgets[-1])} None."
             )
-        _ = self.budget, self.perplexity_increase  # whether they can be read
+        _ = self.budget, self.perplexity_increase, self.refine_steps  # whether they can be read
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
         if self.output is not None:
@@ -278,6 +281,20 @@ class Recipe:
         if not found or not 0 < float(found[1]) < 1000:
             raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {shown(text)}.")
         return float(found[1]) / 100
+
+    @property
+    def refine_steps(self) -> int | None:
+        """Steps of the refinement of a block, or None where they follow from the model.
+
+        Raises:
+            SnpError: not a number of steps.
+        """
+        known = {"auto": None, "none": 0}
+        if self.refine in known:
+            return known[self.refine]
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", self.refine):
+            raise SnpError(f"--refine: expected auto, none or steps from 1 to 999,999, got {shown(self.refine)}.")
+        return int(self.refine)
 
     @property
     def holds_out(self) -> bool:

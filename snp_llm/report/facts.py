@@ -58,6 +58,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "predicted_loss": result.predicted_loss,
             "reference_weight": result.reference_weight,
             "dampening": result.dampening,
+            "refinement": result.refinement,
             "seconds": round(result.seconds, 4),
             "heads": heads(result),
             "curve": curve(result),

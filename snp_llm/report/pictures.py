@@ -134,12 +134,14 @@ def curves(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def repairs(report: Mapping[str, Any]) -> list[Picture]:
-    """What was chosen for the repair of every site: dampening, and the share of the drift."""
+    """What was chosen for the repair of every site, dampening and the share of the drift, and what refining gained."""
     places, found = _blocks(report["sites"]), []
-    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or s.get("reference_weight")]
+    chosen = ("reference_weight", "refinement")
+    done = [s for s in report["sites"] if s["units_after"] < s["units_before"] or any(s.get(name) for name in chosen)]
     for key, title, note, log in (
         ("dampening", "Dampening", "Of the repair, relative to each channel's energy, where there was one.", True),
         ("reference_weight", "Share of the drift repaired", "Of what earlier cuts had spoilt at this site.", False),
+        ("refinement", "Refined blocks", "Error behind the block on held-out windows, over that before.", False),
     ):
         points = _site_points(done, places, key)
         if points and any(p.value > 0 for p in points):

@@ -24,7 +24,7 @@ ONCE = "embeddings and head"  # what a model runs once, however many blocks it h
 
 PHASES = (
     *("loading", ONCE, "forward passes", "Gram matrices", "ordering", "factorisation", "reconstruction", "surgery"),
-    "saving",
+    *("refinement", "saving"),
 )
 
 PROBE_SECONDS = 0.2

@@ -25,10 +25,11 @@ def serve() -> None:
     import datasets  # noqa: F401 - the forks need it
 
     from snp_llm.cli import prune
-    from tests.quick import without_page, without_reloading
+    from tests.quick import with_few_steps, without_page, without_reloading
 
     without_reloading(setattr)
     without_page(setattr)
+    with_few_steps(setattr)
     prune.refuse_what_cannot_fit = lambda *_: None  # or no disk would ever be full
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

@@ -4,8 +4,8 @@ import datasets
 import pytest
 import torch
 
-from snp_llm.data.sources import NAMED, Dataset
-from snp_llm.data.windows import calibration_windows, evaluation_windows
+from snp_llm.data.sources import NAMED, Dataset, check_dataset, mixture
+from snp_llm.data.windows import calibration_windows, evaluation_windows, mixed_windows
 from snp_llm.runtime.errors import SnpError
 
 
@@ -54,6 +54,32 @@ def test_calibration_draws_different_windows_of_the_same_text(texts, tmp_path, t
     assert first.digest == again.digest != other.digest
     drawn = [tuple(w) for w in first.tokens.tolist()]
     assert len(set(drawn)) == 4 and set(drawn) <= everything
+
+
+def test_several_texts_give_their_shares_in_a_drawn_order(texts, tmp_path, tokenizer):
+    one, other = (write(tmp_path / f"{name}.txt", texts[at:]) for name, at in (("one", 0), ("other", 20)))
+    values = {"num_samples": 8, "seq_len": 16, "seed": 3}
+    mixed = mixed_windows(tokenizer, Dataset(f"{one}=3,{other}"), **values)
+    parts = [calibrate(tokenizer, name, **{**values, "num_samples": n}) for name, n in ((one, 6), (other, 2))]
+    drawn = mixed.tokens.tolist()
+    assert sorted(drawn) == sorted([*parts[0].tokens.tolist(), *parts[1].tokens.tolist()])
+    assert drawn[:6] != parts[0].tokens.tolist()
+    assert mixed.description == "one.txt and other.txt, 8 windows of 16 tokens: 6 of one.txt, 2 of other.txt"
+    assert mixed_windows(tokenizer, Dataset(one), **values).digest == calibrate(tokenizer, one, **values).digest
+    with pytest.raises(SnpError, match="expected a window or more of each of 2 texts, got 1 window"):
+        mixed_windows(tokenizer, Dataset(f"{one},{other}"), **{**values, "num_samples": 1})
+
+
+def test_a_file_may_have_commas_in_its_name(texts, tmp_path):
+    path = write(tmp_path / "a,b=2.txt", texts)
+    assert mixture(Dataset(path)) == [(Dataset(path), 1.0)]
+    assert mixture(Dataset("wikitext2, c4=0.5")) == [(Dataset("wikitext2"), 1 / 1.5), (Dataset("c4"), 0.5 / 1.5)]
+
+
+@pytest.mark.parametrize("name", ["wikitext2,", "wikitext2,c4=0", "wikitext2,c4=x", "=1,c4", "wikitext2,c4=-1"])
+def test_shares_that_are_none(name):
+    with pytest.raises(SnpError, match="each with a share above 0"):
+        check_dataset(Dataset(name), "calibration")
 
 
 def test_short_text_gives_fewer_windows_and_says_so(texts, tmp_path, tokenizer):

@@ -32,8 +32,9 @@ def wide_model(model_type, hidden, ffn):
         {"num_samples": 8},
         {"num_samples": 200},  # more than have targets
         {"num_samples": 8, "metric": "error", "reference": "self", "allocation": "variance"},
+        {"num_samples": 8, "refine": "6"},
     ],
-    ids=["default", "many windows", "paper"],
+    ids=["default", "many windows", "paper", "refined"],
 )
 def test_flops_of_a_run_are_what_torch_counts(model_type, options, tokenizer):
     model = wide_model(model_type, 96, 256)

@@ -9,7 +9,7 @@ import torch
 from snp_llm import prune
 from snp_llm.cli.parse import prune_main
 from snp_llm.models.anatomy import find_anatomy, find_blocks
-from snp_llm.pruning.estimate.estimate import place_hidden_states
+from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
 from snp_llm.runtime import ranks
@@ -73,10 +73,10 @@ def test_hidden_states_stay_where_the_estimate_leaves_room():
     for memory, place in ((80e9, "cuda"), (1e6, "cpu")):
         with rehearsed(memory=memory):
             recipe = resolve(small_recipe(device="cuda"), model)
-            assert place_hidden_states(model, recipe).hidden_device == place
-    assert place_hidden_states(model, resolve(small_recipe(device="cpu"), model)).hidden_device == "cpu"
+            assert decide(model, recipe).hidden_device == place
+    assert decide(model, resolve(small_recipe(device="cpu"), model)).hidden_device == "cpu"
     asked = resolve(small_recipe(device="cpu", hidden_device="disk"), model)
-    assert place_hidden_states(model, asked) == asked
+    assert decide(model, asked) == asked
 
 
 def test_ranks_over_nccl_sum_on_the_device_and_hold_no_sum_twice(monkeypatch):

@@ -8,10 +8,13 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.segments import Segments
+from snp_llm.models.size import routed_weights
+from snp_llm.models.task import TEXT, task_of
 from snp_llm.pruning.estimate.memory import Part, memory_parts, peak_parts
 from snp_llm.pruning.estimate.segments import segments_estimate
 from snp_llm.pruning.estimate.shapes import read_shapes
 from snp_llm.pruning.estimate.work import ALGEBRA_SPEED, Work, work_by_phase
+from snp_llm.pruning.refine import FEWEST_STEPS, MOST_STEPS
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.device import device_name, devices_here, has_room
 
@@ -60,7 +63,7 @@ def estimate(model: PreTrainedModel, recipe: ResolvedRecipe) -> Estimate:
         model: dense model, or its skeleton.
         recipe: all settings.
     """
-    recipe = place_hidden_states(model, recipe)
+    recipe = decide(model, recipe)
     if isinstance(find_blocks(model), Segments):
         parts, work = segments_estimate(model, recipe)
         return Estimate(tuple(part for part in parts if part.bytes), tuple(work))
@@ -68,13 +71,17 @@ def estimate(model: PreTrainedModel, recipe: ResolvedRecipe) -> Estimate:
     return Estimate(tuple(part for part in memory_parts(shapes) if part.bytes), tuple(work_by_phase(shapes)))
 
 
-def place_hidden_states(model: PreTrainedModel, recipe: ResolvedRecipe) -> ResolvedRecipe:
-    """The recipe with `hidden_device` "auto" made definite: a GPU that has room for the whole run, else the CPU.
+def decide(model: PreTrainedModel, recipe: ResolvedRecipe) -> ResolvedRecipe:
+    """The recipe with what follows from an estimate made definite: where hidden states wait, and steps of refinement.
+
+    Hidden states wait on a GPU that has room for the whole run, else on the CPU.
 
     Args:
         model: dense model, or its skeleton.
         recipe: all settings.
     """
+    if recipe.refine_steps is None:
+        recipe = replace(recipe, refine=str(affordable_steps(model, recipe) or "none"))
     if recipe.hidden_device != "auto":
         return recipe
     device = device_name(recipe.device)
@@ -83,3 +90,18 @@ def place_hidden_states(model: PreTrainedModel, recipe: ResolvedRecipe) -> Resol
         if has_room(torch.device(device), ROOM * estimate(model, on_device).peak("device")):
             return on_device
     return replace(recipe, hidden_device="cpu")
+
+
+def affordable_steps(model: PreTrainedModel, recipe: ResolvedRecipe) -> int:
+    """Steps of refinement that are worth taking and take no longer than the rest of the run; 0 where there are none.
+
+    Models of images, and those with experts that tokens are routed to, are not refined unless that is asked for: what
+    is right for them was not measured.
+    """
+    if task_of(model.config) is not TEXT or routed_weights(model):
+        return 0
+    resting = replace(recipe, hidden_device="cpu")
+    estimates = (estimate(model, replace(resting, refine=steps)) for steps in ("none", "1", "2"))
+    rest, once, more = (sum(w.flops / (ALGEBRA_SPEED if w.algebra else 1.0) for w in e.work) for e in estimates)
+    steps = 1 + int((2 * rest - once) / (more - once))
+    return 0 if steps < FEWEST_STEPS else min(steps, MOST_STEPS)

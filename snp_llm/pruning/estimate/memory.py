@@ -14,6 +14,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.size import activation_bytes
 from snp_llm.pruning.estimate.shapes import Shapes
 from snp_llm.pruning.factor import algebra_bytes
+from snp_llm.pruning.refine import STATE, steps_windows
 from snp_llm.pruning.statistics import sums_bytes, wants_files
 from snp_llm.pruning.widths.costs import pruned_bytes
 
@@ -54,6 +55,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     recipe, model, d, block = shapes.recipe, shapes.anatomy.model, shapes.hidden, shapes.block_bytes
     device, waiting, apart = shapes.device_place, shapes.waiting_place, shapes.device != "cpu"
     states, referred, visited = (shapes.waiting(n) for n in (recipe.num_samples, shapes.referred, shapes.visited))
+    dense = shapes.waiting(max(shapes.referred, shapes.refined))
     # Beside a GPU the process that will reload the model reads its own meanwhile.
     yield Part("", "host", "libraries", "Python and its libraries", LIBRARIES * (1 + (shapes.device == "cuda")))
     yield Part("", device, "libraries", "workspaces of CUDA's libraries", CUDA_WORKSPACES * (shapes.device == "cuda"))
@@ -62,7 +64,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     yield Part("", "host", "tokens", "calibration text", recipe.num_samples * recipe.seq_len * BYTES_A_TOKEN)
     written = 2 * pruned_bytes(shapes.size, recipe)
     yield Part("", "disk", "model", "the pruned model, block by block and then in shards", written)
-    yield Part("", "disk", "hidden", "hidden states, from which to resume", states + referred)
+    yield Part("", "disk", "hidden", "hidden states, from which to resume", states + dense)
     all_at_hand = apart and recipe.hidden_device == shapes.device  # as a visit has them
     visited_blocks, at_hand = ("all dense blocks", shapes.blocks_bytes) if all_at_hand else ("a dense block", block)
     if shapes.gone_back:
@@ -84,9 +86,18 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
     inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in shapes.widest[:-1])
     yield Part("prune", device, "block", "a dense block and its copy", 2 * block)
     yield Part("prune", waiting, "hidden", "hidden states of the calibration tokens", 2 * states + inputs)
-    yield Part("prune", waiting, "hidden", "hidden states of the dense model", 3 * referred)
+    yield Part("prune", waiting, "hidden", "hidden states of the dense model", dense + 2 * referred)
     widest = max(shapes.widest, key=lambda site: site.channels)
     yield from _sites("prune", shapes, [widest], drifting=referred > 0, holding_out=recipe.holds_out)
+    if shapes.refined:
+        parameters = block // model.dtype.itemsize
+        yield Part(
+            "prune, refined", device, "block", "a block's parameters with the optimizer's state", 4 * STATE * parameters
+        )
+        batch = steps_windows(recipe.seq_len)
+        alive = sum(activation_bytes(model, site, batch, recipe.seq_len) for site in shapes.widest)
+        wide = 4 // min(4, model.dtype.itemsize)
+        yield Part("prune, refined", device, "activations", "activations of one step", 3 * wide * alive)
 
 
 def _sites(phase: str, shapes: Shapes, sites: Sequence[Site], *, drifting: bool, holding_out: bool) -> Iterator[Part]:

@@ -9,6 +9,7 @@ from snp_llm.models.carried import stream_channels
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.text_part import text_config
+from snp_llm.pruning.refine import refined_windows
 from snp_llm.pruning.sensitivity import visit_windows
 from snp_llm.pruning.statistics import enough_windows
 from snp_llm.recipe.recipe import ResolvedRecipe
@@ -27,6 +28,7 @@ class Shapes:
         rest_bytes: of embeddings, norms and head.
         referred, visited, gone_back: windows with a reference, windows that curves are read from, and gradients; each 0
             where there is no such thing.
+        refined: windows that blocks are refined on, likewise.
     """
 
     anatomy: Anatomy
@@ -38,6 +40,7 @@ class Shapes:
     referred: int
     visited: int
     gone_back: int
+    refined: int
 
     @property
     def hidden(self) -> int:
@@ -83,5 +86,6 @@ def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     channels = max(site.channels for site in anatomy.sites)
     referred = enough_windows(channels, recipe.seq_len) if recipe.reference != "self" else 0
     gone_back, visited = visit_windows(channels, int(text_config(model.config).hidden_size), recipe.seq_len, recipe)
-    counts = [min(count, recipe.num_samples) for count in (referred, visited, gone_back)]
+    refined = refined_windows(recipe, recipe.num_samples, recipe.seq_len)
+    counts = [min(count, recipe.num_samples) for count in (referred, visited, gone_back, refined)]
     return Shapes(anatomy, recipe, size, max(blocks), sum(blocks), size.bytes - sum(blocks), *counts)

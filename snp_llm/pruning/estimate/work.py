@@ -11,6 +11,7 @@ from snp_llm.models.size import mean_positions, routed_weights, token_flops
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.shapes import Shapes
 from snp_llm.pruning.factor import factor_flops, loss_curve_flops
+from snp_llm.pruning.refine import refine_tokens
 from snp_llm.pruning.statistics import algebra_dtype
 from snp_llm.runtime.device import ONCE
 
@@ -53,8 +54,9 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
         if gone_back:
             curves = [flops + loss_curve_flops(d, s.channels) for flops, s in zip(curves, sites, strict=True)]
         yield from _algebra("visit: linear algebra", shapes, curves)
-    if referred:
-        yield Work("reference of the dense model", forward * referred, dtype)
+    refined = shapes.refined * recipe.seq_len
+    if referred or refined:
+        yield Work("reference of the dense model", forward * max(referred, refined), dtype)
     # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.
     ffn = sum(s.parameters - d * s.channels for s in sites if s.kind == "ffn")
     yield Work("pruned pass", (forward + token_flops(ffn, 0, 0)) * tokens, dtype)
@@ -66,6 +68,10 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     widths = [round((1 - recipe.sparsity_of(s.kind)) * s.units) for s in sites]
     cuts = [cut_flops(d, site, width, recipe) for site, width in zip(sites, widths, strict=True)]
     yield from _algebra("linear algebra", shapes, cuts)
+    if refined:
+        kept = 1 - sum(s.units * s.cost * recipe.sparsity_of(s.kind) for s in sites) / max(shapes.size.block_linear, 1)
+        passes = refine_tokens(recipe.refine_steps or 0, shapes.refined, recipe.seq_len)
+        yield Work("refinement", kept * forward * passes, sums)
 
 
 def _algebra(what: str, shapes: Shapes, flops: Sequence[float]) -> Iterator[Work]:
