@@ -5,6 +5,7 @@ import copy
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,23 +14,27 @@ from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from snp_llm import checkpoint, prune
 from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
 from snp_llm.data.images import Pictures, labelled_batches
 from snp_llm.evaluate.material import form_of
-from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.anatomy import block_prefixes, find_anatomy
 from snp_llm.models.blocks import loss_gradient
+from snp_llm.models.positions import layer_positions, positions
 from snp_llm.models.projections import inputs_as_rows, weight_of
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.size import linear_weights, model_size
+from snp_llm.models.surgery import drop_shared
 from snp_llm.models.task import drawn_labels
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.sequential import cut_alike
 from snp_llm.pruning.shared import readers, shared_order
 from snp_llm.pruning.widths.coupled import coupled_costs
+from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.runtime.errors import SnpError
 from tests.images import (
     CLASSES,
@@ -47,12 +52,12 @@ PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruned_is_dense_with_zeros_in_its_place(kind):
-    dense, processor = small_classifier(kind), small_processor()
+    dense, processor = small_classifier(kind, torch.float64), small_processor()
     before = copy.deepcopy(dense.state_dict())
-    compact = prune(dense, processor, image_recipe())
-    padded = prune(dense, processor, image_recipe(layout="padded"))
-    logits, expected = (run.model(PIXELS).logits for run in (compact, padded))
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    compact = prune(dense, processor, image_recipe(dtype="float64"))
+    padded = prune(dense, processor, image_recipe(dtype="float64", layout="padded"))
+    logits, expected = (run.model(PIXELS.double()).logits for run in (compact, padded))
+    assert (logits - expected).abs().max() < 1e-6 * expected.abs().max()
     assert model_size(compact.model, 1).parameters < model_size(dense, 1).parameters
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
@@ -148,6 +153,45 @@ def test_costs_are_what_the_pruned_model_has(kind):
     run = prune(dense, small_processor(), image_recipe(target_flops="0.7x", sparsity=None, round_to=1))
     share = model_size(run.model, 1).flops / model_size(dense, 1).flops
     assert 0.68 < share <= 0.7  # a unit of so small a network is a hundredth of it
+
+
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("kind", ["resnet-50", "vgg-16", "deit-small"])
+def test_budgets_of_flops_are_met_within_a_hundredth_of_models_of_full_size(kind, layout):
+    model_type, values = {
+        "resnet-50": ("resnet", {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+        "vgg-16": ("vgg_bn", {}),
+        "deit-small": ("vit", {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}),
+    }[kind]
+    with torch.device("meta"):
+        config = AutoConfig.for_model(model_type, num_labels=1000, image_size=224, **values)
+        model = AutoModelForImageClassification.from_config(config)
+    for share in (0.7, 0.4):
+        anatomy = find_anatomy(model)
+        settings = {"sparsity": None, "target_flops": f"{share}x", "allocation": "uniform", "layout": layout}
+        recipe = resolve(image_recipe(**settings), model)
+        widths = widths_of(anatomy, [None] * len(anatomy.sites), recipe)
+        found = pruned_flops(anatomy, widths) / model_size(model, 1).flops
+        assert share - 0.01 < found <= share + 1e-9
+
+
+def pruned_flops(anatomy, widths):
+    """FLOPs of an image in a model whose sites keep so many units, counted in layers that have lost the others."""
+    cut = find_anatomy(copy.deepcopy(anatomy.model))
+    kept = {site: torch.arange(width) for site, width in zip(anatomy.sites, widths, strict=True)}
+    for site, units in kept.items():
+        cut_alike(cut.blocks[site.block], SimpleNamespace(site=site, kept=units))
+    for index, block in enumerate(cut.blocks):
+        for shared, numbers in readers(anatomy).items():
+            here = [anatomy.sites[n] for n in numbers if anatomy.sites[n].block == index]
+            drop_shared(block, index, shared, here, kept[anatomy.sites[numbers[0]]])
+    layers = dict(cut.model.named_modules())
+    for prefix, block in zip(block_prefixes(anatomy.model), cut.blocks, strict=True):
+        layers.update({f"{prefix}{path}": module for path, module in block.named_modules()})
+    counts = layer_positions(anatomy.model)
+    heads = sum(s.unit_size * len(units) for s, units in kept.items() if s.heads is not None)
+    attended = sum(4.0 * heads * positions(anatomy.model) for _ in range(positions(anatomy.model)))
+    return attended + sum(2.0 * count * layers[path].weight.numel() for path, count in counts.items())
 
 
 def test_readers_of_a_stream_keep_the_same_units():
