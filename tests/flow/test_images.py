@@ -40,6 +40,7 @@ from tests.images import (
     CLASSES,
     CONVOLUTIONAL,
     KINDS,
+    TRANSFORMER,
     image_folder,
     image_recipe,
     saved_classifier,
@@ -388,6 +389,34 @@ def test_layers_that_cannot_lose_channels_are_named():
     padded.resnet.encoder.stages[1].layers[0].shortcut = nn.ZeroPad2d(1)
     with pytest.raises(SnpError, match=r"1\.layers\.0\.shortcut: is a ZeroPad2d; .* zeros cannot lose"):
         find_anatomy(padded)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("clip", "the tower of a model of two"),
+        ("siglip", "the tower of"),
+        ("swin", "expected one attention in a block"),
+    ],
+)
+def test_classifiers_of_other_builds_are_refused_in_words(model_type, said):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type))
+    with pytest.raises(SnpError, match=said):
+        find_anatomy(model)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("model_type", ["beit", "dinov2", "dinov2_with_registers", "ijepa", "vit_msn"])
+def test_transformers_that_are_not_in_the_table_work_as_the_docs_say(model_type, layout, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **TRANSFORMER, mlp_ratio=2)
+    dense = AutoModelForImageClassification.from_config(config).eval().requires_grad_(False)
+    pruned = prune(dense, small_processor(), image_recipe(layout=layout)).model
+    checkpoint.save(pruned, small_processor(), tmp_path)
+    assert checkpoint.verify(dense, pruned, tmp_path, PIXELS) < 1e-6
+    assert model_size(pruned, 1).parameters < model_size(dense, 1).parameters
 
 
 def test_budgets_that_a_network_does_not_have_are_refused():
