@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--share", type=float, default=0.5, help="of a group's channels that goes")
     parser.add_argument("--methods", default="ours,zca uniform,SAW")
+    parser.add_argument("--groups", help="those of them, with commas; all where not said")
     parser.add_argument("--num-samples", type=int, default=256)
     args = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"| {100 * args.share:g} % of | weights gone | FLOPs gone | {' | '.join(f'{n} | +BN' for n in names)} |")
     print("|---|" + "---:|" * (2 + 2 * len(names)), flush=True)
     anatomy = find_anatomy(model)
-    for group in ("all", "inner", "streams", *stages(anatomy)):
+    for group in args.groups.split(",") if args.groups else ("all", "inner", "streams", *stages(anatomy)):
         widths = [width(site, args.share if group in groups_of(anatomy, site) else 0.0) for site in anatomy.sites]
         row, size = [], before
         for name in names:
