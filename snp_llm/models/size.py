@@ -1,5 +1,6 @@
 """What a model takes up: parameters, bytes, FLOPs, activations. Runs nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,6 +60,17 @@ def image_flops(model: PreTrainedModel, _positions: int) -> float:
 
 
 FLOPS = {"text": prefill_flops, "images": image_flops}
+
+
+def unit_flops(model: PreTrainedModel, weights: float, attended: float, seq_len: int) -> float:
+    """FLOPs of so many weights of a block, and attention channels, in what `ModelSize.flops` is of."""
+    return UNIT_FLOPS[task_of(model.config).name](weights, attended, seq_len)
+
+
+UNIT_FLOPS: dict[str, Callable[[float, float, int], float]] = {
+    "text": lambda weights, attended, seq_len: token_flops(weights, attended, mean_positions(seq_len)),
+    "images": lambda weights, attended, tokens: tokens * token_flops(weights, attended, tokens),
+}
 
 
 def linear_weights(module: nn.Module) -> int:

@@ -24,9 +24,8 @@ class Task:
 
     Attributes:
         name: "text" or "images"; by it other rooms know what is theirs.
-        pipeline: what the Hub calls it, where the model's Auto class does not say.
         reader: the Auto class of what makes inputs of texts or images.
-        item: what a loss, or a figure of work, is of, in the singular.
+        work: what FLOPs are of.
         windows: what calibration is counted in, in the plural.
         smallest: runs a model on the smallest of its inputs, with a whole mask or none, for the sake of its shapes.
         loss: summed negative log-likelihood, from logits and the inputs that they are of.
@@ -35,9 +34,8 @@ class Task:
     """
 
     name: str
-    pipeline: str
     reader: str
-    item: str
+    work: str
     windows: str
     smallest: Callable[[PreTrainedModel, bool], object]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -85,9 +83,8 @@ def drawn_labels(logits: Tensor, pixels: Tensor) -> Tensor:
 
 TEXT = Task(
     name="text",
-    pipeline="text-generation",
     reader="AutoTokenizer",
-    item="token",
+    work="a token",
     windows="windows",
     smallest=two_tokens,
     loss=next_tokens,
@@ -96,9 +93,8 @@ TEXT = Task(
 )
 IMAGES = Task(
     name="images",
-    pipeline="image-classification",
     reader="AutoImageProcessor",
-    item="image",
+    work="an image",
     windows="images",
     smallest=one_image,
     loss=drawn_labels,

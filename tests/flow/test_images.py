@@ -5,6 +5,7 @@ import copy
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,28 +14,33 @@ from datasets import Image as ImageColumn
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from snp_llm import checkpoint, prune
 from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
 from snp_llm.data.images import Pictures, labelled_batches
 from snp_llm.evaluate.material import form_of
-from snp_llm.models.anatomy import find_anatomy
+from snp_llm.models.anatomy import block_prefixes, find_anatomy
 from snp_llm.models.blocks import loss_gradient
+from snp_llm.models.positions import layer_positions, positions
 from snp_llm.models.projections import inputs_as_rows, weight_of
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.size import linear_weights, model_size
+from snp_llm.models.surgery import drop_shared
 from snp_llm.models.task import drawn_labels
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.sequential import cut_alike
 from snp_llm.pruning.shared import readers, shared_order
 from snp_llm.pruning.widths.coupled import coupled_costs
+from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.runtime.errors import SnpError
 from tests.images import (
     CLASSES,
     CONVOLUTIONAL,
     KINDS,
+    TRANSFORMER,
     image_folder,
     image_recipe,
     saved_classifier,
@@ -47,12 +53,12 @@ PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruned_is_dense_with_zeros_in_its_place(kind):
-    dense, processor = small_classifier(kind), small_processor()
+    dense, processor = small_classifier(kind, torch.float64), small_processor()
     before = copy.deepcopy(dense.state_dict())
-    compact = prune(dense, processor, image_recipe())
-    padded = prune(dense, processor, image_recipe(layout="padded"))
-    logits, expected = (run.model(PIXELS).logits for run in (compact, padded))
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    compact = prune(dense, processor, image_recipe(dtype="float64"))
+    padded = prune(dense, processor, image_recipe(dtype="float64", layout="padded"))
+    logits, expected = (run.model(PIXELS.double()).logits for run in (compact, padded))
+    assert (logits - expected).abs().max() < 1e-6 * expected.abs().max()
     assert model_size(compact.model, 1).parameters < model_size(dense, 1).parameters
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
 
@@ -150,6 +156,45 @@ def test_costs_are_what_the_pruned_model_has(kind):
     assert 0.68 < share <= 0.7  # a unit of so small a network is a hundredth of it
 
 
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("kind", ["resnet-50", "vgg-16", "deit-small"])
+def test_budgets_of_flops_are_met_within_a_hundredth_of_models_of_full_size(kind, layout):
+    model_type, values = {
+        "resnet-50": ("resnet", {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
+        "vgg-16": ("vgg_bn", {}),
+        "deit-small": ("vit", {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}),
+    }[kind]
+    with torch.device("meta"):
+        config = AutoConfig.for_model(model_type, num_labels=1000, image_size=224, **values)
+        model = AutoModelForImageClassification.from_config(config)
+    for share in (0.7, 0.4):
+        anatomy = find_anatomy(model)
+        settings = {"sparsity": None, "target_flops": f"{share}x", "allocation": "uniform", "layout": layout}
+        recipe = resolve(image_recipe(**settings), model)
+        widths = widths_of(anatomy, [None] * len(anatomy.sites), recipe)
+        found = pruned_flops(anatomy, widths) / model_size(model, 1).flops
+        assert share - 0.01 < found <= share + 1e-9
+
+
+def pruned_flops(anatomy, widths):
+    """FLOPs of an image in a model whose sites keep so many units, counted in layers that have lost the others."""
+    cut = find_anatomy(copy.deepcopy(anatomy.model))
+    kept = {site: torch.arange(width) for site, width in zip(anatomy.sites, widths, strict=True)}
+    for site, units in kept.items():
+        cut_alike(cut.blocks[site.block], SimpleNamespace(site=site, kept=units))
+    for index, block in enumerate(cut.blocks):
+        for shared, numbers in readers(anatomy).items():
+            here = [anatomy.sites[n] for n in numbers if anatomy.sites[n].block == index]
+            drop_shared(block, index, shared, here, kept[anatomy.sites[numbers[0]]])
+    layers = dict(cut.model.named_modules())
+    for prefix, block in zip(block_prefixes(anatomy.model), cut.blocks, strict=True):
+        layers.update({f"{prefix}{path}": module for path, module in block.named_modules()})
+    counts = layer_positions(anatomy.model)
+    heads = sum(s.unit_size * len(units) for s, units in kept.items() if s.heads is not None)
+    attended = sum(4.0 * heads * positions(anatomy.model) for _ in range(positions(anatomy.model)))
+    return attended + sum(2.0 * count * layers[path].weight.numel() for path, count in counts.items())
+
+
 def test_readers_of_a_stream_keep_the_same_units():
     dense = small_classifier("basic", embedding_size=16)
     run = prune(dense, small_processor(), image_recipe(sparsity=0.5))
@@ -215,14 +260,15 @@ def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     assert "top-1" in capsys.readouterr().out
     assert inspect_main([str(folder)]) == 0
     assert prune_main([*arguments, "--quiet", "--dry-run", "--sparsity", "0.2"]) == 0
-    assert bench_main([str(folder), out, "--batch-sizes", "1", "4", "--repeats", "2", "--save", "--quiet"]) == 0
+    timed = [str(folder), out, "--batch-sizes", "1", "4", "--repeats", "2", "--quiet"]
+    assert bench_main([*timed, "--save", "--no-memory"]) == 0
     printed = capsys.readouterr().out
-    assert "images, 4 at a time" in printed and "images a second" in printed and "peak host memory" in printed
+    assert "images, 4 at a time" in printed and "images a second" in printed
     cell = json.loads((tmp_path / "out/bench.json").read_text())["cells"][1]
     assert cell["dense"]["per_second"] == pytest.approx(4 / cell["dense"]["seconds"])
     assert cell["flops_ratio"] == pytest.approx(report["dense"]["size"]["flops"] / report["pruned"]["size"]["flops"])
     assert cell["bytes_ratio"] == pytest.approx(report["dense"]["size"]["bytes"] / report["pruned"]["size"]["bytes"])
-    assert bench_main([str(folder), out, "--new-tokens", "4"]) == 2
+    assert bench_main([*timed, "--new-tokens", "4"]) == 2
     assert "--new-tokens: expected models of texts" in capsys.readouterr().err
 
 
@@ -244,6 +290,14 @@ def test_mistakes_are_said_in_one_line(break_it, said, tmp_path, capsys):
     assert prune_main([str(folder), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive
+def test_peak_memory_of_classifiers_is_measured_in_processes_of_their_own(tmp_path, capsys):
+    names = [str(saved_classifier("vgg_bn", tmp_path / name)) for name in ("one", "other")]
+    assert bench_main([*names, "--batch-sizes", "2", "--repeats", "2", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert all(memory[model]["host"] > memory[model]["libraries"] > 50e6 for model in ("dense", "pruned"))
 
 
 def table_of_images(file, labels, names=None, mode="RGB"):
@@ -344,6 +398,34 @@ def test_layers_that_cannot_lose_channels_are_named():
     padded.resnet.encoder.stages[1].layers[0].shortcut = nn.ZeroPad2d(1)
     with pytest.raises(SnpError, match=r"1\.layers\.0\.shortcut: is a ZeroPad2d; .* zeros cannot lose"):
         find_anatomy(padded)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("clip", "the tower of a model of two"),
+        ("siglip", "the tower of"),
+        ("swin", "expected one attention in a block"),
+    ],
+)
+def test_classifiers_of_other_builds_are_refused_in_words(model_type, said):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(model_type))
+    with pytest.raises(SnpError, match=said):
+        find_anatomy(model)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("model_type", ["beit", "dinov2", "dinov2_with_registers", "ijepa", "vit_msn"])
+def test_transformers_that_are_not_in_the_table_work_as_the_docs_say(model_type, layout, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **TRANSFORMER, mlp_ratio=2)
+    dense = AutoModelForImageClassification.from_config(config).eval().requires_grad_(False)
+    pruned = prune(dense, small_processor(), image_recipe(layout=layout)).model
+    checkpoint.save(pruned, small_processor(), tmp_path)
+    assert checkpoint.verify(dense, pruned, tmp_path, PIXELS) < 1e-6
+    assert model_size(pruned, 1).parameters < model_size(dense, 1).parameters
 
 
 def test_budgets_that_a_network_does_not_have_are_refused():

@@ -9,6 +9,7 @@ from snp_llm.models.families.family import EVERYWHERE, HERE, READ, VLLM, Family
 from snp_llm.models.families.vision import VISION
 from snp_llm.models.registry import auto_class, dense_type
 from snp_llm.models.text_part import text_config
+from snp_llm.runtime.errors import SnpError
 
 # No config key keeps the size of heads when some go.
 TIED: dict[str, Any] = {"head_dim_key": None}
@@ -168,10 +169,15 @@ def find_family(config: PretrainedConfig) -> Family:
     What loads it in other widths was looked up for models of text alone; with towers it is transformers.
 
     Raises:
-        SnpError: no model that transformers lets write text has the config's type.
+        SnpError: no model that transformers lets write text or classify images has the config's type; it classifies
+            images by a tower of two.
     """
-    auto_class(config)
     text = text_config(config)
+    if auto_class(config).__name__ == "AutoModelForImageClassification" and text is not config:
+        raise SnpError(
+            f"model_type {config.model_type!r} is not supported: it classifies images by the tower of a model of two, "
+            "in whose config it is only a part; expected one whose own config says what its blocks are, such as a ViT."
+        )
     family = family_of(text)
     return family if text is config else replace(family, engines=HERE, head_engines=HERE)
 

@@ -10,7 +10,8 @@ from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site, site_weight, tensor_or_module
-from snp_llm.models.size import ModelSize, mean_positions, model_size, token_flops
+from snp_llm.models.size import ModelSize, model_size, unit_flops
+from snp_llm.models.task import task_of
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
@@ -72,13 +73,13 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
             {
                 "params": parameters,
                 "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": token_flops(site.cost, attended, mean_positions(recipe.seq_len)),
+                "flops": unit_flops(anatomy.model, site.cost, attended, recipe.seq_len),
             }[budget.kind]
         )
     unit, dense = {
         "params": ("parameters", size.parameters),
         "size": ("bytes", size.bytes),
-        "flops": ("FLOPs a token", size.flops),
+        "flops": (f"FLOPs {task_of(anatomy.model.config).work}", size.flops),
     }[budget.kind]
     return Costs(unit, float(dense), [linear_costs(s.units, cost) for s, cost in zip(sites, per_unit, strict=True)])
 
