@@ -61,10 +61,10 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     task = _Task(block, stream, behind, run.clock.device)
     held, steps = held_out(behind.total), run.recipe.refine_steps or 0
     fitted, judged = (~held).nonzero()[:, 0], held.nonzero()[:, 0].tolist()
-    if not judged:
-        return 1.0
     dtype = torch.promote_types(behind.hidden.dtype, torch.float32)
     moving = {n: p.detach().to(dtype, copy=True) for n, p in block.named_parameters() if p.is_floating_point()}
+    if not judged or not moving:
+        return 1.0
     own = {name: weight.clone() for name, weight in moving.items()}
     adam = torch.optim.Adam([weight.requires_grad_() for weight in moving.values()], lr=RATE, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, steps))
