@@ -24,7 +24,7 @@ TOKENS = 65_536  # at most, that blocks are refined on
 
 TOKENS_A_STEP = 256  # at least
 
-RATE = 1e-3  # of Adam, at its highest
+RATE = 1e-3  # of Adam, at its highest, for `MOST_STEPS` and more
 
 BETAS = (0.9, 0.95)
 
@@ -61,12 +61,12 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     task = _Task(block, stream, behind, run.clock.device)
     held, steps = held_out(behind.total), run.recipe.refine_steps or 0
     fitted, judged = (~held).nonzero()[:, 0], held.nonzero()[:, 0].tolist()
-    if not judged:
-        return 1.0
     dtype = torch.promote_types(behind.hidden.dtype, torch.float32)
     moving = {n: p.detach().to(dtype, copy=True) for n, p in block.named_parameters() if p.is_floating_point()}
+    if not judged or not moving:
+        return 1.0
     own = {name: weight.clone() for name, weight in moving.items()}
-    adam = torch.optim.Adam([weight.requires_grad_() for weight in moving.values()], lr=RATE, betas=BETAS)
+    adam = torch.optim.Adam([weight.requires_grad_() for weight in moving.values()], lr=1.0, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, steps))
     draw = torch.Generator().manual_seed(run.recipe.seed + stream.index)
     before = task.error(own, judged)
@@ -115,8 +115,10 @@ def refine_tokens(steps: int, windows: int, seq_len: int) -> float:
 
 
 def rate(step: int, steps: int) -> float:
-    """Learning rate of a step, counted from 0, over the highest."""
-    return min(1.0, (step + 1) / (WARM * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+    """Learning rate of a step, counted from 0: fewer steps have to be smaller, for what the first of them spoil is made
+    good by those that follow."""
+    highest = RATE * min(1.0, steps / MOST_STEPS) ** 0.5
+    return highest * min(1.0, (step + 1) / (WARM * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)

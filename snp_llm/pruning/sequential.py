@@ -153,7 +153,7 @@ def prune_block(
     if reference is not None and run.recipe.refine_steps:
         with run.clock.phase("refinement"):
             refinement = refine_block(block, stream, reference.behind, run)
-        results[-1] = replace(results[-1], refinement=refinement)
+        results[-1:] = [replace(last, refinement=refinement) for last in results[-1:]]  # some blocks have no site
         if refinement < 1:
             fixed.clear()  # what they put out is no longer what the block does
         run.on_step(f"block {stream.index}: refined, error {refinement:.3f} of what it was")

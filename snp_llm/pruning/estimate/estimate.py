@@ -18,6 +18,8 @@ from snp_llm.pruning.refine import FEWEST_STEPS, MOST_STEPS
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.device import device_name, devices_here, has_room
 
+STEPS_SPEED = 0.75  # of the rate of large products that steps of refinement reach, which are of few tokens
+
 ROOM = 1.25  # of the estimated peak, that has to be free: workspaces of libraries and fragments come on top
 
 
@@ -103,5 +105,5 @@ def affordable_steps(model: PreTrainedModel, recipe: ResolvedRecipe) -> int:
     resting = replace(recipe, hidden_device="cpu")
     estimates = (estimate(model, replace(resting, refine=steps)) for steps in ("none", "1", "2"))
     rest, once, more = (sum(w.flops / (ALGEBRA_SPEED if w.algebra else 1.0) for w in e.work) for e in estimates)
-    steps = 1 + int((2 * rest - once) / (more - once))
+    steps = 1 + int(((1 + STEPS_SPEED) * rest - once) / (more - once))
     return 0 if steps < FEWEST_STEPS else min(steps, MOST_STEPS)
