@@ -38,7 +38,7 @@ def difference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     worst = 0.0
     for prompt, tokens in ((ids[: len(ids) // 2], ids[: len(ids) // 2]), (SAID, ids)):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
-        asked = {"prompt": prompt, "n_predict": 1, "n_probs": len(logits), "cache_prompt": False}
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": len(logits), "cache_prompt": False, "ignore_eos": True}
         answer = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found = torch.full_like(logits, float("nan"))
         for entry in answer:
