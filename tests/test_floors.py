@@ -11,9 +11,22 @@ import snp_llm
 
 ROOT = Path(snp_llm.__file__).parent
 # From the entry down to the ground; a folder imports itself and those after it.
-FLOORS = ("api", "cli", "report", "pruning", "evaluate", "checkpoint", "models", "data", "linalg", "recipe", "runtime")
+FLOORS = (
+    "api",
+    "cli",
+    "report",
+    "engines",
+    "pruning",
+    "evaluate",
+    "checkpoint",
+    "models",
+    "data",
+    "linalg",
+    "recipe",
+    "runtime",
+)
 PROGRAMS = ("__init__", "prune", "evaluate.__main__")  # names for what is inside
-ENTRIES = 13  # that one sees in the package's folder
+ENTRIES = 14  # that one sees in the package's folder
 
 
 def arrows() -> dict[str, set[str]]:

@@ -13,6 +13,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
   snp-llm eval MODEL [MODEL ...]        perplexity and zero-shot tasks, models side by side
   snp-llm bench DENSE PRUNED            speed, memory and size of both, measured in turns
   snp-llm report FOLDER [FOLDER ...]    report.html of smaller models, side by side
+  snp-llm export FOLDER --to gguf       a file for llama.cpp or ONNX Runtime, compared there
   snp-llm push FOLDER user/name         upload a smaller model to the Hugging Face Hub
   snp-llm families                      types of models that are tested, and what can go in each
   snp-llm help COMMAND                  its options
@@ -28,6 +29,7 @@ COMMANDS = {
     "eval": "evaluate_main",
     "bench": "bench_main",
     "report": "report_main",
+    "export": "export_main",
     "push": "push_main",
     "families": "families_main",
     "completion": "completion_main",

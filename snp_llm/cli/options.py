@@ -39,10 +39,11 @@ SAYINGS = (
     (r"Unrecognized options: (\S+?),? .*?Perhaps you meant: (--[\w-]+).*", r"unknown option \1. Did you mean \2?"),
     (r"Unrecognized options: (--[\w-]+).*", r"unknown option \1."),
     (r"Unrecognized options: (.*)", r"expected no further argument, got \1."),
+    (r"Missing from \S+ \S+: (--\S+) .*", r"expected \1, got none."),
     (r"Missing from \S+ \S+: (.*?) [A-Z][a-z].*", r"expected \1, got none."),
     (r"Missing value for argument '(\S+)'.*", r"\1: expected a value, got none."),
     (
-        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\).*",
+        r"(?:Invalid choice )?invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\).*",
         r"\2: expected one of \3, got '\1'.",
     ),
     (r"Error parsing (\S+?): .*? from \['(.*?)'\]\..*", r"\1: expected {}, got '\2'."),

@@ -17,6 +17,7 @@ import tyro
 
 from snp_llm.cli import bench as bench_command
 from snp_llm.cli import evaluate as evaluate_command
+from snp_llm.cli import export as export_command
 from snp_llm.cli import families as families_command
 from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli import prune as prune_command
@@ -27,6 +28,7 @@ from snp_llm.cli.options import command_of, filled, in_words, taken_apart
 from snp_llm.recipe.commands import (
     BenchRecipe,
     EvaluationRecipe,
+    ExportRecipe,
     FamiliesRecipe,
     InspectRecipe,
     PushRecipe,
@@ -84,6 +86,11 @@ def push_main(arguments: Sequence[str]) -> int:
     return _guarded(PushRecipe, "snp-llm push", arguments, push_command.run_push)
 
 
+def export_main(arguments: Sequence[str]) -> int:
+    """Entry point of `snp-llm export`."""
+    return _guarded(ExportRecipe, "snp-llm export", arguments, export_command.run_export)
+
+
 def families_main(arguments: Sequence[str]) -> int:
     """Entry point of `snp-llm families`."""
     return _guarded(FamiliesRecipe, "snp-llm families", arguments, families_command.run_families)
@@ -96,6 +103,7 @@ RECIPES: dict[str, type] = {
     "bench": BenchRecipe,
     "report": ReportRecipe,
     "push": PushRecipe,
+    "export": ExportRecipe,
     "families": FamiliesRecipe,
 }
 

@@ -109,6 +109,28 @@ class PushRecipe:
 
 
 @dataclass(frozen=True)
+class ExportRecipe:
+    """Write a model as a file of another engine, and compare what that says there with what it says here."""
+
+    folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
+    """What `snp-llm prune` wrote, or any model that it takes."""
+    to: Literal["gguf", "onnx"]
+    """gguf: for llama.cpp, models like Llama in every layout; pip install 'snp-llm[gguf]'. onnx: for ONNX Runtime,
+    tokens or pixels to logits; pip install 'snp-llm[onnx]'."""
+    output: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Where it goes. Default: FOLDER.gguf, or the folder FOLDER-onnx."""
+    dtype: Literal["f32", "f16", "bf16"] = "f32"
+    """Type of the matrices in a GGUF file; llama-quantize makes smaller ones of it."""
+    overwrite: bool = False
+    """Replace a GGUF file that is there."""
+    trust_remote_code: bool = False
+    """Allow Python code in FOLDER to run."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
 class Talk:
     """How a command talks: results on stdout, progress and remarks on stderr."""
 
