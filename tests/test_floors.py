@@ -11,9 +11,21 @@ import snp_llm
 
 ROOT = Path(snp_llm.__file__).parent
 # From the entry down to the ground; a folder imports itself and those after it.
-FLOORS = ("cli", "report", "pruning", "evaluate", "checkpoint", "models", "data", "linalg", "recipe", "runtime")
+FLOORS = (
+    "cli",
+    "report",
+    "recovery",
+    "pruning",
+    "evaluate",
+    "checkpoint",
+    "models",
+    "data",
+    "linalg",
+    "recipe",
+    "runtime",
+)
 PROGRAMS = ("__init__", "prune", "evaluate.__main__")  # names for what is inside
-ENTRIES = 12  # that one sees in the package's folder
+ENTRIES = 13  # that one sees in the package's folder
 
 
 def arrows() -> dict[str, set[str]]:

@@ -168,7 +168,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         more["evaluation"] = measured_on
     summary = facts.build_report(pruned, before, after, more)
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
-    model_cards.write_card(summary, pruned, base_model, partial)
+    model_cards.write_card(summary, pruned.model.config, base_model, partial)
     save_recipe(pruned.recipe, partial / contents.RECIPE, shlex.join(command))
     written = [name for name in contents.files_in(partial) if name.split("/")[0] not in contents.UNFINISHED]
     summary["files"] = sorted({*written, contents.REPORT})  # of which --overwrite replaces no more
