@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import transformers
 from peers import NAMES, PEERS, make_methods
+from peers import report as peers_report
+from peers.snp import OURS
 from transformers import PreTrainedModel
 
 from snp_llm import checkpoint, perplexity
@@ -32,8 +34,6 @@ from snp_llm.evaluate.speed import quartiles, random_tokens, timed
 from snp_llm.report.figures import Line, Panel, quality_figure
 from snp_llm.runtime.device import compute_device
 
-OURS = "ours"
-NOT_SHOWN = "osscar-greedy"  # not to be told from OSSCAR
 TITLES = {method.name: method.title for method in PEERS.values()} | {"snp": "SNP as in the paper", OURS: OURS}
 
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = markdown(rows, conditions)
         path.with_suffix(".md").write_text(text)
         print(text)
-    plot(read_csv(path), args.beside, args.column, path.with_suffix(".png"))
+    plot(read_csv(path), args.beside, args.text, path.with_suffix(".png"))
     return 0
 
 
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="hub id or local folder")
     parser.add_argument("--calibration", default="wikitext2", help="as for snp-llm prune")
     parser.add_argument("--evaluation", default="wikitext2", help="as for snp-llm eval")
-    parser.add_argument("--methods", default="flap,slicegpt,osscar,snp,ours", help=f"of {','.join(NAMES)}")
+    parser.add_argument("--methods", default="flap,slicegpt,osscar,snp,ours", help=f"of {','.join(NAMES)}, ours")
     parser.add_argument("--sparsities", default="0.1,0.2,0.3,0.4,0.5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=64)
@@ -83,15 +83,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="turns of each model beside the dense one")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--beside", type=Path, default=None, metavar="CSV", help="cells of benchmarks/peers.py")
-    parser.add_argument("--column", default="perplexity wikitext", help="of --beside")
+    parser.add_argument("--text", default="evaluation wikitext", help="of --beside")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="speed")
     parser.add_argument("--redraw", action="store_true")
     args = parser.parse_args(arguments)
     args.methods = args.methods.split(",")
     args.sparsities = [float(value) for value in args.sparsities.split(",")]
-    if unknown := [name for name in args.methods if name not in NAMES]:
-        parser.error(f"unknown method {unknown[0]!r}; expected some of {', '.join(NAMES)}")
+    if unknown := [name for name in args.methods if name not in (*NAMES, OURS)]:
+        parser.error(f"unknown method {unknown[0]!r}; expected some of {', '.join(NAMES)}, ours")
     return args
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], str]:
         "num_samples": args.num_samples,
         "seq_len": args.seq_len,
     }
-    methods = PEERS | {method.name: method for method in make_methods(tokenizer, settings)}
+    methods = PEERS | {method.name: method for method in make_methods(tokenizer, settings, {OURS: {}})}
     device = compute_device("auto")
     before = perplexity(dense, text.tokens, device=device)
     pruned = []
@@ -178,14 +178,14 @@ def markdown(rows: Sequence[Row], conditions: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(rows: Sequence[Row], beside: Path | None, column: str, path: Path) -> None:
+def plot(rows: Sequence[Row], beside: Path | None, text: str, path: Path) -> None:
     """Perplexity above dense against what is gone and against what is gained, at the width of a README."""
-    cells = cells_of(rows) if beside is None else cells_beside(beside, column)
+    cells = cells_of(rows) if beside is None else cells_beside(beside, text)
     by_sparsity = []
     for name in cells:
         sparsities = sorted(cells[name])
         means = [statistics.mean(cells[name][s]) for s in sparsities]
-        by_sparsity.append(Line(TITLES[name], [100 * s for s in sparsities], means, emphasised=name == OURS))
+        by_sparsity.append(Line(TITLES.get(name, name), [100 * s for s in sparsities], means, emphasised=name == OURS))
     by_speed = [
         Line(TITLES[name], *zip(*((r.speed, r.perplexity - r.dense) for r in own), strict=True), name == OURS)
         for name, own in ((n, [r for r in rows if r.method == n]) for n in dict.fromkeys(r.method for r in rows))
@@ -206,18 +206,17 @@ def cells_of(rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
     return found
 
 
-def cells_beside(path: Path, column: str) -> dict[str, dict[float, list[float]]]:
-    """Perplexities above dense, by method and sparsity, from a table of benchmarks/peers.py, over its seeds."""
-    with open(path, newline="") as file:
-        cells = [*csv.DictReader(file)]
-    dense = next(float(cell[column]) for cell in cells if cell["method"] == "dense")
-    return cells_of(
-        [
-            Row(cell["method"], float(cell["sparsity"]), float(cell["achieved"]), float(cell[column]), dense, 1, 1, 1)
-            for cell in cells
-            if cell["method"] not in ("dense", NOT_SHOWN)
-        ]
-    )
+def cells_beside(path: Path, text: str) -> dict[str, dict[float, list[float]]]:
+    """Perplexities above dense, by family and sparsity, of the settings that count in a table of peers.py."""
+    (dense, *rows), _ = peers_report.read_csv(path)
+    return {
+        family: {
+            s: [row.quality[text].perplexity - dense.quality[text].perplexity for row in found]
+            for s, found in curve.items()
+            if not any(row.failed for row in found)
+        }
+        for family, curve in peers_report.choose(rows).items()
+    }
 
 
 if __name__ == "__main__":

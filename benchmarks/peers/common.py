@@ -1,4 +1,4 @@
-"""What the peers share: a method's signature, uniform widths, surgery, and the two ways to see the calibration text.
+"""What the peers share: a method's signature, surgery, and the two ways to see the calibration text.
 
 Module names and surgery are the package's; its orderings, allocations by curve and reconstruction are not used here.
 """
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.linalg.allocation import SiteBudget, linear_costs, uniform
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import find_blocks, find_sites
@@ -25,7 +24,6 @@ from snp_llm.models.structure import find_attention, find_ffn
 from snp_llm.models.surgery import prune_site
 
 BATCH = 8  # calibration windows at a time
-FFN_MULTIPLE = 8  # FFN widths are multiples of this, as by default in the package
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,17 @@ class Method:
         title: in tables.
         reference: authors, title, arXiv id.
         prepare: see `Prepare`. The dense model is left as it was.
+        family: title of the method that this is a setting of; its own where there is only one.
     """
 
     name: str
     title: str
     reference: str
     prepare: Prepare
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "family", self.family or self.title)
 
     def __call__(self, dense: PreTrainedModel, tokens: Tensor, sparsity: float, seed: int = 0) -> PreTrainedModel:
         """The pruned model, at one sparsity.
@@ -75,19 +78,6 @@ def model_sites(model: PreTrainedModel) -> tuple[Family, nn.ModuleList, list[Sit
     family = find_family(model.config)
     blocks = find_blocks(model)
     return family, blocks, find_sites(blocks, family)
-
-
-def uniform_widths(sites: Sequence[Site], sparsity: float) -> list[int]:
-    """Units that each site keeps under the package's uniform allocation, for peers without an allocation of their own.
-
-    Heads round to the nearest whole unit; FFN widths, in multiples of 8, take up the difference.
-    """
-    multiples = [FFN_MULTIPLE if site.kind == "ffn" else 1 for site in sites]
-    budgets = [
-        SiteBudget(site.kind, site.units, linear_costs(site.units, site.cost), multiple, minimum=multiple)
-        for site, multiple in zip(sites, multiples, strict=True)
-    ]
-    return uniform(budgets, 1 - sparsity)
 
 
 def pruned(dense: PreTrainedModel, model: PreTrainedModel) -> Pruned:

@@ -17,7 +17,6 @@ from snp_llm.models.site import Site
 
 from .common import (
     Cut,
-    Method,
     Prune,
     Pruned,
     SiteProblem,
@@ -27,8 +26,8 @@ from .common import (
     model_sites,
     prune_sequentially,
     pruned,
-    uniform_widths,
 )
+from .widths import Plan, with_plans
 
 DAMPENING = 0.1  # relative to each channel's energy, as by default in the package
 
@@ -43,24 +42,24 @@ def unit_norms(block: nn.Module, site: Site) -> Tensor:
     return total.sqrt()
 
 
-def prepare(dense: PreTrainedModel, _tokens: Tensor, _seed: int) -> Prune:
+def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int, plan: Plan) -> Prune:
     """The units of the largest norm, out-projections as they were."""
     _family, blocks, sites = model_sites(dense)
-    scores = [unit_norms(blocks[site.block], site) for site in sites]
+    scores, planned = [unit_norms(blocks[site.block], site) for site in sites], plan(dense, tokens)
 
     def prune(sparsity: float) -> Pruned:
-        widths = uniform_widths(sites, sparsity)
+        widths = planned(sparsity)
         return pruned(dense, keep_units(dense, [best_units(s, w) for s, w in zip(scores, widths, strict=True)]))
 
     return prune
 
 
-def prepare_refitted(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
+def prepare_refitted(dense: PreTrainedModel, tokens: Tensor, _seed: int, plan: Plan) -> Prune:
     """The units of the largest norm, each out-projection refitted on the activations of the model as pruned so far."""
-    sites = model_sites(dense)[2]
+    planned = plan(dense, tokens)
 
     def prune(sparsity: float) -> Pruned:
-        return pruned(dense, prune_sequentially(dense, tokens, uniform_widths(sites, sparsity), refit))
+        return pruned(dense, prune_sequentially(dense, tokens, planned(sparsity), refit))
 
     return prune
 
@@ -78,6 +77,6 @@ def refit(problem: SiteProblem) -> Cut:
 
 
 METHODS = (
-    Method("magnitude", "magnitude", "Li et al., arXiv 1608.08710", prepare),
-    Method("magnitude-ls", "magnitude + least squares", "He et al., arXiv 1707.06168", prepare_refitted),
+    *with_plans("magnitude", "magnitude", "Li et al., arXiv 1608.08710", prepare),
+    *with_plans("magnitude-ls", "magnitude + least squares", "He et al., arXiv 1707.06168", prepare_refitted),
 )

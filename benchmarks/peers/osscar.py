@@ -22,19 +22,18 @@ from snp_llm.linalg.units import diagonal_blocks, unit_channels
 
 from .common import (
     Cut,
-    Method,
     Prune,
     Pruned,
     SiteProblem,
     least_squares,
-    model_sites,
     prune_sequentially,
     pruned,
-    uniform_widths,
 )
+from .widths import INFLUENCE, UNIFORM, Plan, with_plans
 
 DAMPENING = 0.01  # of the mean of the Gram matrix's diagonal, added to all of it
-ROUNDS = 1024  # the greedy search removes so many times at most; several units at once where there are more
+ONE_AT_A_TIME = 1024  # units of a site, up to which the greedy search removes one a round
+ROUNDS = 256  # otherwise, removing several a round
 MOST_SWAPS = 256  # a site
 
 
@@ -96,7 +95,8 @@ def start(W: Tensor, gram: Tensor, unit_size: int) -> Table:
 
 def remove_greedily(table: Table, width: int) -> None:
     """Removes the cheapest unit until `width` are left; several at a time in wide layers."""
-    at_once = max(1, len(table.kept) // ROUNDS)
+    units = len(table.kept)
+    at_once = 1 if units <= ONE_AT_A_TIME else units // ROUNDS
     while (excess := int(table.kept.sum()) - width) > 0:
         costs = table.costs().masked_fill(~table.kept, torch.inf)
         table.move(torch.argsort(costs, stable=True)[: min(at_once, excess)])
@@ -135,18 +135,20 @@ def cut(problem: SiteProblem, *, local_search: bool) -> Cut:
     return Cut(kept.cpu(), weight, problem.bias)
 
 
-def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int, *, local_search: bool) -> Prune:
-    sites = model_sites(dense)[2]
+def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int, plan: Plan, *, local_search: bool) -> Prune:
+    planned = plan(dense, tokens)
 
     def prune(sparsity: float) -> Pruned:
-        widths = uniform_widths(sites, sparsity)
-        return pruned(dense, prune_sequentially(dense, tokens, widths, partial(cut, local_search=local_search)))
+        return pruned(
+            dense, prune_sequentially(dense, tokens, planned(sparsity), partial(cut, local_search=local_search))
+        )
 
     return prune
 
 
+PLANS = UNIFORM | INFLUENCE
 REFERENCE = "Meng et al., arXiv 2403.12983"
 METHODS = (
-    Method("osscar-greedy", "OSSCAR without local search", REFERENCE, partial(prepare, local_search=False)),
-    Method("osscar", "OSSCAR", REFERENCE, partial(prepare, local_search=True)),
+    *with_plans("osscar-greedy", "OSSCAR without local search", REFERENCE, partial(prepare, local_search=False), PLANS),
+    *with_plans("osscar", "OSSCAR", REFERENCE, partial(prepare, local_search=True), PLANS),
 )

@@ -4,20 +4,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .common import Method, Prune, Pruned, best_units, keep_units, model_sites, pruned, uniform_widths
+from .common import Prune, Pruned, best_units, keep_units, model_sites, pruned
+from .widths import Plan, with_plans
 
 
-def prepare(dense: PreTrainedModel, _tokens: Tensor, seed: int) -> Prune:
+def prepare(dense: PreTrainedModel, tokens: Tensor, seed: int, plan: Plan) -> Prune:
     """Every unit gets a random score, the same at all sparsities, so that smaller models are parts of larger ones."""
     sites = model_sites(dense)[2]
     generator = torch.Generator().manual_seed(seed)
+    planned = plan(dense, tokens)
     scores = [torch.rand(site.units, generator=generator) for site in sites]
 
     def prune(sparsity: float) -> Pruned:
-        widths = uniform_widths(sites, sparsity)
+        widths = planned(sparsity)
         return pruned(dense, keep_units(dense, [best_units(s, w) for s, w in zip(scores, widths, strict=True)]))
 
     return prune
 
 
-METHODS = (Method("random", "random", "no source", prepare),)
+METHODS = with_plans("random", "random", "no source", prepare)

@@ -1,9 +1,10 @@
-"""Subspace node pruning by this package: as in the paper, and with the package's defaults.
+"""Subspace node pruning by this package: as in the paper, and with the package's defaults or any other settings.
 
 J. Offergeld, M. van Gerven, N. Ahmad, "Subspace Node Pruning", arXiv 2405.17506.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,22 +23,27 @@ from .common import Method, Prune, Pruned, pruned
 
 PAPER = {"ordering": "zca-exact", "allocation": "variance", "metric": "error", "reference": "self", "dampening": 0.1}
 PAPER |= {"refine": "none"}
+REFERENCE = "Offergeld et al., arXiv 2405.17506"
+OURS = "ours"  # the family of all settings of this package
 
 
 def make_recipe(settings: dict[str, Any], choices: dict[str, Any], sparsity: float, seed: int) -> Recipe:
     """The package's defaults but for the calibration, the budget and `choices`."""
-    return Recipe(**settings, **choices, sparsity=sparsity, seed=seed)
+    return Recipe(**(settings | choices), sparsity=sparsity, seed=seed)
 
 
-def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> tuple[Method, Method]:
-    """`snp` and `ours`.
+def make_methods(
+    tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], ours: dict[str, dict[str, Any]]
+) -> tuple[Method, ...]:
+    """`snp`, and a method for each choice of settings of this package.
 
     Args:
         tokenizer: of the model.
         settings: fields of the recipe that say what is calibrated on: model, calibration, num_samples, seq_len, ...
+        ours: fields of the recipe that differ from its defaults, by the method's name.
     """
 
-    def prepare(dense: PreTrainedModel, tokens: Tensor, seed: int, choices: dict[str, Any]) -> Prune:
+    def prepare(choices: dict[str, Any], dense: PreTrainedModel, tokens: Tensor, seed: int) -> Prune:
         recipe = decide(dense, resolve(make_recipe(settings, choices, 0.5, seed), dense))
         windows = read_calibration(tokenizer, recipe, dense)
         if not torch.equal(windows.tokens, tokens):
@@ -52,8 +58,14 @@ def make_methods(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -
 
         return prune
 
-    reference = "Offergeld et al., arXiv 2405.17506"
+    def titled(choices: dict[str, Any]) -> str:
+        said = ", ".join(f"{key} {value}" for key, value in choices.items())
+        return f"{OURS}, {said}" if choices else OURS
+
     return (
-        Method("snp", "SNP as in the paper", reference, lambda d, t, s: prepare(d, t, s, PAPER)),
-        Method("ours", "ours", f"this package's defaults, after {reference}", lambda d, t, s: prepare(d, t, s, {})),
+        Method("snp", "SNP as in the paper", REFERENCE, partial(prepare, PAPER)),
+        *(
+            Method(name, titled(choices), f"this package, after {REFERENCE}", partial(prepare, choices), OURS)
+            for name, choices in ours.items()
+        ),
     )

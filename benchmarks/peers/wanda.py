@@ -13,7 +13,6 @@ from snp_llm.linalg.units import per_unit
 from snp_llm.models.projections import projection, weight_of
 
 from .common import (
-    Method,
     Prune,
     Pruned,
     best_units,
@@ -21,8 +20,8 @@ from .common import (
     keep_units,
     model_sites,
     pruned,
-    uniform_widths,
 )
+from .widths import Plan, with_plans
 
 
 def unit_scores(W: Tensor, norms: Tensor, unit_size: int) -> Tensor:
@@ -36,18 +35,18 @@ def unit_scores(W: Tensor, norms: Tensor, unit_size: int) -> Tensor:
     return per_unit(W.abs().sum(0) * norms, unit_size)
 
 
-def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int) -> Prune:
+def prepare(dense: PreTrainedModel, tokens: Tensor, _seed: int, plan: Plan) -> Prune:
     _, blocks, sites = model_sites(dense)
-    scores = []
+    scores, planned = [], plan(dense, tokens)
     for site, seen in zip(sites, channel_statistics(dense, tokens), strict=True):
         W = weight_of(projection(blocks[site.block], site.path)).double().cpu()
         scores.append(unit_scores(W, torch.sqrt(seen.square * seen.tokens), site.unit_size))
 
     def prune(sparsity: float) -> Pruned:
-        widths = uniform_widths(sites, sparsity)
+        widths = planned(sparsity)
         return pruned(dense, keep_units(dense, [best_units(s, w) for s, w in zip(scores, widths, strict=True)]))
 
     return prune
 
 
-METHODS = (Method("wanda", "Wanda, structured", "Sun et al., arXiv 2306.11695", prepare),)
+METHODS = with_plans("wanda", "Wanda, structured", "Sun et al., arXiv 2306.11695", prepare)

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.peers import NAMES, PEERS, flap, magnitude, make_methods, osscar, slicegpt, wanda
-from benchmarks.peers.common import least_squares, model_sites, uniform_widths
+from benchmarks.peers.common import least_squares, model_sites
+from benchmarks.peers.measure import Quality
+from benchmarks.peers.report import Row, choose
+from benchmarks.peers.widths import uniform_widths
 from snp_llm import Recipe
 from snp_llm.data.sources import BUNDLED, Dataset
 from snp_llm.data.windows import calibration_windows
@@ -53,19 +56,19 @@ def channels_without(units, unit_size, gone):
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in (*NAMES, "ours") if not re.search("influence|middle", name)])
 def test_a_method_removes_what_was_asked_for_and_leaves_the_dense_model_alone(name, model_type, tokenizer):
     dense = MODELS[model_type]()
     before = copy.deepcopy(dense.state_dict())
     tokens, methods = TOKENS, PEERS
     if name not in PEERS:
-        methods = {method.name: method for method in make_methods(tokenizer, SETTINGS)}
+        methods = {method.name: method for method in make_methods(tokenizer, SETTINGS, {"ours": {}})}
         tokens = calibration_windows(tokenizer, Dataset("bundled"), num_samples=8, seq_len=32, seed=0).tokens
     prune = methods[name].prepare(dense, tokens, 0)
     for sparsity in (0.2, 0.4):
         result = prune(sparsity)
-        assert result.achieved == pytest.approx(sparsity, abs=0.02)
-        if name != "slicegpt":
+        assert result.achieved == pytest.approx(sparsity, abs=0.3 if name == "shortgpt" else 0.02)
+        if not name.startswith(("slicegpt", "modegpt", "shortgpt")):
             kept = model_size(result.model, 1).block_linear / model_size(dense, 1).block_linear
             assert result.achieved == pytest.approx(1 - kept)
         assert torch.isfinite(result.model(TOKENS).logits).all()
@@ -242,39 +245,61 @@ def runner(monkeypatch):
 
 
 def test_the_runner_writes_everything_and_resumes(runner, tokenizer, tmp_path, capsys):
-    folder = save_model(small_opt(ffn_dim=256), tokenizer, tmp_path / "small-opt")
-    texts = [tmp_path / name for name in ("calibration.txt", "wiki.txt", "held.txt")]
-    for text, source in zip(texts, ("calibration", "evaluation", "calibration"), strict=True):
+    folder = save_model(small_opt(ffn_dim=256, max_position_embeddings=128), tokenizer, tmp_path / "small-opt")
+    texts = [tmp_path / name for name in ("calibration.txt", "wiki.txt")]
+    for text, source in zip(texts, ("calibration", "evaluation"), strict=True):
         text.write_text((BUNDLED / f"{source}.txt").read_text()[:20000])
-    arguments = [str(folder), "--calibration", str(texts[0]), "--evaluation", f"wikitext={texts[1]}"]
-    arguments += ["--evaluation", f"heldout={texts[2]}", "--methods", "random,slicegpt,ours", "--seeds", "0,1"]
+    arguments = [str(folder), "--calibration", str(texts[0]), "--validation", f"held={texts[1]}@first"]
+    arguments += ["--evaluation", f"wikitext={texts[1]}@second", "--methods", "random-*,slicegpt,ours-*"]
+    arguments += ["--ours", "plain:allocation=uniform,absorb_bias=false", "--seeds", "0,1", "--questions", "3"]
     arguments += ["--num-samples", "4", "--seq-len", "32", "--max-windows", "4", "--work", str(tmp_path / "work")]
     arguments += ["--output", str(tmp_path), "--name", "small", "--sparsities"]
     assert runner.main([*arguments, "0.2"]) == 0
     assert "stored" not in capsys.readouterr().out
-    assert runner.main([*arguments, "0.2,0.4"]) == 0
+    assert runner.main([*arguments, "0.2,0.9"]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r", stored$", out, re.M)) == 7 and len(re.findall(r", measured$", out, re.M)) == 6
+    assert len(re.findall(r", stored$", out, re.M)) == 11 and len(re.findall(r", measured$", out, re.M)) == 10
 
     rows = list(csv.DictReader((tmp_path / "small.csv").open()))
-    assert [row["method"] for row in rows] == ["dense", *["random"] * 4, *["slicegpt"] * 4, *["ours"] * 4]
-    assert all(abs(float(row["achieved"]) - float(row["sparsity"])) < 0.05 for row in rows)
-    assert all(float(row[f"perplexity {label}"]) > 0 for row in rows for label in ("wikitext", "heldout"))
+    expected = [
+        "dense",
+        *(name for name in ("random", "random-ffn", "slicegpt", "ours", "ours-plain") for _ in range(4)),
+    ]
+    assert [row["method"] for row in rows] == expected
+    for row in rows:
+        assert row["failed"] or abs(float(row["achieved"]) - float(row["sparsity"])) < 0.05
+        assert row["failed"] or float(row["perplexity evaluation wikitext"]) > 0 <= float(row["answered wikitext"])
     report = (tmp_path / "small.md").read_text()
-    assert report.startswith("    python benchmarks/peers.py small-opt --calibration calibration.txt --evaluation wik")
-    assert "evaluation heldout=held.txt" in report and report.count("| ours / best peer |") == 2
-    assert report.count("| method | 20 % | 40 % |") == 4 and "±" in report and "arXiv 2401.15024" in report
+    assert report.startswith("    python benchmarks/peers.py small-opt --calibration calibration.txt --validation held")
+    assert "evaluation wikitext=wiki.txt@second" in report and report.count("| ours / best peer |") == 2
+    assert report.count("| method | 20 % | 90 % |") == 6 and "±" in report and "arXiv 2401.15024" in report
+    assert "| (1) |" in report and "(1) " in report and "|  |" not in report
     for file in ("small.csv", "small.md"):
         assert str(tmp_path) not in (tmp_path / file).read_text()
+    assert runner.main([*arguments, "0.2", "--redraw"]) == 0
     assert (tmp_path / "small.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_method_that_fails_is_said_and_the_others_go_on(runner, opt_folder, tmp_path, caplog):
-    arguments = [str(opt_folder), "--calibration", "bundled", "--evaluation", "bundled=bundled", "--sparsities", "0.95"]
-    arguments += ["--num-samples", "2", "--seq-len", "32", "--max-windows", "2", "--output", str(tmp_path)]
-    assert runner.main([*arguments, "--methods", "random,flap"]) == 1
-    assert "random, sparsity 0.95, seed 0: failed: the target leaves" in caplog.text
-    assert "| FLAP |" in (tmp_path / "peers.md").read_text()
+def test_the_setting_with_the_lowest_validation_perplexity_counts(runner):
+    def row(method, seed, validation, evaluation):
+        found = {"validation a": Quality(validation, 0, 0), "evaluation a": Quality(evaluation, 0, 0)}
+        return Row(method, "family", 0.3, seed, 0.3, 1.0, found)
+
+    rows = [
+        row("one", 0, 10, 5),
+        row("one", 1, 12, 5),
+        row("two", 0, 9, 50),
+        row("two", 1, 11, 50),
+        row("three", 0, 1, 1),
+    ]
+    assert [r.method for r in choose(rows)["family"][0.3]] == ["two", "two"]
+
+
+def test_validation_on_what_is_calibrated_on_is_refused(runner, opt_folder, tmp_path):
+    arguments = [str(opt_folder), "--calibration", "bundled", "--validation", f"a={BUNDLED / 'calibration.txt'}"]
+    arguments += ["--evaluation", f"b={BUNDLED / 'evaluation.txt'}", "--num-samples", "64", "--seq-len", "32"]
+    with pytest.raises(SystemExit, match="--validation a: has windows that are calibrated on"):
+        runner.main([*arguments, "--methods", "random", "--max-windows", "500", "--output", str(tmp_path)])
 
 
 def test_an_unknown_method_is_refused(runner, capsys):
