@@ -152,6 +152,19 @@ MIXTURES = {
     "flint": {**MIXED, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     "beam": {**MIXED, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "dense", "sparse"]},
 }
+BESIDE = {  # mixtures without an entry in the table of families
+    "glm4_moe": {**SHARED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    "dots1": {**SHARED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+    "granitemoe": MIXED,
+    "phimoe": MIXED,
+    "ernie4_5_moe": {
+        **MIXED,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+}
 DIFFERING = {**HYBRIDS, **SHARING, **LATENTS, **MIXTURES}
 REFUSED = {
     "mamba": {},
@@ -173,7 +186,7 @@ REFUSED = {
 def differing_config(model_type: str, **overrides):
     """A config of three blocks, in which keys stand that the type has."""
     known = AutoConfig.for_model(model_type).to_dict()
-    values = {**TINY, **{**DIFFERING, **REFUSED}[model_type], **overrides}
+    values = {**TINY, **{**DIFFERING, **BESIDE, **REFUSED}[model_type], **overrides}
     return AutoConfig.for_model(model_type, **{k: v for k, v in values.items() if k in known or k.endswith("token_id")})
 
 

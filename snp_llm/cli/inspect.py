@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.inspect_segments import inspect_segments, print_segments, segment_layout_facts
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
+from snp_llm.models.experts import of_experts
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_types
@@ -23,7 +24,6 @@ from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.staying import mixers, what_stays
-from snp_llm.models.structure import of_experts
 from snp_llm.models.task import TEXT, task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
@@ -40,7 +40,17 @@ from snp_llm.runtime.terminal import print_json, print_table, table_of
 def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
     """Print what a config says."""
     model = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-    same = ("sparsity", "head_unit", "num_samples", "seq_len", "batch_size", "hidden_device", "device", "dtype")
+    same = (
+        "sparsity",
+        "head_unit",
+        "experts",
+        "num_samples",
+        "seq_len",
+        "batch_size",
+        "hidden_device",
+        "device",
+        "dtype",
+    )
     facts = inspect(model, Recipe(recipe.model, **{name: getattr(recipe, name) for name in same}))
     if talk.json:
         print_json(facts)
@@ -64,13 +74,13 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         model: a model or its skeleton on the meta device.
         recipe: of the prune whose resources are estimated; not resolved.
     """
-    anatomy = find_anatomy(model, recipe.head_unit)
+    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
     if isinstance(anatomy.blocks, Segments):
         return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks
     firsts = {site.kind: site for site in reversed(anatomy.sites)}
     resolved = resolve(recipe, model)
-    size = model_size(model, resolved.seq_len)
+    size = model_size(model, resolved.seq_len, recipe.experts)
     return {
         "model": recipe.model,
         "task": task_of(model.config).name,
@@ -82,7 +92,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "positions": int(getattr(text_config(model.config), "max_position_embeddings", 0)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "units": [block_units(anatomy.sites_of(index)) for index in range(len(blocks))],
-        "sites": {kind: _site_facts(firsts[kind]) for kind in ("attention", "ffn") if kind in firsts},
+        "sites": {kind: _site_facts(firsts[kind]) for kind in ("attention", "ffn", "experts") if kind in firsts},
         "stays": what_stays(anatomy),
         "parameters": {"all": size.parameters, **parameters_by_kind(anatomy)},
         "bytes": size.bytes,
@@ -104,6 +114,7 @@ def block_units(sites: Sequence[Site]) -> dict[str, int | None]:
         "kv_groups": None if heads is None else heads.key_value,
         "head_size": None if heads is None else heads.size,
         "channels": next((site.units for site in sites if site.kind == "ffn"), None),
+        "expert_channels": next((site.units for site in sites if site.kind == "experts"), None),
     }
 
 
@@ -155,11 +166,12 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
     costs = sparsity_costs(sites, size.block_linear)
     for layout in ("compact", "uniform"):
         shaped = resolve(replace(recipe, layout=layout), anatomy.model)
-        gone, whole = dict.fromkeys(("attention", "ffn"), 0.0), dict.fromkeys(("attention", "ffn"), 0.0)
+        gone, whole = (dict.fromkeys(("attention", "ffn"), 0.0) for _ in range(2))
         budgets = site_budgets(anatomy, shaped, [None] * len(sites), costs.sites)
         for site, budget in zip(sites, budgets, strict=True):
-            gone[site.kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
-            whole[site.kind] += site.parameters
+            kind = "attention" if site.heads is not None else "ffn"  # experts are FFNs
+            gone[kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
+            whole[kind] += site.parameters
         largest[layout] = {
             "ffn": gone["ffn"] / (whole["ffn"] or 1),
             "heads": gone["attention"] / (whole["attention"] or 1),
@@ -278,15 +290,19 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"{human_bytes(facts['bytes'])} of weights"
     )
     for kind, site in facts["sites"].items():
+        projections = (", ".join(site["in_projections"]), site["out_projection"])
         stays = "" if site["prunable"] else f"; they stay, since {site['stay']}"
         print(
-            f"{kind} site: {site['unit']} of {', '.join(site['in_projections'])} and {site['out_projection']}, "
+            f"{kind} site: {site['unit']} of {' and '.join(filter(None, projections))}, "
             f"{site['parameters_a_unit']:,} parameters each{stays}"
         )
     for line in facts["stays"]:
         print(line)
     print()
-    print_table(table_of(("blocks", "heads", "KV groups", "channels a head", "FFN channels"), [*_unit_rows(facts)]))
+    names = ("blocks", "heads", "KV groups", "channels a head", "FFN channels", "channels of every expert")
+    units = [*_unit_rows(facts)]
+    shown = 6 if any(row[5] != "-" for row in units) else 5
+    print_table(table_of(names[:shown], [row[:shown] for row in units]))
     print()
     everything = facts["parameters"]["all"]
     kinds = [(k, n) for k, n in facts["parameters"].items() if n or k == "head"]
@@ -361,6 +377,6 @@ def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for units, group in itertools.groupby(facts["units"]):
         length = len([*group])
         name = f"{at}" if length == 1 else f"{at} to {at + length - 1}"
-        counts = (units[key] for key in ("heads", "kv_groups", "head_size", "channels"))
+        counts = (units[key] for key in ("heads", "kv_groups", "head_size", "channels", "expert_channels"))
         yield (name, *("-" if count is None else f"{count:,}" for count in counts))
         at += length

@@ -132,7 +132,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
         hand_back(device)
         compared, models = material.compared(pruned.calibration), (dense, pruned.model)
-        sizes = [model_sizes.model_size(m, resolved.seq_len) for m in models]
+        sizes = [model_sizes.model_size(m, resolved.seq_len, resolved.experts) for m in models]
 
         def save() -> None:
             nonlocal fresh
@@ -234,7 +234,8 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
         return {}
     device = compute_device(recipe.device)
     say = log.info if talk.json else partial(print, flush=True)
-    written = inspect_command.layout_facts(find_anatomy(dense, recipe.head_unit), recipe.layout, recipe.round_to)
+    anatomy = find_anatomy(dense, recipe.head_unit, recipe.experts)
+    written = inspect_command.layout_facts(anatomy, recipe.layout, recipe.round_to)
     say(inspect_command.layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)
     takes = inspect_command.estimate_facts(needed, device)
@@ -247,7 +248,7 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
 
 def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> None:
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
-    size = model_sizes.model_size(dense, recipe.seq_len)
+    size = model_sizes.model_size(dense, recipe.seq_len, recipe.experts)
     removed = removed_weights(dense, size.block_linear, plan)
     if any(site.heads is not None or site.kind == "ffn" for site, _ in plan):
         print("block  heads         FFN channels")
@@ -268,14 +269,14 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
 
 def plan_facts(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: ResolvedRecipe) -> dict[str, Any]:
     """Widths and sizes of a plan, ready for JSON."""
-    size = model_sizes.model_size(dense, recipe.seq_len)
+    size = model_sizes.model_size(dense, recipe.seq_len, recipe.experts)
     removed = removed_weights(dense, size.block_linear, plan)
     sites = [{"site": s.name, "kind": s.kind, "units_before": s.units, "units_after": width} for s, width in plan]
     return {
         "block_linear_before": size.block_linear,
         "block_linear_after": size.block_linear - removed,
         "sparsity": removed / size.block_linear,
-        "stays": what_stays(find_anatomy(dense)),
+        "stays": what_stays(find_anatomy(dense, recipe.head_unit, recipe.experts)),
         "asked": asked(recipe.as_dict()),
         "sites": sites,
     }

@@ -1,13 +1,14 @@
 """Where the blocks, sites and units of a model are, read off its modules. Knows no numbers in them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from snp_llm.models.experts import Mixture, find_experts
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
 from snp_llm.models.projections import Projection, projection, weight_of
@@ -15,7 +16,7 @@ from snp_llm.models.segments import Segments, find_segments, segment_sites
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
 from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn, nearly_attentions
 from snp_llm.models.text_part import text_config
-from snp_llm.recipe.recipe import HeadUnit
+from snp_llm.recipe.recipe import Experts, HeadUnit
 from snp_llm.runtime.errors import SnpError
 
 
@@ -49,18 +50,18 @@ class Anatomy:
         return [site for stage in self.stages(index) for site in stage]
 
 
-def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group") -> Anatomy:
+def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group", experts: Experts = "never") -> Anatomy:
     """What of a model can be cut, read off its modules.
 
     Args:
         model: a decoder, its weights anywhere.
-        head_unit: as of `find_sites`.
+        head_unit, experts: as of `find_sites`.
 
     Raises:
         SnpError: its blocks have no attention and no FFN that is known, or shapes that do not fit together.
     """
     family, blocks = find_family(model.config), find_blocks(model)
-    return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit)))
+    return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit, experts)))
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:
@@ -117,7 +118,9 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(next(model.get_input_embeddings().parameters()).shape[0])
 
 
-def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_group") -> list[Site]:
+def find_sites(
+    blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_group", experts: Experts = "never"
+) -> list[Site]:
     """The sites of every block, in the order in which they are pruned.
 
     Everything is read off the modules, so a model that was pruned before is an input like any other.
@@ -127,6 +130,7 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
         family: theirs.
         head_unit: "kv_group": a key-value head and all its query heads. "query": query heads, evenly from every group.
             A block with one key-value head can only lose query heads; without groups (MHA) both are the same.
+        experts: whether experts that only some tokens come by stay as they are, or lose channels.
 
     Raises:
         SnpError: no block has a site; shapes that do not fit together; two projections that are one tensor.
@@ -144,6 +148,8 @@ def find_sites(blocks: nn.ModuleList, family: Family, head_unit: HeadUnit = "kv_
                 sites.append(_attention_site(index, block, attention, family, head_unit))
             if ffn is not None:
                 sites.append(_ffn_site(index, block, ffn))
+            if experts == "channels" and (mixture := find_experts(block)) is not None:
+                sites.append(experts_site(index, block, mixture))
         except SnpError as error:
             raise SnpError(f"block {index} {error}") from error
     if not sites:
@@ -234,6 +240,41 @@ def _ffn_site(index: int, block: nn.Module, found: Ffn) -> Site:
         module=found.out,
         units=found.channels,
         stay=found.stay,
+    )
+
+
+def experts_site(index: int, block: nn.Module, mixture: Mixture) -> Site:
+    """The channels of a block's experts, of which each keeps as many, its own."""
+    weights = [block.get_parameter(path).numel() for path in mixture.stacked if not path.endswith("_bias")]
+    return Site(
+        block=index,
+        kind="experts",
+        stage=1,
+        producers=(),
+        consumers=(),
+        module=None,
+        units=mixture.channels,
+        unit_size=1,
+        cost=sum(weights) // mixture.channels,
+        parameters=sum(weights),
+        mixture=mixture,
+    )
+
+
+def expert_site(site: Site) -> Site:
+    """The channels of one of these experts, as a site of the `Expert` that it is taken apart into."""
+    mixture = site.mixture
+    assert mixture is not None
+    channels, times = mixture.channels, 2 if mixture.gated else 1
+    rows = (Rows(times * channels, times),) if mixture.interleaved else (Rows(channels, 1),) * times
+    return replace(
+        site,
+        producers=(Producer("inward", rows),),
+        consumers=("outward",),
+        cost=site.cost // mixture.count,
+        parameters=site.parameters // mixture.count,
+        routed=True,
+        mixture=None,
     )
 
 

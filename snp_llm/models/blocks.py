@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.calls import BlockCall, call_of, for_windows, in_dtype, move, through, without_cache
 from snp_llm.models.carried import lay_out, like
+from snp_llm.models.experts import Arrived, Mixture, watch_arrivals
 from snp_llm.models.segments import Segments
 from snp_llm.models.task import task_of
 from snp_llm.runtime.errors import SnpError
@@ -222,6 +223,20 @@ def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, ca
     with _attached(module.register_forward_pre_hook(stop) for module in modules), suppress(_Reached):
         run_block(block, hidden, call)
     return [seen.get(module) for module in modules]
+
+
+@torch.no_grad()
+def arrived_at(mixture: Mixture, block: nn.Module, hidden: Tensor, call: BlockCall) -> Arrived:
+    """What arrives at the experts of a block; nothing after that point is computed."""
+    seen: list[Arrived] = []
+
+    def stop(came: Arrived) -> None:
+        seen.append(came)
+        raise _Reached
+
+    with watch_arrivals(block, mixture, stop), suppress(_Reached):
+        run_block(block, hidden, call)
+    return seen[0]
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
     plain = plain_config(dense, family, widths)
     if plain is not None and (family.alike or builds(plain, dense, blocks_path(dense), pruned_blocks)):
         return plain
-    values, heads = known_values(dense), next((heads for heads, _ in widths if heads is not None), None)
+    values, heads = known_values(dense), next((heads for heads, *_ in widths if heads is not None), None)
     text = text_values(dense.config, values)
     if family.head_dim_key and heads and not isinstance(text.get(family.head_dim_key), int):
         text[family.head_dim_key] = heads.size

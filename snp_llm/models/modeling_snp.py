@@ -98,12 +98,15 @@ def resize_block(block: nn.Module, part: dict[str, Any], config: PretrainedConfi
 
     Args:
         block: as the config says.
-        part: of `pruned_structure`: where attention and FFN of such a block are, and how many rows a head or a channel
-            has in every projection.
+        part: of `pruned_structure`: where attention, FFN and experts of such a block are, and how many rows a head or a
+            channel has in every projection.
         config: the model's.
         changed: widths by config key.
     """
-    ffn, attention = part.get("ffn"), part.get("attention")
+    ffn, attention, experts = part.get("ffn"), part.get("attention"), part.get("experts")
+    if experts:
+        pairs = zip(experts["keys"], experts["widths"], strict=True)
+        resize_experts(block, experts, *(changed.get(key, old) for key, old in pairs))
     if ffn and ffn["key"] in changed:
         width = changed[ffn["key"]]
         for path, rows in ffn["rows"].items():
@@ -121,6 +124,49 @@ def resize_block(block: nn.Module, part: dict[str, Any], config: PretrainedConfi
         set_head_counts(module, (query, key_value), (queries, keys), size)
         if hasattr(module, "config"):  # some read it on every call
             module.config = BlockConfig(module.config, changed)
+
+
+def resize_experts(block: nn.Module, facts: dict[str, Any], channels: int, count: int) -> None:
+    """Gives a block so many experts of so many channels each, in place; values do not matter.
+
+    Args:
+        block: as the config says.
+        facts: of `pruned_structure`: stacked tensors with the dimension of channels and entries of each there, and the
+            router's with that of experts.
+        channels, count: that there are now.
+    """
+    old_channels, old_count = facts["widths"]
+    module = block.get_submodule(facts["module"])
+    for path, (dimension, times) in facts["channels"].items():
+        if getattr(module, path.rpartition(".")[2], None) is not None:
+            resize_along(block, path, {0: count, dimension: times * channels})
+    if channels != old_channels:
+        set_counts(module, ("intermediate", "expert_dim"), old_channels, channels)
+    if count != old_count:
+        beside = [path for path, _ in module.named_parameters() if path not in facts["channels"]]
+        for path in (f"{facts['module']}.{name}" for name in beside if name.endswith("down_proj_bias")):
+            resize_along(block, path, {0: count})
+        for path, dimension in facts["rows"].items():
+            resize_along(block, path, {dimension: count})
+        outer = block.get_submodule(facts["module"].rpartition(".")[0])
+        for part in outer.modules():
+            set_counts(part, ("experts", "out_features"), old_count, count)
+
+
+def set_counts(module: nn.Module, words: tuple[str, ...], old: int, new: int) -> None:
+    """Whatever numbers a module keeps under names with such a word, where they are the old one."""
+    for name, value in list(vars(module).items()):
+        if type(value) is int and value == old and any(word in name for word in words) and "per_tok" not in name:
+            setattr(module, name, new)
+
+
+def resize_along(block: nn.Module, path: str, sizes: dict[int, int]) -> None:
+    """Gives a tensor of a block so many entries in some of its dimensions, in place; values do not matter."""
+    parent, _, name = path.rpartition(".")
+    owner = block.get_submodule(parent)
+    old = getattr(owner, name)
+    new = old.new_empty([sizes.get(dimension, size) for dimension, size in enumerate(old.shape)])
+    setattr(owner, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
 
 
 def set_head_counts(attention: nn.Module, old: tuple[int, int], new: tuple[int, int], size: int) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks, find_sites
-from snp_llm.models.families.decoders import FFN_AS_SAID, FFN_KEYS
+from snp_llm.models.families.decoders import EXPERT_KEYS, FFN_AS_SAID, FFN_KEYS
 from snp_llm.models.families.family import Family
 from snp_llm.models.offload import disk_index, read_tensor
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of, width_keys
@@ -50,6 +50,15 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
             return None
         if key in values:
             values.update(_ffn_values(values, key, kind.facts["width"], channels.pop()))
+    for kind in ffn_kinds(structure, "experts"):
+        for number, key in enumerate(expert_keys(dense, kind.facts)):
+            both = ((widths[index].channels, widths[index].experts)[number] for index in kind.blocks)
+            counts = {width for width in both if width is not None}
+            if counts <= {kind.facts["widths"][number]}:
+                continue
+            if len(counts) > 1 or key is None:
+                return None
+            values[key] = counts.pop()
     if model_type != family.model_type:
         known = AutoConfig.for_model(model_type).to_dict()
         for key in values.keys() - known.keys():
@@ -73,6 +82,20 @@ def ffn_key(dense: PreTrainedModel, family: Family, facts: dict[str, Any]) -> st
         if key in values and likely and _says(dense, changed, part):
             return key
     return None
+
+
+def expert_keys(dense: PreTrainedModel, facts: dict[str, Any]) -> tuple[str | None, ...]:
+    """The config keys of the channels of experts of a kind, and of how many experts there are, and of nothing else.
+
+    None: there is none, and these cannot change alike.
+    """
+    values, found = text_values(dense.config, known_values(dense)), []
+    for name, width, keys in zip(facts["keys"], facts["widths"], EXPERT_KEYS, strict=True):
+        half = width - width // 2
+        part = {"of": "experts", "was": facts, "new": {name: half}}
+        likely = (key for key in keys if values.get(key) == width and half < width)
+        found.append(next((key for key in likely if _says(dense, {key: half}, part)), None))
+    return tuple(found)
 
 
 def _ffn_values(values: dict[str, Any], key: str, was: int, width: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snp_llm.models.experts import Mixture
 from snp_llm.models.projections import Projection, bias_of, projection, weight_of
 
 
@@ -111,6 +112,7 @@ class Site:
         norm: path of a batch norm on the consumer's output, whose statistics take up what a bias would.
         shared: where other blocks make the units.
         order: of units, most important first, where it is known before the cut, as for sites that share them.
+        mixture: experts that the units are channels of, as many and not the same of each; None elsewhere.
         drifts: whether units before it have gone, so that its norm sees something else.
     """
 
@@ -134,11 +136,12 @@ class Site:
     shared: Shared | None = None
     order: tuple[int, ...] = ()
     drifts: bool = False
+    mixture: Mixture | None = None
 
     @property
     def path(self) -> str:
         """Where its channels are read, which no other site of the block shares."""
-        return ", ".join(self.consumers)
+        return ", ".join(self.consumers) if self.mixture is None else self.mixture.module
 
     @property
     def name(self) -> str:
@@ -148,6 +151,21 @@ class Site:
     def channels(self) -> int:
         """Columns of the consumers."""
         return self.units * self.unit_size
+
+    @property
+    def load(self) -> int:
+        """Channels, times the tokens that it takes for one of them to come by."""
+        return self.channels if self.mixture is None else self.channels * self.mixture.count // self.mixture.each
+
+    @property
+    def parts(self) -> int:
+        """Gram matrices that it has: one of each expert."""
+        return 1 if self.mixture is None else self.mixture.count
+
+    @property
+    def passes(self) -> int:
+        """Of these, how many a token adds to."""
+        return 1 if self.mixture is None else self.mixture.each
 
     @property
     def has_reference(self) -> bool:
@@ -174,6 +192,8 @@ class Site:
         """What one unit is, in the plural."""
         if self.units == 1 and self.droppable:
             return "blocks" if not self.consumers else "modules"
+        if self.mixture is not None:
+            return "channels of every expert"
         if self.heads is None:
             return "channels"
         if self.heads.query == self.heads.key_value:
@@ -208,6 +228,8 @@ def consumers_of(block: nn.Module, site: Site) -> list[Projection]:
 
 def outputs_of(block: nn.Module, site: Site) -> int:
     """d_out, outputs of all consumers together; of a whole block, its channels."""
+    if site.mixture is not None:
+        return site.mixture.outputs
     return sum(len(weight_of(consumer)) for consumer in consumers_of(block, site)) or site.channels
 
 

@@ -7,13 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
+from snp_llm.models.experts import of_experts
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.positions import layer_positions, positions
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
-from snp_llm.models.structure import of_experts
 from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
+from snp_llm.recipe.recipe import Experts
 
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
 
@@ -24,7 +25,8 @@ class ModelSize:
 
     Attributes:
         parameters: all, tied ones once.
-        block_linear: weights of the decoder blocks' linears, experts not counted: what sparsity is a fraction of.
+        block_linear: weights of the decoder blocks' linears, of experts only where they are cut: what sparsity is a
+            fraction of.
         bytes: of all parameters in their dtypes, tied ones once: the safetensors files less their headers.
         flops: a token at prefill, LM head included, `token_flops`; or an image.
     """
@@ -35,12 +37,13 @@ class ModelSize:
     flops: float
 
 
-def model_size(model: PreTrainedModel, seq_len: int) -> ModelSize:
-    """Sizes of a model of a supported family; works on the meta device too."""
+def model_size(model: PreTrainedModel, seq_len: int, experts: Experts = "never") -> ModelSize:
+    """Sizes of a model of a supported family, its experts part of what sparsity counts unless they are never cut; works
+    on the meta device too."""
     unique = {id(p): p for p in model.parameters()}.values()
     return ModelSize(
         parameters=sum(p.numel() for p in unique),
-        block_linear=sum(map(linear_weights, find_blocks(model))),
+        block_linear=sum(counted_weights(block, experts) for block in find_blocks(model)),
         bytes=sum(p.numel() * p.element_size() for p in unique),
         flops=FLOPS[task_of(model.config).name](model, seq_len),
     )
@@ -77,6 +80,12 @@ def linear_weights(module: nn.Module) -> int:
     """Weights of all linears in a module, but for those of experts that only some tokens come by."""
     found = (child for path, child in module.named_modules() if not of_experts(path))
     return sum(child.weight.numel() for child in found if isinstance(child, Projection))
+
+
+def counted_weights(block: nn.Module, experts: Experts) -> int:
+    """Weights of a block that sparsity is a fraction of: those of experts only where they may be cut."""
+    stacked = (p for name, p in block.named_parameters() if of_experts(name) and p.dim() == 3)
+    return linear_weights(block) + sum(p.numel() for p in stacked if experts != "never")
 
 
 def text_weights(model: PreTrainedModel) -> int:
@@ -128,7 +137,7 @@ def activation_bytes(model: PreTrainedModel, site: Site, batch: int, seq_len: in
     hidden, item, tokens = int(text_config(model.config).hidden_size), model.dtype.itemsize, batch * seq_len
     if site.heads is None:
         copies = 2 if site.parameters == 2 * hidden * site.channels else 4  # with a gate: it, up, activation, product
-        return tokens * (3 * hidden + copies * site.channels) * item
+        return tokens * (3 * hidden + copies * site.passes * site.channels) * item
     projections = 2 * site.channels + 2 * site.heads.key_value * site.heads.size
     alive = tokens * (2 * hidden + projections) * item
     if text_config(model.config)._attn_implementation == "eager":  # scores, in the weights' type and in float32

@@ -5,8 +5,8 @@ from collections import Counter
 from torch import nn
 
 from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection
-from snp_llm.models.structure import of_experts
 
 
 def what_stays(anatomy: Anatomy) -> list[str]:
@@ -19,7 +19,8 @@ def what_stays(anatomy: Anatomy) -> list[str]:
     if found:
         named = (f"{name} ({kind}) in {n} of {len(blocks)} blocks" for (name, kind), n in found.items())
         lines.append(f"neither an attention nor an FFN that is known, stays as it is: {', '.join(named)}")
-    if experts := expert_parameters(blocks):
+    cut = any(site.mixture is not None for site in anatomy.sites)
+    if (experts := expert_parameters(blocks)) and not cut:
         share = experts / sum(parameter.numel() for parameter in anatomy.model.parameters())
         lines.append(
             f"experts stay as they are, {100 * share:.1f} % of all parameters; sparsity is a share of the other linear "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection, weight_of
 from snp_llm.models.site import Heads
 from snp_llm.runtime.errors import SnpError
@@ -153,11 +154,6 @@ def fills_keys(block: nn.Module) -> Any | None:
         if getattr(module, "store_full_length_kv", False) and getattr(module.config, "num_kv_shared_layers", 0):
             return module
     return None
-
-
-def of_experts(path: str) -> bool:
-    """Whether what is at a path of a model belongs to experts that only some tokens come by."""
-    return "experts" in path.split(".")
 
 
 def nearly_attentions(block: nn.Module) -> dict[str, list[str]]:

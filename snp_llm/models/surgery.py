@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from snp_llm.linalg.units import unit_channels
+from snp_llm.models.anatomy import expert_site
+from snp_llm.models.experts import expert_of, find_experts, put_experts
 from snp_llm.models.families.decoders import family_of
 from snp_llm.models.modeling_snp import BlockConfig, set_head_counts
 from snp_llm.models.outline import width_keys
@@ -145,6 +147,44 @@ def pad_site(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> No
         block.set_submodule(path, with_weight(large, weight, small.bias))
     if site.heads is not None and site.module is not None:
         _set_head_counts(block.get_submodule(site.module), site, site.units)
+
+
+def narrow_experts(block: nn.Module, site: Site, kept: Tensor) -> None:
+    """Removes all channels of a block's experts but those kept, in place, without a repair.
+
+    Args:
+        block: that they are in.
+        site: of these experts.
+        kept: channels of each in a column, ascending, (u, experts), int64.
+    """
+    assert site.mixture is not None
+    inner, experts = expert_site(site), []
+    for number in range(site.mixture.count):
+        expert = expert_of(block, site.mixture, number)
+        W = weight_of(expert.outward)
+        prune_site(expert, inner, kept[:, number], W[:, kept[:, number].to(W.device)], None)
+        experts.append(expert)
+    put_experts(block, site.mixture, experts)
+
+
+def pad_experts(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> None:
+    """Puts pruned experts back into their dense width, in place, with zeros where channels are gone.
+
+    Args:
+        block: in which they are pruned.
+        dense: the block as it was.
+        site: of the dense block's experts.
+        kept: channels of each in a column, ascending, (u, experts), int64.
+    """
+    assert site.mixture is not None
+    inner, experts = expert_site(site), []
+    narrow = find_experts(block)
+    assert narrow is not None
+    for number in range(site.mixture.count):
+        expert, large = expert_of(block, narrow, number), expert_of(dense, site.mixture, number)
+        pad_site(expert, large, inner, kept[:, number])
+        experts.append(expert)
+    put_experts(block, narrow, experts)
 
 
 class NoHeads(nn.Module):

@@ -1,6 +1,8 @@
 """One site: order, factor, cut and repair it. Knows one block at a time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +10,17 @@ from torch import Tensor, nn
 from snp_llm.linalg.gram import triangle_flops
 from snp_llm.linalg.ldl import energy_curve, error_curve
 from snp_llm.linalg.least_squares import Cut, absorb_mean, factored_repair_flops, output_energy
-from snp_llm.models.site import Site, site_bias
-from snp_llm.models.surgery import prune_site
+from snp_llm.linalg.units import unit_channels
+from snp_llm.models.site import Site, site_bias, site_weight
+from snp_llm.models.surgery import narrow_experts, prune_site
 from snp_llm.pruning.factor import DAMPENING, factor_flops, factor_site
 from snp_llm.pruning.norms import restate
 from snp_llm.pruning.repair import repair_is_open, repair_site, repair_site_flops
 from snp_llm.pruning.result import Curve, SiteResult, sample_curve
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics
+from snp_llm.pruning.statistics import Statistics, Sums, with_algebra
 from snp_llm.recipe.recipe import Recipe
+from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError
 
 
@@ -114,3 +118,42 @@ def cut_flops(d: int, site: Site, width: int, recipe: Recipe) -> float:
     flops = factor_flops(d, n, recipe, 0 if site.groups else k) + repair_site_flops(d, n, k, recipe)
     flops += 2 * d * triangle_flops(n) + d * triangle_flops(n - k)
     return flops if recipe.holds_out else flops + factored_repair_flops(d, n, k)
+
+
+def cut_site(
+    block: nn.Module,
+    site: Site,
+    sums: Sums,
+    width: int,
+    gradient: Callable[[], Tensor | None],
+    run: Run,
+) -> SiteResult:
+    """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits.
+
+    Sums are those of all ranks.
+    """
+
+    def here() -> tuple[SiteResult, dict[str, dict[str, Any]]]:
+        with run.clock.phase("Gram matrices"):
+            W, bias = site_weight(block, site), site_bias(block, site)
+            statistics = sums.statistics(W, bias, gradient())
+        result = with_algebra(site.name, statistics, lambda found: cut(block, site, found, width, run))
+        return result, {path: block.get_submodule(path).state_dict() for path in (*site.consumers, site.norm) if path}
+
+    owner = ranks.owner(site.block)
+    result, repaired = ranks.from_rank(owner, here)
+    if ranks.rank() != owner:
+        cut_alike(block, result)
+        for path, tensors in repaired.items():
+            block.get_submodule(path).load_state_dict(tensors)
+    return result
+
+
+def cut_alike(block: nn.Module, result: SiteResult) -> None:
+    """Gives a block the shapes that a cut gave another copy of it; what the repaired tensors hold is yet to come."""
+    if result.site.mixture is not None:
+        narrow_experts(block, result.site, result.kept)
+        return
+    W = site_weight(block, result.site)
+    weight = W[:, unit_channels(result.kept, result.site.unit_size).to(W.device)]
+    prune_site(block, result.site, result.kept, weight, site_bias(block, result.site))

@@ -13,6 +13,7 @@ from snp_llm.linalg.ldl import (
     Subspace,
     build_subspace,
     cholesky_flops,
+    energy_curve,
     error_curve,
     held_out_curve,
     held_out_curve_flops,
@@ -120,6 +121,10 @@ class FactoredSite:
             first, mean = moments.first.to(self.W)[order], self.mean[order]
             gram.addr_(first, mean, alpha=-1).addr_(mean, first - moments.tokens * mean, alpha=-1)
         return gram
+
+    def energies(self) -> Tensor:
+        """Share of the latent energy at every width, (units + 1,)."""
+        return energy_curve(self.subspace.D, len(self.subspace.D) // len(self.unit_order))
 
     def errors(self) -> Tensor:
         """Relative squared output error at every number of channels kept, (n + 1,)."""

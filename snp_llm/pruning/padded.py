@@ -9,7 +9,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import on_device
 from snp_llm.models.offload import copy_unhooked
-from snp_llm.models.surgery import pad_site
+from snp_llm.models.surgery import pad_experts, pad_site
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.sequential import keep_block
 from snp_llm.runtime import ranks
@@ -32,7 +32,8 @@ def padded_blocks(
             block = copy_unhooked(new)
             for result in results:
                 if result.site.block == index and len(result.kept) < result.site.units:
-                    pad_site(block, old, result.site, result.kept)
+                    pad = pad_site if result.site.mixture is None else pad_experts
+                    pad(block, old, result.site, result.kept)
         blocks.append(keep_block(block, index, journal))
     journal.settle()
     ranks.wait()

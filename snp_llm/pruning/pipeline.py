@@ -21,7 +21,7 @@ from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
-from snp_llm.pruning.run import OnStep, Run, announce_heads, check_weights, read_calibration, resolve
+from snp_llm.pruning.run import OnStep, Run, announce_experts, announce_heads, check_weights, read_calibration, resolve
 from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.shared import narrowed_blocks, with_order
@@ -179,13 +179,14 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         windows: of the calibration text; None where nothing but a plan of fixed widths is wanted.
         run: of this phase.
     """
-    anatomy = find_anatomy(model, run.recipe.head_unit)
+    anatomy = find_anatomy(model, run.recipe.head_unit, run.recipe.experts)
     with run.clock.phase("loading"):
         check_weights(anatomy, run.clock.device)
     if windows is not None and not anatomy.family.alike:
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
         try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
     announce_heads(anatomy.sites, run.recipe)
+    announce_experts(anatomy, run.recipe)
     for line in what_stays(anatomy):
         log.warning("%s", line)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)

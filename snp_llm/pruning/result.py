@@ -1,6 +1,6 @@
 """What happened at a site, and its curves as they are drawn. Computes nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class SiteResult:
 
     Attributes:
         site: as it was.
-        kept: kept units, ascending, (u,), int64, on the CPU.
+        kept: kept units, ascending, (u,), int64, on the CPU; of experts (u, experts), those of each in a column.
         energy: share of the latent energy in what was kept.
         predicted_error: relative squared output error read off the error curve (dampened Gram matrix).
         error: relative squared output error of the cut with its own repair, computed from the weights.
@@ -66,9 +66,11 @@ class SiteResult:
         reference_weight: alpha, the share of the drift's repair that the out-projection took up.
         dampening: relative dampening used; more than the recipe's where the factorisation failed at that.
         seconds: spent on this site.
-        curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired.
+        curve: spectrum and errors of every width, for pictures; None where nothing was to be cut or repaired, or all of
+            several experts.
         refinement: at the last site of a block that was refined, the block's error on held-out windows after that over
             the error before; 1 where it stayed as it was. None elsewhere.
+        experts: of each of these the tokens that came by, its dampening and its error.
     """
 
     site: Site
@@ -82,6 +84,7 @@ class SiteResult:
     seconds: float
     curve: Curve | None = None
     refinement: float | None = None
+    experts: list[dict[str, float]] = field(default_factory=list)
 
     def __str__(self) -> str:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"

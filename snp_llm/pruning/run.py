@@ -91,6 +91,12 @@ def announce_heads(sites: Sequence[Site], recipe: Recipe) -> None:
         log.warning("%s: every key-value head has one query head; both go together", first.name)
 
 
+def announce_experts(anatomy: Anatomy, recipe: Recipe) -> None:
+    """Says so where experts were to lose something, and there are none that are known."""
+    if recipe.experts != "never" and not any(site.mixture is not None for site in anatomy.sites):
+        log.warning("--experts %s: this model has no experts that are known; nothing goes of any", recipe.experts)
+
+
 def check_weights(anatomy: Anatomy, device: torch.device) -> None:
     """Raises SnpError with the tensor's name if a weight is NaN or Inf; one block is in memory at a time."""
     model, blocks = anatomy.model, anatomy.blocks

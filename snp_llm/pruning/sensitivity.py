@@ -3,7 +3,7 @@
 Knows blocks and sites, cuts nothing and chooses nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
-from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import (
     frozen,
@@ -27,6 +26,7 @@ from snp_llm.models.blocks import (
 from snp_llm.models.calls import move
 from snp_llm.models.site import Site, block_dtype, outputs_of, site_weight
 from snp_llm.models.task import task_of
+from snp_llm.pruning.experts import Arrivals, experts_curves
 from snp_llm.pruning.factor import FactoredSite, factor_site
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import (
@@ -134,7 +134,7 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
         run: of this phase; its journal keeps curves and gradients.
     """
     sites, gradients, curves = anatomy.sites, run.phase("gradients"), run.phase("curves")
-    widest, hidden = max(s.channels for s in sites), outputs_of(anatomy.blocks[sites[0].block], sites[0])
+    widest, hidden = max(s.load for s in sites), outputs_of(anatomy.blocks[sites[0].block], sites[0])
     read_back, read_once = visit_windows(widest, hidden, run.recipe.seq_len, run.recipe, sites)
     if any(site.spatial for site in sites):
         read_back = max(read_back, read_back and IMAGES)
@@ -269,8 +269,9 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
     held = held_out(len(visit.tokens), one_of=HELD_OUT_OF) & visit.run.recipe.needs_gradients
     holding_out, held_here = bool(held.any()), held[windows.start : windows.stop]
     summed: dict[int, list[Sums]] = {}  # by block: those that wait for this rank to factorise them
+    known: dict[int, dict[str, Tensor]] = {}  # curves of experts
     for index in range(first, len(blocks)):
-        block, here = blocks[index], visit.anatomy.sites_of(index)
+        block, (here, mixtures) = blocks[index], _apart(visit.anatomy.sites_of(index))
         weights = [site_weight(block, site) for site in here]
         sums = [
             empty_sums(
@@ -279,34 +280,53 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
             for s, W in zip(here, weights, strict=True)
         ]
         with on_device(block, clock.device):
-            sums = sum_up(block, here, sums, stream.before(index), held_here, clock)
+            arrivals = {site: Arrivals.awaited(block, site, stream) for site in mixtures}
+            sums = sum_up(block, here, sums, stream.before(index), held_here, clock, arrivals)
+            known[index] = {}
+            for site, came in arrivals.items():
+                gradient = gradients.get(index, site.path)
+                known[index].update(experts_curves(block, site, came, held_here, gradient, visit.run))
             with clock.phase("Gram matrices"):
                 sums = [over_all_ranks(s) for s in sums]
             if ranks.owner(index) == ranks.rank():
                 summed[index] = sums
             done = index + 1
             if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
-                _factorise(visit, summed, gradients)
+                _factorise(visit, summed, gradients, known)
                 journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
         visit.run.on_step(f"block {index}: curves of the dense model")
 
 
+def _apart(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:
+    """Sites whose inputs are summed as they arrive, and those of experts, whose inputs are kept until each is."""
+    return [s for s in sites if s.mixture is None], [s for s in sites if s.mixture is not None]
+
+
 def sum_up(
-    block: nn.Module, sites: Sequence[Site], sums: list[Sums], stream: Stream, held: Tensor, clock: Clock
+    block: nn.Module,
+    sites: Sequence[Site],
+    sums: list[Sums],
+    stream: Stream,
+    held: Tensor,
+    clock: Clock,
+    arrivals: Mapping[Site, Arrivals],
 ) -> list[Sums]:
-    """Adds all windows to the sums of a block's sites; the stream moves on to what the block puts out."""
+    """Adds all windows to the sums of a block's sites, and keeps what arrives at its experts; the stream moves on to
+    what the block puts out."""
 
     def run(at: slice) -> tuple[Tensor, list[Tensor | None]]:
         hidden: Tensor = move(stream.hidden[at], clock.device)
         output = run_block(block, hidden, stream.call)
         return output, taps.read(hidden, output)
 
-    with tapped(block, sites) as taps, clock.phase("forward passes"):
+    with tapped(block, [*sites, *arrivals]) as taps, clock.phase("forward passes"):
         for at, (output, inputs) in in_batches(len(stream.windows), stream.batch, run):
             check_finite(output, stream.index)
             with clock.phase("Gram matrices"):
                 triples = zip(sums, sites, inputs, strict=True)
                 sums = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
+            for site, came in arrivals.items():
+                came.put(at, taps.arrived[site])
             stream.put(at, output)
     return sums
 
@@ -317,19 +337,22 @@ def _back(
     return gradients_at(block, sites, entering.hidden[at], entering.call, move(gradients[at], device))
 
 
-def _factorise(visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal) -> None:
+def _factorise(
+    visit: _Visit, summed: dict[int, list[Sums]], gradients: Journal, known: dict[int, dict[str, Tensor]]
+) -> None:
     """Puts the curves of the blocks that all ranks have summed into the journal.
 
     Args:
         visit: of the model.
         summed: this rank's blocks; emptied.
         gradients: has F of the sites, or nothing.
+        known: curves of experts, by block.
     """
     curves: dict[int, dict[str, Tensor]] = {}
     while summed:
         index, sums = summed.popitem()
         with on_device(visit.anatomy.blocks[index], visit.run.clock.device), visit.run.clock.phase("factorisation"):
-            curves[index] = _curves(visit, index, sums, gradients)
+            curves[index] = {**_curves(visit, index, sums, gradients), **known.pop(index)}
     if visit.run.journal.folder is None:  # on disk all ranks can read them
         curves = {index: found for others in ranks.from_all(curves) for index, found in others.items()}
     for index, found in curves.items():
@@ -341,7 +364,7 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
     """Curves of a block's sites as `SiteCurves` holds them, by kind of site and name; sums are used up."""
     found: dict[str, Tensor] = {}
     block, recipe = visit.anatomy.blocks[index], visit.run.recipe
-    for site in reversed(visit.anatomy.sites_of(index)):  # the wider one first, whose sums are then gone
+    for site in reversed(_apart(visit.anatomy.sites_of(index))[0]):  # the wider one first, whose sums are then gone
         of_site = sums.pop()
         apart = Statistics(
             of_site.fitted.moments,
@@ -363,7 +386,7 @@ def _curves(visit: _Visit, index: int, sums: list[Sums], gradients: Journal) -> 
 def site_curves(site: Site, factored: FactoredSite, statistics: Statistics) -> dict[str, Tensor]:
     """What `SiteCurves` holds of a site, by kind of site and name."""
     loss = factored.loss_curve(statistics)
-    found = {f"{site.path} energy": energy_curve(factored.subspace.D, site.unit_size).cpu()}
+    found = {f"{site.path} energy": factored.energies().cpu()}
     if loss is not None:
         found[f"{site.path} loss"] = loss[:: site.unit_size].cpu()
     if site.kind == "stream":

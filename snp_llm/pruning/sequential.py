@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import fixed_output, on_device, output_of, run_block
+from snp_llm.models.blocks import arrived_at, fixed_output, on_device, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
+from snp_llm.models.experts import Arrived
 from snp_llm.models.offload import copy_unhooked, leave_on_disk, read_buffers
 from snp_llm.models.projections import projection, weight_of
-from snp_llm.models.site import Site, site_bias, site_weight
-from snp_llm.models.surgery import NoBlock, prune_site
-from snp_llm.pruning.cut import cut
+from snp_llm.models.site import Site, site_weight
+from snp_llm.models.surgery import NoBlock
+from snp_llm.pruning.cut import cut_alike, cut_site
+from snp_llm.pruning.experts import Arrivals, cut_experts, uncut_experts
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.refine import refine_block
 from snp_llm.pruning.result import Curve, SiteResult
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks, with_algebra
+from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.runtime import ranks
@@ -126,17 +128,35 @@ def prune_block(
     """
     fixed: list[FixedSite] = []
     results: list[SiteResult] = []
+    mixed: list[SiteResult] = []
     stages = anatomy.stages(stream.index)
+
+    def goes(site: Site) -> bool:
+        return widths[anatomy.sites.index(site)] < site.units
+
     for stage in stages:
         start, goes_on = time.perf_counter(), stage is not stages[-1]
+        mixtures = [site for site in stage if site.mixture is not None]
+        plain = [site for site in stage if site.mixture is None]
         with run.clock.phase("forward passes"), torch.no_grad():
-            forms = [_form(block, site, stream, fixed) if goes_on and site.module else None for site in stage]
-            sums, inputs = gather(block, stage, stream, fixed, reference, run, keep=goes_on)
+            forms = [_form(block, site, stream, fixed) if goes_on and site.module else None for site in plain]
+            sums, inputs = gather(block, plain, stream, fixed, reference, run, keep=goes_on) if plain else ([], [])
+            arrivals = {site: gather_arrivals(block, site, stream, fixed, run) for site in mixtures if goes(site)}
         for earlier in fixed:
-            earlier.inputs = None
-        for site in stage:
+            earlier.inputs = None if plain or arrivals else earlier.inputs
+        for site in mixtures:
             number = anatomy.sites.index(site)
-            result = cut_site(block, site, sums.pop(0), widths[number], partial(gradients, number), run)
+            held = held_out(stream.total)[stream.windows.start : stream.windows.stop]
+            result = uncut_experts(site)
+            if site in arrivals:
+                result = cut_experts(block, site, arrivals.pop(site), held, widths[number], gradients(number), run)
+            mixed.append(replace(result, seconds=time.perf_counter() - start))
+            run.on_step(str(mixed[-1]))
+        for site in plain:
+            number = anatomy.sites.index(site)
+            with run.clock.phase("Gram matrices"):
+                summed = over_all_ranks(sums.pop(0))
+            result = cut_site(block, site, summed, widths[number], partial(gradients, number), run)
             results.append(replace(result, seconds=time.perf_counter() - start))
             run.on_step(str(results[-1]))
             if not site.consumers and not len(result.kept):
@@ -145,7 +165,7 @@ def prune_block(
             if seen is not None:
                 fixed.append(fix(block, result, form, seen, stream))
         with run.clock.phase("forward passes"):
-            estimate(block, norms_left(results[-len(stage) :]), stream)
+            estimate(block, norms_left(results[len(results) - len(plain) :]), stream)
     if run.recipe.norm_statistics == "pass":
         with run.clock.phase("forward passes"):
             estimate(block, norms_of(block), stream)
@@ -166,7 +186,7 @@ def prune_block(
         for at, output in in_batches(len(stream.windows), stream.batch, run_on):
             check_finite(output, stream.index)
             stream.put(at, output)
-    return block, results
+    return block, results + mixed
 
 
 def gather(
@@ -213,39 +233,19 @@ def gather(
     return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 
-def cut_site(
-    block: nn.Module,
-    site: Site,
-    sums: Sums,
-    width: int,
-    gradient: Callable[[], Tensor | None],
-    run: Run,
-) -> SiteResult:
-    """Cuts a site on the rank whose block it is; the others take over its result, so that all have the same bits."""
-    with run.clock.phase("Gram matrices"):
-        sums = over_all_ranks(sums)
+def gather_arrivals(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite], run: Run) -> Arrivals:
+    """What arrives at a site of experts, in one pass."""
+    assert site.mixture is not None
+    mixture, arrivals = site.mixture, Arrivals.awaited(block, site, stream)
 
-    def here() -> tuple[SiteResult, dict[str, dict[str, Any]]]:
-        with run.clock.phase("Gram matrices"):
-            W, bias = site_weight(block, site), site_bias(block, site)
-            statistics = sums.statistics(W, bias, gradient())
-        result = with_algebra(site.name, statistics, lambda found: cut(block, site, found, width, run))
-        return result, {path: block.get_submodule(path).state_dict() for path in (*site.consumers, site.norm) if path}
+    def to_experts(at: slice) -> Arrived:
+        hidden: Tensor = move(stream.hidden[at], run.clock.device)
+        with _fixing(fixed, at, run.clock.device):
+            return arrived_at(mixture, block, hidden, stream.call)
 
-    owner = ranks.owner(site.block)
-    result, repaired = ranks.from_rank(owner, here)
-    if ranks.rank() != owner:
-        cut_alike(block, result)
-        for path, tensors in repaired.items():
-            block.get_submodule(path).load_state_dict(tensors)
-    return result
-
-
-def cut_alike(block: nn.Module, result: SiteResult) -> None:
-    """Gives a block the shapes that a cut gave another copy of it; what the repaired tensors hold is yet to come."""
-    W = site_weight(block, result.site)
-    weight = W[:, unit_channels(result.kept, result.site.unit_size).to(W.device)]
-    prune_site(block, result.site, result.kept, weight, site_bias(block, result.site))
+    for at, came in in_batches(len(stream.windows), stream.batch, to_experts):
+        arrivals.put(at, came)
+    return arrivals
 
 
 def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:

@@ -1,7 +1,7 @@
 """What arrives at sites and what gradients come back to them, while a block runs. Knows no sums."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from snp_llm.models.blocks import input_gradient, inputs_of, run_block, watch_inputs
 from snp_llm.models.calls import BlockCall
+from snp_llm.models.experts import Arrived, experts_module, put_out, watch_arrivals
 from snp_llm.models.projections import Projection, inputs_as_rows, outputs_as_rows, projection
 from snp_llm.models.site import Site, consumers_of
 
@@ -51,8 +52,9 @@ class Taps:
     """What the consumers of sites got in the last run of their block to its end."""
 
     def __init__(self, block: nn.Module, sites: Sequence[Site]) -> None:
-        self.readers = [projection(block, site.consumers[0]) if site.consumers else None for site in sites]
-        self.sites = sites
+        self.sites = [site for site in sites if site.mixture is None]
+        self.readers = [projection(block, site.consumers[0]) if site.consumers else None for site in self.sites]
+        self.arrived: dict[Site, Arrived] = {}
         self.seen: dict[nn.Module, Tensor] = {}
 
     def read(self, hidden: Tensor, output: Tensor) -> list[Tensor | None]:
@@ -73,7 +75,11 @@ def tapped(block: nn.Module, sites: Sequence[Site]) -> Iterator[Taps]:
     def keep(reader: nn.Module, values: Tensor) -> None:
         taps.seen[reader] = values.detach()
 
-    with watch_inputs({reader: partial(keep, reader) for reader in taps.readers if reader is not None}):
+    with ExitStack() as stack:
+        for site in sites:
+            if site.mixture is not None:
+                stack.enter_context(watch_arrivals(block, site.mixture, partial(taps.arrived.__setitem__, site)))
+        stack.enter_context(watch_inputs({r: partial(keep, r) for r in taps.readers if r is not None}))
         yield taps
 
 
@@ -97,19 +103,26 @@ def gradients_at(
     def keep(consumer: nn.Module, values: Tensor) -> None:
         seen[consumer] = values.detach()
 
-    consumers = [consumers_of(block, site) for site in sites]
+    consumers = [_putting_out(block, site) for site in sites]
     watchers: dict[nn.Module, Callable[[Tensor], None]] = {
         consumer: partial(keep, consumer) for some in consumers for consumer in some
     }
     entering = input_gradient(block, hidden, call, gradient, watchers)
 
-    def at(some: Sequence[nn.Module]) -> Tensor | None:
+    def at(site: Site, some: Sequence[nn.Module]) -> Tensor | None:
         if not some:
             return gradient
+        if site.mixture is not None:
+            return put_out(site.mixture, seen[some[0]]) if some[0] in seen else None
         parts = [outputs_as_rows(consumer, seen[consumer]) for consumer in some if consumer in seen]  # type: ignore[arg-type]
         return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    return entering, [at(some) for some in consumers]
+    return entering, [at(site, some) for site, some in zip(sites, consumers, strict=True)]
+
+
+def _putting_out(block: nn.Module, site: Site) -> Sequence[nn.Module]:
+    """The modules whose outputs are those of a site: its consumers, or what adds up experts."""
+    return consumers_of(block, site) if site.mixture is None else [experts_module(block, site.mixture)]
 
 
 def _added(output: Tensor, hidden: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import capture_calls, on_device
+from snp_llm.models.blocks import arrived_at, capture_calls, on_device, run_block, watch_outputs
 from snp_llm.models.calls import BlockCall, without_cache
+from snp_llm.models.experts import experts_module, put_together
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
@@ -57,7 +58,8 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
         seen.add(shape)
         with on_device(block, torch.device("cpu")):
             for site in sites:
-                difference = _try(block, site, hidden.cpu(), calls[index])
+                tried = _try if site.mixture is None else _try_experts
+                difference = tried(block, site, hidden.cpu(), calls[index])
                 if not difference <= TOLERANCE[model.dtype]:
                     raise SnpError(
                         f"{site.name}: with the first of its {site.units} {site.unit} taken away, the others give "
@@ -99,6 +101,21 @@ def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:
             f"model_type {model.config.model_type!r} is not supported: with its blocks run one at a time, logits "
             f"{said}; expected the same. Its blocks depend on more than what the one before puts out."
         )
+
+
+def _try_experts(block: nn.Module, site: Site, hidden: Tensor, call: BlockCall) -> float:
+    """Largest difference, relative to the largest value, of what the experts put out taken apart and together."""
+    assert site.mixture is not None
+    found: list[Tensor] = []
+    module = experts_module(block, site.mixture)
+    with watch_outputs({module: found.append}):
+        run_block(block, hidden, call)
+    came = arrived_at(site.mixture, block, hidden, call)
+    wanted = found[0].reshape(-1, found[0].shape[-1])
+    if site.mixture.scaled:
+        wanted = wanted.view(site.mixture.count, -1, wanted.shape[-1]).sum(0)
+    difference = put_together(block, site.mixture, came) - wanted
+    return float(difference.abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
 def _try(block: nn.Module, site: Site, hidden: Tensor, call: BlockCall) -> float:

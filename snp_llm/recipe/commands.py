@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from snp_llm.recipe.checks import check_repo_id, check_settings
-from snp_llm.recipe.recipe import SPARSITY, Bos, Device, Dtype, HiddenDevice, Text
+from snp_llm.recipe.recipe import SPARSITY, Bos, Device, Dtype, Experts, HiddenDevice, Text
 from snp_llm.runtime.errors import SnpError
 
 
@@ -163,6 +163,8 @@ class InspectRecipe:
     """For which sizes and the resources of a prune are given."""
     head_unit: Literal["kv_group", "query"] = "kv_group"
     """As for prune: which heads go together."""
+    experts: Experts = "never"
+    """As for prune: whether experts that only some tokens come by lose channels."""
     num_samples: int = 128
     """As for prune: calibration windows."""
     seq_len: int | None = None

@@ -13,6 +13,8 @@ from snp_llm.runtime.errors import SnpError, shown
 
 HeadUnit = Literal["kv_group", "query"]
 
+Experts = Literal["never", "channels"]
+
 Device = Literal["auto", "cuda", "mps", "cpu"]
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
@@ -105,6 +107,9 @@ class Recipe:
     head_unit: HeadUnit = "kv_group"
     """Which heads go together. kv_group: a key-value head and all its query heads. query: query heads, evenly from
     every group; the only choice where there is one key-value head."""
+    experts: Experts = "never"
+    """Whether experts that only some tokens come by lose anything. never: they stay, and sparsity does not count them.
+    channels: each keeps as many as the others of its block, its own, and sparsity is a fraction of them as well."""
     layout: Layout = "compact"
     """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
     every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
@@ -237,8 +242,8 @@ class Recipe:
     def sparsities(self) -> list[tuple[tuple[str, ...], float]]:
         """Kinds of site that share a budget, and its sparsity."""
         if not self.separate:
-            return [(("attention", "ffn"), self.sparsity_of("ffn"))]
-        return [(("attention",), self.sparsity_of("attention")), (("ffn",), self.sparsity_of("ffn"))]
+            return [(("attention", "ffn", "experts"), self.sparsity_of("ffn"))]
+        return [(("attention",), self.sparsity_of("attention")), (("ffn", "experts"), self.sparsity_of("ffn"))]
 
     @property
     def budget(self) -> Budget | None:

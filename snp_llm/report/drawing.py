@@ -24,6 +24,7 @@ COLOURS = {
     "gone": "#d3dae2",
     "attention": "#2563a9",
     "ffn": "#c2560d",
+    "experts": "#5b6abf",
     "convolution": "#2c6e9b",
     "stream": "#8a5a00",
     "linear": "#3d7a3a",
@@ -36,11 +37,12 @@ COLOURS = {
     "pink": "#d1579b",
 }
 
-MARKERS = {"attention": "o", "ffn": "s", "convolution": "D", "stream": "^", "linear": "v"}
+MARKERS = {"attention": "o", "ffn": "s", "experts": "X", "convolution": "D", "stream": "^", "linear": "v"}
 
 NAMES = {
     "attention": "attention",
     "ffn": "FFN",
+    "experts": "experts",
     "convolution": "convolutions",
     "stream": "streams",
     "linear": "linear layers",

@@ -63,6 +63,7 @@ def build_report(pruned: PrunedModel, dense: Measured, after: Measured, facts: d
             "heads": heads(result),
             "curve": curve(result),
             "kept": result.kept.tolist(),
+            "experts": result.experts,
         }
         for result in pruned.sites
     ]

@@ -12,6 +12,7 @@ from snp_llm.report.words import count
 KINDS = {
     "attention": "Attention",
     "ffn": "FFN",
+    "experts": "Experts",
     "convolution": "Convolutions",
     "stream": "Streams",
     "linear": "Linear layers",

@@ -31,7 +31,7 @@ RUNS = (
     f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded --refine 2 {FEW}",
     f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
-    f"prune tiny-opt --target-params 0.8x {FEW}",
+    f"prune tiny-opt --target-params 0.8x --experts channels {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",
     f"prune tiny-opt --target-latency 0.8x --latency-table latency.json {CHEAP} {FEW}",

@@ -274,9 +274,12 @@ def test_two_budgets_at_once_are_refused_wherever_they_are_said(settings, flags,
 
 
 def test_the_usual_sparsity_is_that_of_nothing_else_alone():
-    assert Recipe("m").sparsities == Recipe("m", sparsity=0.3).sparsities == [(("attention", "ffn"), 0.3)]
+    assert Recipe("m").sparsities == Recipe("m", sparsity=0.3).sparsities == [(("attention", "ffn", "experts"), 0.3)]
     assert Recipe("m", head_sparsity=0.1).common_sparsity == 0.3
-    assert Recipe("m", head_sparsity=0.1, sparsity=0.5).sparsities == [(("attention",), 0.1), (("ffn",), 0.5)]
+    assert Recipe("m", head_sparsity=0.1, sparsity=0.5).sparsities == [
+        (("attention",), 0.1),
+        (("ffn", "experts"), 0.5),
+    ]
     for other in ({"target_size": "1MB"}, {"max_perplexity_increase": "5%"}, {"ffn_sparsity": 0, "head_sparsity": 0}):
         assert Recipe("m", **other).common_sparsity is None
 

@@ -159,6 +159,11 @@ FFN_KEYS = (
     "d_ff",
     "dff",
 )
+# Keys of the width of experts that only some tokens come by, and of how many there are.
+EXPERT_KEYS = (
+    ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size", "intermediate_size"),
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+)
 # Keys that make the FFN's width another number than its key says, and the value with which it is that number.
 FFN_AS_SAID = {"block_auto_adjust_ff_dim": False}
 

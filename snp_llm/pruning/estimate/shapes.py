@@ -81,9 +81,10 @@ class Shapes:
 
 def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     """The shapes of a prune; weights are not looked at."""
-    anatomy, size = find_anatomy(model, recipe.head_unit), model_size(model, recipe.seq_len)
+    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
+    size = model_size(model, recipe.seq_len, recipe.experts)
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in anatomy.blocks]
-    channels = max(site.channels for site in anatomy.sites)
+    channels = max(site.load for site in anatomy.sites)
     referred = enough_windows(channels, recipe.seq_len) if recipe.reference != "self" else 0
     gone_back, visited = visit_windows(channels, int(text_config(model.config).hidden_size), recipe.seq_len, recipe)
     refined = refined_windows(recipe, recipe.num_samples, recipe.seq_len)

@@ -7,7 +7,7 @@ import torch
 
 from snp_llm.linalg.gram import drift_flops, multiplied_as, triangle_flops
 from snp_llm.models.anatomy import embedding_rows
-from snp_llm.models.size import mean_positions, routed_weights, token_flops
+from snp_llm.models.size import linear_weights, mean_positions, routed_weights, token_flops
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.shapes import Shapes
 from snp_llm.pruning.factor import factor_flops, loss_curve_flops
@@ -39,9 +39,9 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     sums = torch.promote_types(dtype, torch.float32)
     wide = multiplied_as(dtype, sums, shapes.device)
     attended = sum(s.channels for s in sites if s.heads is not None)
-    weights = shapes.size.block_linear + routed_weights(shapes.anatomy.model)
+    weights = sum(map(linear_weights, shapes.anatomy.blocks)) + routed_weights(shapes.anatomy.model)
     forward = token_flops(weights, attended, mean_positions(recipe.seq_len))
-    moments = sum(triangle_flops(s.channels) for s in sites)
+    moments = sum(s.passes * triangle_flops(s.channels) for s in sites)
     if gone_back:
         # Forwards, forwards once more, and back to a block's input alone; of the head back and forth.
         yield Work("visit: there and back", 3 * forward * gone_back, dtype)
@@ -50,9 +50,9 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     if visited:
         yield Work("visit: forwards", forward * visited, dtype)
         yield Work("visit: sums", moments * visited, wide)
-        curves = [factor_flops(d, s.channels, recipe) for s in sites]
+        curves = [s.parts * factor_flops(d, s.channels, recipe) for s in sites]
         if gone_back:
-            curves = [flops + loss_curve_flops(d, s.channels) for flops, s in zip(curves, sites, strict=True)]
+            curves = [flops + s.parts * loss_curve_flops(d, s.channels) for flops, s in zip(curves, sites, strict=True)]
         yield from _algebra("visit: linear algebra", shapes, curves)
     refined = shapes.refined * recipe.seq_len
     if referred or refined:
@@ -60,13 +60,13 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     # Once all that is before the FFN, the FFN's inputs, and the FFN with its new weights.
     ffn = sum(s.parameters - d * s.channels for s in sites if s.kind == "ffn")
     yield Work("pruned pass", (forward + token_flops(ffn, 0, 0)) * tokens, dtype)
-    cross = sum(token_flops(d * s.channels, 0, 0) for s in sites)
+    cross = sum(token_flops(d * s.channels, 0, 0) for s in sites if s.mixture is None)
     yield Work("sums", moments * tokens + cross * referred, wide)
     if referred:
-        outputs = sum(drift_flops(d, s.channels) for s in sites)
+        outputs = sum(drift_flops(d, s.channels) for s in sites if s.mixture is None)
         yield Work("sums of outputs", outputs * (1 + recipe.holds_out), sums)
     widths = [round((1 - recipe.sparsity_of(s.kind)) * s.units) for s in sites]
-    cuts = [cut_flops(d, site, width, recipe) for site, width in zip(sites, widths, strict=True)]
+    cuts = [site.parts * cut_flops(d, site, width, recipe) for site, width in zip(sites, widths, strict=True)]
     yield from _algebra("linear algebra", shapes, cuts)
     if refined:
         kept = 1 - sum(s.units * s.cost * recipe.sparsity_of(s.kind) for s in sites) / max(shapes.size.block_linear, 1)

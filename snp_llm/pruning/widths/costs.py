@@ -73,7 +73,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
             {
                 "params": parameters,
                 "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": unit_flops(anatomy.model, site.cost, attended, recipe.seq_len),
+                "flops": unit_flops(anatomy.model, site.cost * site.passes / site.parts, attended, recipe.seq_len),
             }[budget.kind]
         )
     unit, dense = {
@@ -87,6 +87,9 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
 def unit_values(block: nn.Module, site: Site) -> int:
     """Parameters of one unit beside linear weights: biases of its rows, and of norms and tensors that go along."""
     count = 0
+    if site.mixture is not None:
+        named, stacked = block.named_parameters(), site.mixture.stacked
+        return sum(p.numel() for path, p in named if path in stacked and p.dim() == 2) // site.units
     for producer in site.producers:
         found = tensor_or_module(block, producer.path)
         own = [found] if isinstance(found, Tensor) else [*found.parameters(recurse=False)]

@@ -20,10 +20,10 @@ from snp_llm.linalg.allocation import (
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of
-from snp_llm.models.plain import ffn_key, plain_config, uniform_widths
+from snp_llm.models.plain import expert_keys, ffn_key, plain_config, uniform_widths
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
-from snp_llm.models.size import linear_weights
+from snp_llm.models.size import counted_weights
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
@@ -76,7 +76,7 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
     if budget is not None:
         costs = budget_costs(anatomy, budget, recipe)
         return Removals(costs, [Removal(all_kinds, removal_wanted(costs, budget), costs.dense)])
-    costs = sparsity_costs(anatomy.sites, sum(linear_weights(block) for block in anatomy.blocks))
+    costs = sparsity_costs(anatomy.sites, sum(counted_weights(block, recipe.experts) for block in anatomy.blocks))
     if not recipe.separate:
         return Removals(costs, [Removal(all_kinds, recipe.sparsity_of(all_kinds[0]) * costs.dense, costs.dense)])
     parts = []
@@ -95,7 +95,7 @@ def check_something_goes(sites: Sequence[Site], recipe: Recipe) -> None:
     asked = recipe.budget is not None or recipe.perplexity_increase is not None
     asked = asked or any(recipe.sparsity_of(site.kind) for site in sites)
     if asked and not any(site.prunable for site in sites):
-        names = {"attention": "heads", "ffn": "FFN channels"}
+        names = {"attention": "heads", "ffn": "FFN channels", "experts": "channels of experts"}
         why = "; ".join(dict.fromkeys(f"{names[site.kind]} stay, since {site.stay}" for site in sites))
         raise SnpError(
             f"expected a model with units that may go; this one has none: {why}. It can only be left as it is."
@@ -115,7 +115,7 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
-    anatomy = find_anatomy(model, recipe.head_unit)
+    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
     check_something_goes(anatomy.sites, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
@@ -283,9 +283,10 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     for index in range(len(anatomy.blocks)):
         here = [(site, width) for site, width in zip(sites, widths, strict=True) if site.block == index]
         heads = next((site.heads_after(width) for site, width in here if site.heads), None)
-        chosen.append((heads, next((width for site, width in here if site.kind == "ffn"), None)))
+        ffn, channels = (next((w for site, w in here if site.kind == kind), None) for kind in ("ffn", "experts"))
+        chosen.append(Widths(heads, ffn, channels))
     if plain_config(model, family, chosen) is None:
-        counts = ", ".join(sorted({f"{h.query} query and {h.key_value} key-value" for h, _ in chosen if h}))
+        counts = ", ".join(sorted({f"{h.query} query and {h.key_value} key-value" for h, *_ in chosen if h}))
         what, got = ("head counts", f"{counts} heads") if counts else ("FFN widths", "widths that differ")
         raise SnpError(
             f"layout uniform: expected {what} that one plain {family.name} config can hold in every block, got {got}. "
@@ -338,6 +339,8 @@ def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
     kinds = ffn_kinds(structure)
     free = [ffn_key(model, family, kind.facts) is not None for kind in kinds]
     ffn_of = {block: number for number, kind in enumerate(kinds) for block in kind.blocks}
+    mixtures = ffn_kinds(structure, "experts")
+    experts_of = {block: number for number, kind in enumerate(mixtures) for block in kind.blocks}
     heads_of = {block: part_widths(part)[0] for part in structure["parts"] for block in part["of"]}
     heads = sorted({found for found in heads_of.values() if found is not None})
     known: dict[tuple[int, int, int], tuple[int, ...]] = {}  # blocks are mostly alike
@@ -346,6 +349,10 @@ def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
         if site.kind == "ffn":
             number = ffn_of[site.block]
             found.append((site.kind if len(kinds) == 1 else f"ffn {number}", None if free[number] else ()))
+            continue
+        if site.mixture is not None:
+            number = experts_of[site.block]
+            found.append((f"experts {number}", None if expert_keys(model, mixtures[number].facts)[0] else ()))
             continue
         if site.heads is None:
             found.append((site.kind, None))
