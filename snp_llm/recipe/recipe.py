@@ -116,7 +116,7 @@ class Recipe:
     dampening: float | None = None
     """Added to each channel's energy, relative to it. Default: in every repair, what held-out windows like best; 0.1 in
     orderings and curves."""
-    refine: Annotated[str, tyro.conf.arg(metavar="STEPS")] = "auto"
+    refine: Annotated[int | Literal["auto", "none"], tyro.conf.arg(metavar="STEPS")] = "auto"
     """Steps by which each block as a whole is moved towards what the dense model has behind it, after its sites are
     cut and repaired. none: no step. auto: as many as take no longer than the rest of the run."""
     absorb_bias: bool = True
@@ -294,12 +294,11 @@ class Recipe:
         Raises:
             SnpError: not a number of steps.
         """
-        known = {"auto": None, "none": 0}
-        if self.refine in known:
-            return known[self.refine]
-        if not re.fullmatch(r"[1-9][0-9]{0,5}", self.refine):
-            raise SnpError(f"--refine: expected auto, none or steps from 1 to 999,999, got {shown(self.refine)}.")
-        return int(self.refine)
+        if isinstance(self.refine, str):
+            return {"auto": None, "none": 0}[self.refine]
+        if self.refine < 1:
+            raise SnpError(f"--refine: expected auto, none or a number of steps above 0, got {self.refine}.")
+        return self.refine
 
     @property
     def holds_out(self) -> bool:

@@ -32,7 +32,7 @@ def wide_model(model_type, hidden, ffn):
         {"num_samples": 8},
         {"num_samples": 200},  # more than have targets
         {"num_samples": 8, "metric": "error", "reference": "self", "allocation": "variance"},
-        {"num_samples": 8, "refine": "6"},
+        {"num_samples": 8, "refine": 6},
     ],
     ids=["default", "many windows", "paper", "refined"],
 )

@@ -29,7 +29,7 @@ def test_a_block_errs_less_on_windows_that_no_step_saw(model_type, reference, to
     """Of the first block, whose input nothing has spoilt, the error is that of a forward pass, as it is reported."""
     dense = small_model(model_type)
     cut, refined = (
-        prune(dense, tokenizer, small_recipe(**CUTS, reference=reference, refine=steps)) for steps in ("none", "60")
+        prune(dense, tokenizer, small_recipe(**CUTS, reference=reference, refine=steps)) for steps in ("none", 60)
     )
     held = refined.calibration.tokens[held_out(64)]
     wanted = behind_first_block(dense, held)
@@ -49,21 +49,21 @@ def test_a_block_errs_less_on_windows_that_no_step_saw(model_type, reference, to
 def test_steps_that_do_harm_are_not_kept(tokenizer, monkeypatch):
     monkeypatch.setattr(refine, "RATE", 10.0)
     dense = small_model("llama")
-    cut, refined = (prune(dense, tokenizer, small_recipe(**CUTS, refine=steps)).model for steps in ("none", "4"))
+    cut, refined = (prune(dense, tokenizer, small_recipe(**CUTS, refine=steps)).model for steps in ("none", 4))
     for one, other in zip(cut.parameters(), refined.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_nothing_cut_is_nothing_refined(tokenizer):
     dense = small_model("opt", torch.float32)
-    same = prune(dense, tokenizer, small_recipe(**{**CUTS, "sparsity": 0.0}, refine="3"))
+    same = prune(dense, tokenizer, small_recipe(**{**CUTS, "sparsity": 0.0}, refine=3))
     for one, other in zip(dense.parameters(), same.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_step_that_does_not_fit_is_taken_in_parts(tokenizer, monkeypatch):
     """As a device's memory runs out: with batches of one window the same model to rounding."""
-    dense, whole = small_model("opt"), small_recipe(**CUTS, refine="4")
+    dense, whole = small_model("opt"), small_recipe(**CUTS, refine=4)
     expected = prune(dense, tokenizer, whole).model
     run_with = refine.run_with
 
@@ -78,7 +78,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(tokenizer, monkeypatch):
 
 
 def test_half_precision_is_refined_in_float32(tokenizer):
-    refined = prune(small_model("llama", torch.bfloat16), tokenizer, small_recipe(**CUTS, refine="20"))
+    refined = prune(small_model("llama", torch.bfloat16), tokenizer, small_recipe(**CUTS, refine=20))
     assert {p.dtype for p in refined.model.parameters()} == {torch.bfloat16}
     assert min(result.refinement or 1 for result in refined.sites) < 1
 
@@ -93,15 +93,15 @@ def test_auto_takes_as_long_as_the_rest(monkeypatch):
         found = estimate.estimate(model, replace(resolved, refine=steps)).work
         return sum(w.flops / (estimate.ALGEBRA_SPEED if w.algebra else 1) for w in found)
 
-    steps = int(estimate.decide(model, resolved).refine)
-    assert work(f"{steps}") <= (1 + estimate.STEPS_SPEED) * work("none") < work(f"{steps + 1}")
+    steps = estimate.decide(model, resolved).refine
+    assert work(steps) <= (1 + estimate.STEPS_SPEED) * work("none") < work(steps + 1)
     experts = differing_model("mixtral")
     assert estimate.decide(experts, run.resolve(small_recipe(refine="auto"), experts)).refine == "none"
 
 
 def assert_refined(model, tokenizer):
     """Every block took steps, and the model is whole."""
-    result = prune(model, tokenizer, small_recipe(sparsity=0.2, refine="3", num_samples=16))
+    result = prune(model, tokenizer, small_recipe(sparsity=0.2, refine=3, num_samples=16))
     assert sum(found.refinement is not None for found in result.sites) > 0
     assert all(torch.isfinite(parameter).all() for parameter in result.model.parameters())
 
@@ -117,7 +117,7 @@ def test_blocks_that_differ_take_steps(model_type, tokenizer):
     assert_refined(differing_model(model_type), tokenizer)
 
 
-@pytest.mark.parametrize("steps", ["0", "many", "-1", "1.5"])
+@pytest.mark.parametrize("steps", [0, "many", -1, 1.5])
 def test_steps_are_a_number_or_a_word_that_is_known(steps):
-    with pytest.raises(SnpError, match="--refine: expected auto, none or steps"):
+    with pytest.raises(SnpError, match="--refine: expected"):
         small_recipe(refine=steps)

@@ -83,7 +83,7 @@ def decide(model: PreTrainedModel, recipe: ResolvedRecipe) -> ResolvedRecipe:
         recipe: all settings.
     """
     if recipe.refine_steps is None:
-        recipe = replace(recipe, refine=str(affordable_steps(model, recipe) or "none"))
+        recipe = replace(recipe, refine=affordable_steps(model, recipe) or "none")
     if recipe.hidden_device != "auto":
         return recipe
     device = device_name(recipe.device)
@@ -103,7 +103,8 @@ def affordable_steps(model: PreTrainedModel, recipe: ResolvedRecipe) -> int:
     if task_of(model.config) is not TEXT or routed_weights(model):
         return 0
     resting = replace(recipe, hidden_device="cpu")
-    estimates = (estimate(model, replace(resting, refine=steps)) for steps in ("none", "1", "2"))
+    recipes = [replace(resting, refine="none"), *(replace(resting, refine=steps) for steps in (1, 2))]
+    estimates = (estimate(model, recipe) for recipe in recipes)
     rest, once, more = (sum(w.flops / (ALGEBRA_SPEED if w.algebra else 1.0) for w in e.work) for e in estimates)
     steps = 1 + int(((1 + STEPS_SPEED) * rest - once) / (more - once))
     return 0 if steps < FEWEST_STEPS else min(steps, MOST_STEPS)
