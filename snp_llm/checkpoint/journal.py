@@ -180,8 +180,7 @@ class Journal:
         if self.folder is None:
             return
         start = time.monotonic()
-        waited, cost = start - self.saved[0], self.saved[1]
-        if not ranks.from_rank(0, lambda: last or not self.every or waited >= max(self.every, AFFORDABLE * cost)):
+        if not last and not self.due():
             return
         self.settle()
         for name in self.sums.keys() - self.flushed:  # all at once, before anything counts on them
@@ -201,6 +200,38 @@ class Journal:
                 if old.name not in current:
                     old.unlink()
         self.saved = (time.monotonic(), time.monotonic() - start)
+
+    def due(self) -> bool:
+        """Whether it is time to write down where the phase is; the same on all ranks."""
+        waited, cost = time.monotonic() - self.saved[0], self.saved[1]
+        due = self.folder is not None and (not self.every or waited >= max(self.every, AFFORDABLE * cost))
+        return ranks.from_rank(0, lambda: due)
+
+    def put_alone(self, done: int, tensors: dict[str, Tensor], facts: Any) -> None:
+        """Writes down that so much is done, with all that is needed to go on, in the place of what was before.
+
+        Args:
+            done: steps.
+            tensors: the same on all ranks, of which rank 0 writes them.
+            facts: beside them, as JSON can hold them.
+        """
+        start, before = time.monotonic(), [*self.sums]
+        self.sums.clear()
+        if ranks.rank() == 0:
+            self.put(done, tensors, facts)
+        self.save_state(done, {}, range(1))
+        if ranks.rank() == 0 and self.folder is not None:
+            for name in before:
+                (self.folder / name).unlink(missing_ok=True)
+        self.saved = (time.monotonic(), time.monotonic() - start)
+
+    def alone(self) -> tuple[dict[str, Tensor], Any] | None:
+        """What was put alone, tensors and facts; None where there is nothing."""
+        done, _ = self.last_state(range(1), 1)
+        if self.folder is None or not done:
+            return None
+        with safe_open(self.file(done), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, self.facts(done)  # noqa: SIM118 - no mapping
 
     def last_state(self, windows: range, total: int) -> tuple[int, dict[str, Tensor]]:
         """How many blocks are done, and the state after them; no tensors where nothing follows.

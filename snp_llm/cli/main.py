@@ -10,6 +10,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
 
   snp-llm inspect MODEL                 its parts, what pruning could give, what it would take
   snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
+  snp-llm recover FOLDER                a short training of a smaller model to say what the dense one says
   snp-llm eval MODEL [MODEL ...]        perplexity and zero-shot tasks, models side by side
   snp-llm bench DENSE PRUNED            speed, memory and size of both, measured in turns
   snp-llm report FOLDER [FOLDER ...]    report.html of smaller models, side by side
@@ -26,6 +27,7 @@ one line; 130 interrupted, 143 terminated."""
 COMMANDS = {
     "inspect": "inspect_main",
     "prune": "prune_main",
+    "recover": "recover_main",
     "eval": "evaluate_main",
     "bench": "bench_main",
     "report": "report_main",

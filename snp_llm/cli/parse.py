@@ -22,6 +22,7 @@ from snp_llm.cli import families as families_command
 from snp_llm.cli import inspect as inspect_command
 from snp_llm.cli import prune as prune_command
 from snp_llm.cli import push as push_command
+from snp_llm.cli import recover as recover_command
 from snp_llm.cli import report as report_command
 from snp_llm.cli.failure import fail
 from snp_llm.cli.options import command_of, filled, in_words, taken_apart
@@ -37,6 +38,7 @@ from snp_llm.recipe.commands import (
 )
 from snp_llm.recipe.file import build_recipe, read_settings
 from snp_llm.recipe.recipe import Recipe
+from snp_llm.recipe.recovery import RecoverRecipe
 from snp_llm.runtime.device import ran_out
 from snp_llm.runtime.errors import SnpError, reason, shown
 
@@ -61,6 +63,17 @@ def prune_main(arguments: Sequence[str]) -> int:
         prune_command.run_prune(recipe, typed, talk, _config_file(arguments))
 
     return _guarded(Recipe, "snp-llm prune", arguments, run)
+
+
+def recover_main(arguments: Sequence[str]) -> int:
+    """Entry point of `snp-llm recover`."""
+    typed = ["snp-llm", "recover", *arguments]
+    return _guarded(
+        RecoverRecipe,
+        "snp-llm recover",
+        arguments,
+        lambda recipe, talk: recover_command.run_recover(recipe, typed, talk),
+    )
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:

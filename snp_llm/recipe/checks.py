@@ -63,6 +63,14 @@ RANGES = {
     "prompt_lengths": COUNT,
     "new_tokens": Range(int, 0, COUNT.most),
     "repeats": COUNT,
+    "minutes": Range(float, 1e-3, 10**6),
+    "lora_rank": COUNT,
+    "learning_rate": Range(float, 0, 10**3),
+    "warmup": SHARE,
+    "micro_batch": COUNT,
+    "hidden_weight": Range(float, 0, 10**6),
+    "dense_top_k": COUNT,
+    "held_out": COUNT,
 }
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes that usual file systems take

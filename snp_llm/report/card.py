@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PretrainedConfig
 
 from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card
 from snp_llm.checkpoint.tokenizer import reader_of
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
-from snp_llm.pruning.pipeline import PrunedModel
 from snp_llm.report.rows import markdown_table, measured_by, what_went
 from snp_llm.runtime.files import write_text
 
@@ -54,11 +54,12 @@ def model_card(
         ]
     made = f" Made with `{report['command']}`." if "command" in report else ""
     removed, (gone, repaired) = 100 * report["sparsity"]["achieved"], what_went(report)
+    without = "" if report.get("recovery") else ", without training"
     lines = [
         *("---", front_matter(report, base_model, has_code=has_code, auto=auto), "---", ""),
         f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
         "",
-        f"Whole {gone} were removed in one shot, without training, and the {repaired}",
+        f"Whole {gone} were removed in one shot{without}, and the {repaired}",
         f"repaired by least squares, with snp-llm {report['snp_llm']}.",
         *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
         "",
@@ -120,9 +121,8 @@ def _measured_on(report: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def write_card(report: dict[str, Any], pruned: PrunedModel, base_model: str | None, folder: Path) -> None:
-    """Writes the model card of a pruned model into its folder."""
-    config = pruned.model.config
+def write_card(report: dict[str, Any], config: PretrainedConfig, base_model: str | None, folder: Path) -> None:
+    """Writes the model card of a pruned model of a config into its folder."""
     classes = auto_class(config).__name__, reader_of(folder)
     card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config), classes=classes)
     write_text(folder / CARD, card)

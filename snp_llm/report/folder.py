@@ -29,7 +29,7 @@ def describe(
         The report.
     """
     summary = facts.build_report(pruned, *measured, more)
-    card.write_card(summary, pruned, base_model, folder)
+    card.write_card(summary, pruned.model.config, base_model, folder)
     save_recipe(pruned.recipe, folder / contents.RECIPE, more.get("command"))
     written = [name for name in contents.files_in(folder) if name.split("/")[0] not in contents.UNFINISHED]
     summary["files"] = sorted({*written, contents.REPORT})  # of which --overwrite replaces no more
