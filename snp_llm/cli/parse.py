@@ -68,12 +68,11 @@ def prune_main(arguments: Sequence[str]) -> int:
 def recover_main(arguments: Sequence[str]) -> int:
     """Entry point of `snp-llm recover`."""
     typed = ["snp-llm", "recover", *arguments]
-    return _guarded(
-        RecoverRecipe,
-        "snp-llm recover",
-        arguments,
-        lambda recipe, talk: recover_command.run_recover(recipe, typed, talk),
-    )
+
+    def run(recipe: RecoverRecipe, talk: Talk) -> None:
+        recover_command.run_recover(recipe, typed, talk)
+
+    return _guarded(RecoverRecipe, "snp-llm recover", arguments, run)
 
 
 def evaluate_main(arguments: Sequence[str]) -> int:

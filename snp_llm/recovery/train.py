@@ -48,6 +48,11 @@ class Material:
     item: str
 
     @property
+    def each(self) -> str:
+        """What is counted, with its article."""
+        return f"{'an' if self.item == 'image' else 'a'} {self.item}"
+
+    @property
     def trained(self) -> int:
         """How many windows are trained on."""
         return len(self.windows) - self.held_out
@@ -213,7 +218,7 @@ def train(training: Training, budget: Budget, on_step: Callable[[str], None]) ->
         progress.before = progress.best = training.judge()
         if not math.isfinite(progress.before):
             raise SnpError("the pruned model's logits are not finite; expected a model that works. Evaluate it first.")
-        on_step(f"held-out divergence {progress.before:.5f} nats a {material.item} before the training")
+        on_step(f"held-out divergence {progress.before:.5f} nats {material.each} before the training")
     else:
         progress, best = found
     last = time.monotonic()
@@ -237,16 +242,17 @@ def train(training: Training, budget: Budget, on_step: Callable[[str], None]) ->
             facts = {"step": progress.step, "items": progress.items, "seconds": round(progress.seconds, 3)}
             facts |= {"learning_rate": learning_rate, "loss": loss, "held_out": held_out}
             progress.history.append(facts)
-            on_step(said(progress, held_out, material.item))
+            on_step(said(progress, held_out, material))
         training.save(progress, best)
     trained.put_back(best)
     return progress
 
 
-def said(progress: Progress, held_out: float, item: str) -> str:
+def said(progress: Progress, held_out: float, material: Material) -> str:
     """A judgement in a line."""
     speed = progress.items / progress.seconds if progress.seconds else 0.0
     return (
-        f"{progress.items:,} {item}s, {speed:,.0f} a second: held-out divergence {held_out:.5f} nats a {item} "
+        f"{progress.items:,} {material.item}s, {speed:,.0f} a second: held-out divergence {held_out:.5f} nats "
+        f"{material.each} "
         f"({progress.before:.5f} before, {progress.best:.5f} at best)"
     )

@@ -35,6 +35,21 @@ def bench_measurements(value: Any) -> Measurements | None:
     return Measurements(rest.lines if rest else [], [Table(caption, columns, rows)])
 
 
+def recovery_measurements(value: Any) -> Measurements | None:
+    """What a report says of recoveries: a table of judgements each, and what they were of; otherwise key by key."""
+    if not isinstance(value, list) or not all(isinstance(made, dict) and "history" in made for made in value):
+        return measurements(value)
+    lines: list[tuple[str, str]] = []
+    tables: list[Table] = []
+    for made in value:
+        told = ("text", "items", "seconds", "divergence", "figures", "command")
+        found = measurements({name: made[name] for name in told if made.get(name) is not None})
+        judged = measurements({"held-out divergence, nats": made["history"]})
+        lines += found.lines if found else []
+        tables += [*(judged.tables if judged else []), *(found.tables if found else [])]
+    return Measurements(lines, tables)
+
+
 def measurements(value: Any) -> Measurements | None:
     """Whatever another command measured, without knowing its keys; None where there is nothing.
 

@@ -15,7 +15,7 @@ from snp_llm.checkpoint.contents import BENCH, PAGE, REPORT
 from snp_llm.pruning.widths.plan import FARTHEST_FROM_BUDGET
 from snp_llm.report import pictures
 from snp_llm.report.compare import compare
-from snp_llm.report.measurements import bench_measurements, measurements
+from snp_llm.report.measurements import bench_measurements, measurements, recovery_measurements
 from snp_llm.report.read import Run, model_name, read_run
 from snp_llm.report.rows import measured_by, summary, what_went, words_of
 from snp_llm.report.words import asked, brief, brief_count, change_words, count, percent, said_of, setting_words
@@ -80,6 +80,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "unset": [name for name, value in report["recipe"].items() if value is None],
             "bench": bench_measurements(run.bench),
             "tasks": measurements(report.get("tasks")),
+            "recoveries": recovery_measurements(report.get("recovery")),
             "compared": compared,
             "limits": limits(run),
         }
