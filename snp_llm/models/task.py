@@ -25,6 +25,7 @@ class Task:
     Attributes:
         name: "text" or "images"; by it other rooms know what is theirs.
         reader: the Auto class of what makes inputs of texts or images.
+        item: what a training counts, in the singular.
         work: what FLOPs are of.
         windows: what calibration is counted in, in the plural.
         smallest: runs a model on the smallest of its inputs, with a whole mask or none, for the sake of its shapes.
@@ -35,6 +36,7 @@ class Task:
 
     name: str
     reader: str
+    item: str
     work: str
     windows: str
     smallest: Callable[[PreTrainedModel, bool], object]
@@ -84,6 +86,7 @@ def drawn_labels(logits: Tensor, pixels: Tensor) -> Tensor:
 TEXT = Task(
     name="text",
     reader="AutoTokenizer",
+    item="token",
     work="a token",
     windows="windows",
     smallest=two_tokens,
@@ -94,6 +97,7 @@ TEXT = Task(
 IMAGES = Task(
     name="images",
     reader="AutoImageProcessor",
+    item="image",
     work="an image",
     windows="images",
     smallest=one_image,
