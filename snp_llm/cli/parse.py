@@ -111,6 +111,7 @@ def families_main(arguments: Sequence[str]) -> int:
 RECIPES: dict[str, type] = {
     "inspect": InspectRecipe,
     "prune": Recipe,
+    "recover": RecoverRecipe,
     "eval": EvaluationRecipe,
     "bench": BenchRecipe,
     "report": ReportRecipe,
