@@ -7,6 +7,6 @@ if __name__ == "__main__":
 
     sys.exit(prune_main(sys.argv[1:]))
 
-from snp_llm.pruning.pipeline import prune
+from snp_llm.api import prune
 
 sys.modules[__name__] = prune  # type: ignore[assignment]

@@ -56,7 +56,7 @@ SAYINGS = (
 def groups_of(kind: Any) -> dict[str, type]:
     """By their names, groups of a recipe's settings as dataclasses, in the order in which help shows them."""
     names = [f.name for f in fields(kind)]
-    chosen: dict[str, Sequence[str]] = {"options": names}
+    chosen: dict[str, Sequence[str]] = {"its own": names}
     if kind is Recipe:
         chosen = {"most used": [n for n in names if n in ("model", *FIRST)]}
         chosen |= {group: [n for n in inside if n not in chosen["most used"]] for group, inside in GROUPS.items()}
