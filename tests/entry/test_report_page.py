@@ -10,12 +10,12 @@ from unittest import mock
 
 import pytest
 
-from snp_llm import prune
 from snp_llm.checkpoint.contents import PAGE, REPORT
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import prune_main
 from snp_llm.cli.report import write_page
 from snp_llm.models.size import model_size
+from snp_llm.pruning.pipeline import prune
 from snp_llm.report import compare, page, read
 from snp_llm.report.facts import Measured, build_report, write_report
 from snp_llm.runtime.errors import SnpError
