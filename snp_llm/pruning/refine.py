@@ -32,9 +32,9 @@ WARM = 0.1  # of all steps, in which the rate rises; after them it falls to zero
 
 FEWEST_STEPS, MOST_STEPS = 30, 400  # that are worth it, where as many are taken as the rest of a run has time for
 
-STATE = 6  # copies of a block's parameters in float32: those that move, gradients, two moments, the first, the best
+STATE = 7  # copies of a block's parameters in float32: those that move, gradients, two moments, and three states
 
-LOOKS = 2  # at held-out windows, evenly spread, the last after the last step
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way that the parameters have gone, from which held-out windows choose
 
 
 def refined_windows(recipe: Recipe, windows: int, seq_len: int) -> int:
@@ -46,8 +46,8 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     """Moves the parameters of a block, in place, towards what the dense model has behind it.
 
     The error of a token is that of the stream behind the block, relative to that stream: `||f(h) - t||^2 / ||t||^2`.
-    Steps are taken in float32 at least, on windows drawn from those that are not held out, and of the states looked at
-    the one that errs least on the held-out ones is kept: that before the first step, if none errs less.
+    Steps are taken in float32 at least, on windows drawn from those that are not held out. Of the way from the first
+    state to the last a share is kept, that which errs least on the held-out windows: nothing, if none errs less.
 
     Args:
         block: cut and repaired, on the compute device.
@@ -73,7 +73,7 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     least, best = before, own
     coming: list[int] = []
     size = steps_windows(stream.hidden.shape[1])
-    for step in range(1, steps + 1):
+    for _ in range(steps):
         while len(coming) < size:
             coming += fitted[torch.randperm(len(fitted), generator=draw)].tolist()
         some, coming = coming[:size], coming[size:]
@@ -81,10 +81,11 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
             weight.grad = gradient
         adam.step()
         schedule.step()
-        if step in (steps * look // LOOKS for look in range(1, LOOKS + 1)):
-            error = task.error(moving, judged)
-            if error < least:
-                least, best = error, {name: weight.detach().clone() for name, weight in moving.items()}
+    for share in SHARES:
+        state = {name: weight.lerp(moving[name].detach(), share) for name, weight in own.items()}
+        error = task.error(state, judged)
+        if error < least:
+            least, best = error, state
     rounded = {name: best[name].to(weight.dtype) for name, weight in block.named_parameters() if name in best}
     error = task.error({name: weight.to(dtype) for name, weight in rounded.items()}, judged)
     if not error < before:
@@ -110,7 +111,7 @@ def refine_tokens(steps: int, windows: int, seq_len: int) -> float:
         windows: that it is refined on, those held out among them.
         seq_len: tokens a window has.
     """
-    looks = (LOOKS + 2) * float(held_out(windows).sum())
+    looks = (len(SHARES) + 2) * float(held_out(windows).sum())
     return (3 * steps * steps_windows(seq_len) + looks) * seq_len
 
 

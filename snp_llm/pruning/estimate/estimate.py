@@ -18,7 +18,7 @@ from snp_llm.pruning.refine import FEWEST_STEPS, MOST_STEPS
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.device import device_name, devices_here, has_room
 
-STEPS_SPEED = 0.75  # of the rate of large products that steps of refinement reach, which are of few tokens
+STEPS_SPEED = 0.6  # of the rate of large products that steps of refinement reach, which are of few tokens
 
 ROOM = 1.25  # of the estimated peak, that has to be free: workspaces of libraries and fragments come on top
 
