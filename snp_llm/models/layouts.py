@@ -121,8 +121,10 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
 
 
 def _auto_map(dense: PreTrainedModel) -> dict[str, str]:
-    name = f"{modeling_snp.__name__.rpartition('.')[2]}.{pruned_class_name(dense)}"
-    return dict.fromkeys(modeling_snp.auto_classes(dense_type(dense.config)), name)
+    module, own = modeling_snp.__name__.rpartition(".")[2], dense_type(dense.config)
+    whole = dict.fromkeys(modeling_snp.auto_classes(own), f"{module}.{pruned_class_name(dense)}")
+    parts = {auto: f"{module}.{name}" for auto, name in modeling_snp.other_auto_classes(f"{PRUNED}{own}").items()}
+    return {**parts, **whole}
 
 
 def possible_types(dense: PreTrainedModel, layout: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ The classes have the names of those in transformers with "Snp" in front, and com
 
 # mypy: ignore-errors
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,12 @@ from transformers.pytorch_utils import Conv1D
 AUTO_CLASSES = (
     *("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM"),
     "AutoModelForImageClassification",
+)
+
+# Of what is in a model: its body, and that with another head, for fine-tuning.
+OTHER_AUTO_CLASSES = (
+    *("AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"),
+    "AutoModelForQuestionAnswering",
 )
 
 DESCRIBE = {}  # how `pruned_structure` is read off a model; known where the package is
@@ -67,7 +74,10 @@ class Pruned:
         structure = getattr(config, "pruned_structure", None)
         if structure is None:  # a folder of an earlier version, read by a later one
             structure = config.pruned_structure = DESCRIBE["model"](self)
-        blocks, overrides = self.get_submodule(structure["blocks"]), getattr(config, "pruned_layers", None) or {}
+        path, body = structure["blocks"], f"{self.base_model_prefix}."
+        if self.base_model is self and path.startswith(body):  # the body alone, without what is around it
+            path = path.removeprefix(body)
+        blocks, overrides = self.get_submodule(path), getattr(config, "pruned_layers", None) or {}
         for part in structure["parts"]:
             for index in part["of"]:
                 changed = overrides.get(str(index), overrides.get(index))
@@ -235,6 +245,28 @@ def auto_classes(model_type: str) -> list[str]:
     return [auto for auto, name in names.items() if name == whole is not None]
 
 
+def other_auto_classes(model_type: str) -> dict[str, str]:
+    """Names of the classes for a type's body, and for that with other heads, by Auto class."""
+    known = {auto: getattr(transformers, auto, None) for auto in OTHER_AUTO_CLASSES}
+    names = {auto: kind._model_mapping._model_mapping.get(model_type) for auto, kind in known.items() if kind}
+    return {auto: name for auto, name in names.items() if isinstance(name, str)}
+
+
+def known_to_peft(model_type: str) -> None:
+    """Tells peft, where it is in use, that a pruned model's projections have the names that its dense type's have."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, known in vars(constants).items() if constants else ():
+        dense = model_type.removeprefix("snp_")
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(known, dict) and dense in known:
+            known.setdefault(model_type, known[dense])
+
+
+def to_dict(config):
+    """What `PretrainedConfig.to_dict` gives; peft asks for it when it looks for what to adapt."""
+    known_to_peft(config.model_type)
+    return super(type(config), config).to_dict()
+
+
 @cache
 def __getattr__(name: str) -> type:
     """The class of a config or a model, by its name: "Snp" and that of a class of transformers.
@@ -244,12 +276,15 @@ def __getattr__(name: str) -> type:
     stock, _, config = name.removeprefix("Snp").partition("Under")
     base = getattr(transformers, stock, None) if name.startswith("Snp") else None
     if isinstance(base, type) and issubclass(base, PretrainedConfig):
-        return type(name, (base,), {"model_type": f"snp_{base.model_type}", "_auto_class": "AutoConfig"})
+        own = {"model_type": f"snp_{base.model_type}", "_auto_class": "AutoConfig", "to_dict": to_dict}
+        return type(name, (base,), own)
     if isinstance(base, type) and issubclass(base, PreTrainedModel):
         if name == "SnpGPTNeoXForCausalLM" and transformers.__version__.startswith("4."):
             # It calls the head by another name, and would leave it random.
             raise ImportError("GPT-NeoX with widths of its own in every block: expected transformers 5")
         config_class = __getattr__(f"Snp{config or base.config_class.__name__}")
-        auto = next(iter(auto_classes(config_class.model_type.removeprefix("snp_"))), "AutoModelForCausalLM")
+        dense_type = config_class.model_type.removeprefix("snp_")
+        others = {other: auto for auto, other in reversed(other_auto_classes(dense_type).items())}
+        auto = others.get(stock) or next(iter(auto_classes(dense_type)), "AutoModelForCausalLM")
         return type(name, (Pruned, base), {"config_class": config_class, "_auto_class": auto})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

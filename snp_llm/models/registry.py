@@ -41,7 +41,8 @@ def register() -> None:
     They look classes up by name, in a module that they import then. `register` of theirs would want the classes, and
     with them the modelling code of all of transformers.
     """
-    for auto in AUTO_CLASSES:
+    others = (getattr(transformers, name) for name in modeling_snp.OTHER_AUTO_CLASSES)
+    for auto in (*AUTO_CLASSES, *others):
         models = auto._model_mapping
         users = Counter(name for name in models._model_mapping.values() if isinstance(name, str))
         for model_type, name in [*models._model_mapping.items()]:
