@@ -63,7 +63,7 @@ def main() -> int:
             rows[folder, "torch f32"] = {"bytes": size, **{f"ppl {n}": loaded.perplexity(w) for n, w in texts.items()}}
             for name, kind in KINDS.items():
                 path = whole if kind is None else quantised(whole, name, kind)
-                runner = runners[folder, name] = Llama(path, args.seq_len)
+                runner = runners[folder, name] = Llama(path, max(args.seq_len, PROMPT + NEW))
                 found = {f"ppl {n}": runner.perplexity(w) for n, w in texts.items()}
                 rows[folder, name] = {"bytes": path.stat().st_size, **found}
                 print(folder, name, rows[folder, name], file=sys.stderr, flush=True)
@@ -81,6 +81,8 @@ def quiet(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
 def windows(tokenizer: Any, file: Path, count: int, length: int) -> list[list[int]]:
     """The first windows of a text, which is tokenised once."""
     ids = tokenizer(file.read_text(encoding="utf-8")[: 12 * count * length])["input_ids"]
+    if len(ids) < count * length:
+        raise SystemExit(f"{file}: expected {count * length} tokens, got {len(ids)}")
     return [ids[at : at + length] for at in range(0, count * length, length)]
 
 
@@ -97,7 +99,7 @@ def quantised(whole: Path, name: str, kind: int) -> Path:
 class Llama:
     """A GGUF file in llama.cpp, on one thread of the CPU."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int) -> None:  # of its longest text
         self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
         if not self.model:
             raise SystemExit(f"{path}: llama.cpp does not load it")
@@ -188,7 +190,10 @@ def report(rows: list[dict[str, Any]], file: Path | None) -> None:
     columns = list(rows[0])
     print(*("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)), sep="\n")
     for row in rows:
-        shown = [f"{v / 1e6:,.1f} MB" if k == "bytes" else f"{v:,.2f}" if isinstance(v, float) else str(v) for k, v in row.items()]
+        shown = [
+            f"{v / 1e6:,.1f} MB" if k == "bytes" else f"{v:,.2f}" if isinstance(v, float) else str(v)
+            for k, v in row.items()
+        ]
         print("| " + " | ".join(shown) + " |")
     if file is not None:
         with file.open("w", newline="", encoding="utf-8") as opened:
