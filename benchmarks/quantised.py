@@ -34,7 +34,7 @@ KINDS = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
-PROMPT, NEW, TURNS = 128, 32, 5
+PROMPT, NEW = 128, 32
 
 
 def main() -> int:
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=5, help="of timed runs, after one that is not counted")
     parser.add_argument("--csv", type=Path, default=None)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -67,7 +68,7 @@ def main() -> int:
                 found = {f"ppl {n}": runner.perplexity(w) for n, w in texts.items()}
                 rows[folder, name] = {"bytes": path.stat().st_size, **found}
                 print(folder, name, rows[folder, name], file=sys.stderr, flush=True)
-        for key, times in in_turns(runners).items():
+        for key, times in in_turns(runners, args.turns).items():
             rows[key].update(times)
     report([{"model": Path(folder).name, "as": name, **row} for (folder, name), row in rows.items()], args.csv)
     return 0
@@ -165,11 +166,11 @@ def perplexity(logits: list[torch.Tensor], texts: list[list[int]]) -> float:
     return math.exp(torch.stack(losses).mean())
 
 
-def in_turns(runners: dict[tuple[str, str], Any]) -> dict[tuple[str, str], dict[str, float]]:
+def in_turns(runners: dict[tuple[str, str], Any], turns: int) -> dict[tuple[str, str], dict[str, float]]:
     """Tokens a second of a prompt, and of the answer to it: medians, the first turn not counted."""
     prompt = list(range(100, 100 + PROMPT))
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runners}
-    for _ in range(1 + TURNS):
+    for _ in range(1 + turns):
         for key, runner in runners.items():
             started = time.perf_counter()
             runner.answer(prompt, 0)
