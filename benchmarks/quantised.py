@@ -34,7 +34,7 @@ KINDS = {
     "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
 }
-PROMPT, NEW, TURNS = 128, 32, 5
+PROMPT, NEW = 128, 32
 
 
 def main() -> int:
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=5, help="of timed runs, after one that is not counted")
     parser.add_argument("--csv", type=Path, default=None)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -63,11 +64,11 @@ def main() -> int:
             rows[folder, "torch f32"] = {"bytes": size, **{f"ppl {n}": loaded.perplexity(w) for n, w in texts.items()}}
             for name, kind in KINDS.items():
                 path = whole if kind is None else quantised(whole, name, kind)
-                runner = runners[folder, name] = Llama(path, args.seq_len)
+                runner = runners[folder, name] = Llama(path, max(args.seq_len, PROMPT + NEW))
                 found = {f"ppl {n}": runner.perplexity(w) for n, w in texts.items()}
                 rows[folder, name] = {"bytes": path.stat().st_size, **found}
                 print(folder, name, rows[folder, name], file=sys.stderr, flush=True)
-        for key, times in in_turns(runners).items():
+        for key, times in in_turns(runners, args.turns).items():
             rows[key].update(times)
     report([{"model": Path(folder).name, "as": name, **row} for (folder, name), row in rows.items()], args.csv)
     return 0
@@ -81,6 +82,8 @@ def quiet(_level: int, _text: bytes, _data: ctypes.c_void_p) -> None:
 def windows(tokenizer: Any, file: Path, count: int, length: int) -> list[list[int]]:
     """The first windows of a text, which is tokenised once."""
     ids = tokenizer(file.read_text(encoding="utf-8")[: 12 * count * length])["input_ids"]
+    if len(ids) < count * length:
+        raise SystemExit(f"{file}: expected {count * length} tokens, got {len(ids)}")
     return [ids[at : at + length] for at in range(0, count * length, length)]
 
 
@@ -97,7 +100,7 @@ def quantised(whole: Path, name: str, kind: int) -> Path:
 class Llama:
     """A GGUF file in llama.cpp, on one thread of the CPU."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int) -> None:  # of its longest text
         self.model = llama_cpp.llama_model_load_from_file(bytes(path), llama_cpp.llama_model_default_params())
         if not self.model:
             raise SystemExit(f"{path}: llama.cpp does not load it")
@@ -163,11 +166,11 @@ def perplexity(logits: list[torch.Tensor], texts: list[list[int]]) -> float:
     return math.exp(torch.stack(losses).mean())
 
 
-def in_turns(runners: dict[tuple[str, str], Any]) -> dict[tuple[str, str], dict[str, float]]:
+def in_turns(runners: dict[tuple[str, str], Any], turns: int) -> dict[tuple[str, str], dict[str, float]]:
     """Tokens a second of a prompt, and of the answer to it: medians, the first turn not counted."""
     prompt = list(range(100, 100 + PROMPT))
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runners}
-    for _ in range(1 + TURNS):
+    for _ in range(1 + turns):
         for key, runner in runners.items():
             started = time.perf_counter()
             runner.answer(prompt, 0)

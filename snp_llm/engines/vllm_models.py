@@ -53,8 +53,9 @@ def widths_of_their_own(config: PretrainedConfig) -> Iterator[None]:
     """
     check_widths(config, get_tensor_model_parallel_world_size())
     attention = next(part["attention"] for part in config.pruned_structure["parts"])
+    config.head_dim = attention["size"]  # else vLLM takes it for the hidden size over the heads that are left
     if config.model_type == "snp_qwen2":
-        config.head_dim, config.qkv_bias = attention["size"], True
+        config.qkv_bias = True
 
     def layers(count: int, build: Callable[..., nn.Module], prefix: str) -> Any:
         def build_one(prefix: str) -> nn.Module:

@@ -20,7 +20,6 @@ CLASSES = {
     "SnpGlm4ForCausalLM": ("glm4", "Glm4ForCausalLM"),
     "SnpNemotronForCausalLM": ("nemotron", "NemotronForCausalLM"),
     "SnpApertusForCausalLM": ("apertus", "ApertusForCausalLM"),
-    "SnpCohereForCausalLM": ("commandr", "CohereForCausalLM"),
     "SnpOPTForCausalLM": ("opt", "OPTForCausalLM"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from snp_llm.data.sources import BUNDLED
 from tests.conftest import SHARED
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -221,3 +222,27 @@ gguf_export.write_gguf(AutoModelForCausalLM.from_pretrained(folder, dtype="float
     tokens = torch.randint(100, (4, 128), generator=torch.Generator().manual_seed(0))
     checks = engines.check_converter(tmp_path / "model", tokens, tmp_path / "model.gguf", tmp_path)
     assert text in str(checks[0]) and all(check.passed != fails for check in checks)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed: pip install 'snp-llm[gguf]'")
+def test_quantised_scores_each_file_as_torch_does(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    widths = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512, **widths)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    text = BUNDLED / "evaluation.txt"
+    command = [sys.executable, str(BENCHMARKS / "quantised.py"), str(tmp_path / "dense"), "--text", str(text)]
+    options = ["--windows", "2", "--seq-len", "64", "--csv", str(tmp_path / "rows.csv")]
+    made = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    rows = {row["as"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
+    score, size = ({name: float(row[key]) for name, row in rows.items()} for key in ("ppl evaluation.txt", "bytes"))
+    assert list(rows) == ["torch f32", "f32", "bf16", "Q8_0", "Q4_K_M"]
+    assert score["f32"] == pytest.approx(score["torch f32"], rel=2e-3)
+    assert score["Q8_0"] == pytest.approx(score["torch f32"], rel=0.02)
+    assert size["f32"] > size["bf16"] > size["Q8_0"] > size["Q4_K_M"]

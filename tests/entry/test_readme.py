@@ -33,7 +33,7 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm.cli import bench, evaluate, families, inspect, main, parse, prune, push, report
+from snp_llm.cli import bench, evaluate, export, families, inspect, main, parse, prune, push, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
@@ -61,7 +61,7 @@ OFFLINE = {  # values of options that would need the hub, a GPU or a large model
 QUICK = ["--num-samples", "8", "--seq-len", "32", "--round-to", "4", "--no-eval"]
 # Programs that are not this project's: nothing of their commands is checked but that they are these.
 FOREIGN = {"vllm", "llama-quantize", "convert_hf_to_gguf.py", "build", "twine"}
-OPTIONAL = {"gguf", "onnx", "onnxscript", "onnxruntime", "matplotlib", "psutil"}  # of the extra `bench`
+OPTIONAL = {"gguf", "llama_cpp", "onnx", "onnxscript", "onnxruntime", "matplotlib", "psutil"}  # of extras
 # What pieces of code for the inside of the package may take as given.
 GIVEN = {
     "Family": Family,
@@ -254,7 +254,7 @@ def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for room in (bench, evaluate, families, inspect, prune, push, report):
+        for room in (bench, evaluate, export, families, inspect, prune, push, report):
             for name in [name for name in dir(room) if name.startswith("run_")]:
                 patch.setattr(room, name, stop)
         with pytest.raises(ParsedError):
