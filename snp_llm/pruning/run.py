@@ -56,11 +56,6 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             of its own; hidden states are to wait where no blocks are run.
     """
     check_code(model)
-    if recipe.experts == "whole" and recipe.layout == "padded":
-        raise SnpError(
-            "--experts whole: expected layout compact or uniform, got padded: a router would still choose an expert of "
-            "zeros."
-        )
     kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
     if kind == "mps" and model.dtype == torch.float64:
         raise SnpError("--dtype float64: Apple's GPUs have no such type; expected --dtype float32, or --device cpu.")

@@ -163,7 +163,7 @@ def test_generation_with_a_cache_equals_that_without(model_type, tokenizer):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
     _, once = cut_once(model_type, tokenizer)
-    twice = cut(once.model, tokenizer, ffn_sparsity=0.3, allocation="uniform")
+    twice = cut(once.model, tokenizer, ffn_sparsity=0.3, allocation="uniform", round_to=1)
     assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
     assert any(len(r.kept) < r.site.units for r in twice.sites if r.site.kind == "experts")
     torch.testing.assert_close(twice.model(TOKENS).logits, masked(once.model, twice)(TOKENS).logits, **CLOSE)
@@ -282,7 +282,7 @@ def test_fewer_experts_than_a_token_comes_by_are_refused():
     with pytest.raises(SnpError, match="expected at most 0.5, with which every unit is gone that may go"):
         check_budget(dense, resolve(recipe, dense))
     with pytest.raises(SnpError, match="--experts whole: expected layout compact or uniform, got padded"):
-        resolve(small_recipe(experts="whole", layout="padded"), dense)
+        check_budget(dense, resolve(small_recipe(experts="whole", layout="padded"), dense))
 
 
 RELOAD = """

@@ -91,7 +91,12 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
 
 
 def check_something_goes(sites: Sequence[Site], recipe: Recipe) -> None:
-    """Raises SnpError if units are to go, and none may."""
+    """Raises SnpError if units are to go, and none may, or whole experts that would be filled up again."""
+    if recipe.experts == "whole" and recipe.layout == "padded":
+        raise SnpError(
+            "--experts whole: expected layout compact or uniform, got padded: a router would still choose an expert of "
+            "zeros."
+        )
     asked = recipe.budget is not None or recipe.perplexity_increase is not None
     asked = asked or any(recipe.sparsity_of(site.kind) for site in sites)
     if asked and not any(site.prunable for site in sites):
