@@ -130,7 +130,7 @@ def find_sites(
         family: theirs.
         head_unit: "kv_group": a key-value head and all its query heads. "query": query heads, evenly from every group.
             A block with one key-value head can only lose query heads; without groups (MHA) both are the same.
-        experts: whether experts that only some tokens come by stay as they are, or lose channels.
+        experts: whether experts that only some tokens come by stay as they are, lose channels, or go as a whole.
 
     Raises:
         SnpError: no block has a site; shapes that do not fit together; two projections that are one tensor.
@@ -148,8 +148,8 @@ def find_sites(
                 sites.append(_attention_site(index, block, attention, family, head_unit))
             if ffn is not None:
                 sites.append(_ffn_site(index, block, ffn))
-            if experts == "channels" and (mixture := find_experts(block)) is not None:
-                sites.append(experts_site(index, block, mixture))
+            if experts != "never" and (mixture := find_experts(block)) is not None:
+                sites.append(experts_site(index, block, mixture, whole=experts == "whole"))
         except SnpError as error:
             raise SnpError(f"block {index} {error}") from error
     if not sites:
@@ -243,8 +243,8 @@ def _ffn_site(index: int, block: nn.Module, found: Ffn) -> Site:
     )
 
 
-def experts_site(index: int, block: nn.Module, mixture: Mixture) -> Site:
-    """The channels of a block's experts, of which each keeps as many, its own."""
+def experts_site(index: int, block: nn.Module, mixture: Mixture, *, whole: bool = False) -> Site:
+    """The channels of a block's experts, of which each keeps as many, its own; or these experts themselves."""
     weights = [block.get_parameter(path).numel() for path in mixture.stacked if not path.endswith("_bias")]
     return Site(
         block=index,
@@ -253,11 +253,13 @@ def experts_site(index: int, block: nn.Module, mixture: Mixture) -> Site:
         producers=(),
         consumers=(),
         module=None,
-        units=mixture.channels,
+        units=mixture.count if whole else mixture.channels,
         unit_size=1,
-        cost=sum(weights) // mixture.channels,
+        cost=sum(weights) // (mixture.count if whole else mixture.channels),
         parameters=sum(weights),
+        groups=mixture.groups if whole and mixture.groups > 1 else 0,
         mixture=mixture,
+        whole=whole,
     )
 
 
@@ -271,7 +273,10 @@ def expert_site(site: Site) -> Site:
         site,
         producers=(Producer("inward", rows),),
         consumers=("outward",),
-        cost=site.cost // mixture.count,
+        units=channels,
+        groups=0,
+        whole=False,
+        cost=site.parameters // (mixture.count * channels),
         parameters=site.parameters // mixture.count,
         routed=True,
         mixture=None,

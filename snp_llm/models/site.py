@@ -113,6 +113,7 @@ class Site:
         shared: where other blocks make the units.
         order: of units, most important first, where it is known before the cut, as for sites that share them.
         mixture: experts that the units are channels of, as many and not the same of each; None elsewhere.
+        whole: whether these experts themselves are the units.
         drifts: whether units before it have gone, so that its norm sees something else.
     """
 
@@ -137,6 +138,7 @@ class Site:
     order: tuple[int, ...] = ()
     drifts: bool = False
     mixture: Mixture | None = None
+    whole: bool = False
 
     @property
     def path(self) -> str:
@@ -155,7 +157,9 @@ class Site:
     @property
     def load(self) -> int:
         """Channels, times the tokens that it takes for one of them to come by."""
-        return self.channels if self.mixture is None else self.channels * self.mixture.count // self.mixture.each
+        return (
+            self.channels if self.mixture is None else self.mixture.channels * self.mixture.count // self.mixture.each
+        )
 
     @property
     def parts(self) -> int:
@@ -193,7 +197,7 @@ class Site:
         if self.units == 1 and self.droppable:
             return "blocks" if not self.consumers else "modules"
         if self.mixture is not None:
-            return "channels of every expert"
+            return "experts" if self.whole else "channels of every expert"
         if self.heads is None:
             return "channels"
         if self.heads.query == self.heads.key_value:

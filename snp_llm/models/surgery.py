@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import expert_site
-from snp_llm.models.experts import expert_of, find_experts, put_experts
+from snp_llm.models.experts import Mixture, expert_of, experts_module, find_experts, put_experts
 from snp_llm.models.families.decoders import family_of
-from snp_llm.models.modeling_snp import BlockConfig, set_head_counts
+from snp_llm.models.modeling_snp import BlockConfig, set_counts, set_head_counts
 from snp_llm.models.outline import width_keys
 from snp_llm.models.projections import Projection, bias_of, projection, weight_of, with_rows, with_weight
 from snp_llm.models.site import Shared, Site, norm_of, normed_bias, tap_weights, tensor_or_module
@@ -165,6 +165,26 @@ def narrow_experts(block: nn.Module, site: Site, kept: Tensor) -> None:
         prune_site(expert, inner, kept[:, number], W[:, kept[:, number].to(W.device)], None)
         experts.append(expert)
     put_experts(block, site.mixture, experts)
+
+
+def drop_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
+    """Removes all experts of a block but those kept, with their rows of the router, in place.
+
+    Args:
+        block: that they are in.
+        mixture: what it has now.
+        kept: experts, ascending, (u,), int64.
+    """
+    module = experts_module(block, mixture)
+    stacked = {f"{mixture.module}.{name}": 0 for name, _ in module.named_parameters()}
+    for path, dimension in {**stacked, **dict(mixture.rows)}.items():
+        parent, _, name = path.rpartition(".")
+        owner = block.get_submodule(parent)
+        old = getattr(owner, name)
+        new = old.detach().index_select(dimension, kept.to(old.device)).clone()
+        setattr(owner, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+    for part in block.get_submodule(mixture.module.rpartition(".")[0]).modules():
+        set_counts(part, ("experts", "out_features"), mixture.count, len(kept))
 
 
 def pad_experts(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) -> None:

@@ -12,7 +12,7 @@ from snp_llm.linalg.ldl import energy_curve, error_curve
 from snp_llm.linalg.least_squares import Cut, absorb_mean, factored_repair_flops, output_energy
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.site import Site, site_bias, site_weight
-from snp_llm.models.surgery import narrow_experts, prune_site
+from snp_llm.models.surgery import drop_experts, narrow_experts, prune_site
 from snp_llm.pruning.factor import DAMPENING, factor_flops, factor_site
 from snp_llm.pruning.norms import restate
 from snp_llm.pruning.repair import repair_is_open, repair_site, repair_site_flops
@@ -151,6 +151,9 @@ def cut_site(
 
 def cut_alike(block: nn.Module, result: SiteResult) -> None:
     """Gives a block the shapes that a cut gave another copy of it; what the repaired tensors hold is yet to come."""
+    if result.site.mixture is not None and result.site.whole:
+        drop_experts(block, result.site.mixture, result.kept)
+        return
     if result.site.mixture is not None:
         narrow_experts(block, result.site, result.kept)
         return

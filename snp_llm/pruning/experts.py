@@ -190,7 +190,8 @@ def cut_experts(
 def uncut_experts(site: Site) -> SiteResult:
     """What happened at a site of experts of which nothing went."""
     assert site.mixture is not None
-    everything = torch.arange(site.units)[:, None].expand(-1, site.mixture.count)
+    everything = torch.arange(site.units)
+    everything = everything if site.whole else everything[:, None].expand(-1, site.mixture.count)
     return SiteResult(site, everything, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -201,7 +202,7 @@ def _empty(inner: Site, expert: Expert, arrivals: Arrivals, *, holding_out: bool
 
 def dampened(run: Run, sums: Sums, site: Site) -> Run:
     """The run with more dampening where fewer tokens came by than there are channels, unless the recipe fixes it."""
-    few = site.units / max(1, tokens_of(sums))
+    few = (1 if site.mixture is None else site.mixture.channels) / max(1, tokens_of(sums))
     if few <= 1 or run.recipe.dampening is not None:
         return run
     return replace(run, recipe=replace(run.recipe, dampening=min(DAMPENING * few, DAMPENINGS[-1])))

@@ -41,6 +41,7 @@ from snp_llm.pruning.statistics import (
 )
 from snp_llm.pruning.stream import Stream, advance, capture, check_finite
 from snp_llm.pruning.taps import gradients_at, tapped
+from snp_llm.pruning.whole_experts import whole_curves
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
@@ -285,7 +286,10 @@ def _read_curves(visit: _Visit, gradients: Journal) -> None:
             known[index] = {}
             for site, came in arrivals.items():
                 gradient = gradients.get(index, site.path)
-                known[index].update(experts_curves(block, site, came, held_here, gradient, visit.run))
+                if site.whole:
+                    known[index].update(whole_curves(block, site, came, gradient, visit.run))
+                else:
+                    known[index].update(experts_curves(block, site, came, held_here, gradient, visit.run))
             with clock.phase("Gram matrices"):
                 sums = [over_all_ranks(s) for s in sums]
             if ranks.owner(index) == ranks.rank():

@@ -16,7 +16,7 @@ from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import arrived_at, fixed_output, on_device, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
-from snp_llm.models.experts import Arrived
+from snp_llm.models.experts import Arrived, find_experts
 from snp_llm.models.offload import copy_unhooked, leave_on_disk, read_buffers
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_weight
@@ -31,6 +31,7 @@ from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
+from snp_llm.pruning.whole_experts import cut_whole
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
 from snp_llm.runtime.storage import store
@@ -149,7 +150,9 @@ def prune_block(
             held = held_out(stream.total)[stream.windows.start : stream.windows.stop]
             result = uncut_experts(site)
             if site in arrivals:
-                result = cut_experts(block, site, arrivals.pop(site), held, widths[number], gradients(number), run)
+                given = (block, site, arrivals.pop(site), held, widths[number], gradients(number), run)
+                again = partial(gather_arrivals, block, stream=stream, fixed=fixed, run=run)
+                result = cut_whole(*given, again) if site.whole else cut_experts(*given)
             mixed.append(replace(result, seconds=time.perf_counter() - start))
             run.on_step(str(mixed[-1]))
         for site in plain:
@@ -235,8 +238,9 @@ def gather(
 
 def gather_arrivals(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite], run: Run) -> Arrivals:
     """What arrives at a site of experts, in one pass."""
-    assert site.mixture is not None
-    mixture, arrivals = site.mixture, Arrivals.awaited(block, site, stream)
+    mixture = find_experts(block)  # as many as there are now
+    assert mixture is not None
+    arrivals = Arrivals.awaited(block, site, stream)
 
     def to_experts(at: slice) -> Arrived:
         hidden: Tensor = move(stream.hidden[at], run.clock.device)

@@ -13,7 +13,9 @@ from snp_llm.runtime.errors import SnpError, shown
 
 HeadUnit = Literal["kv_group", "query"]
 
-Experts = Literal["never", "channels"]
+Experts = Literal["never", "channels", "whole"]
+
+ExpertScore = Literal["loss", "reap", "frequency", "random"]
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 
@@ -109,7 +111,11 @@ class Recipe:
     every group; the only choice where there is one key-value head."""
     experts: Experts = "never"
     """Whether experts that only some tokens come by lose anything. never: they stay, and sparsity does not count them.
-    channels: each keeps as many as the others of its block, its own, and sparsity is a fraction of them as well."""
+    channels: each keeps as many as the others of its block, its own. whole: some go, with their rows of the router; of
+    both sparsity is a fraction of experts as well."""
+    expert_score: ExpertScore = "loss"
+    """Which experts go first as a whole: those of least predicted loss; reap: of least router weight times output norm;
+    frequency: that fewest tokens come by; random."""
     layout: Layout = "compact"
     """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
     every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""

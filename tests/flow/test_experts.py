@@ -1,5 +1,6 @@
-"""Experts that lose channels: whatever their layout, they compute what the dense ones do without these channels."""
+"""Experts that lose channels, or go: whatever their layout, the others compute what they did."""
 
+import copy
 import subprocess
 import sys
 from functools import cache
@@ -7,11 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm import SnpError, checkpoint, prune
 from snp_llm.models.anatomy import find_anatomy, find_blocks
-from snp_llm.models.experts import activated, arrived, expert_of, experts_module, find_experts, put_together
+from snp_llm.models.experts import (
+    activated,
+    arrived,
+    expert_of,
+    experts_module,
+    find_experts,
+    put_together,
+    watch_arrivals,
+)
 from snp_llm.models.size import model_size
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning.run import resolve
@@ -153,10 +163,126 @@ def test_generation_with_a_cache_equals_that_without(model_type, tokenizer):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
     _, once = cut_once(model_type, tokenizer)
-    twice = cut(once.model, tokenizer, ffn_sparsity=0.3, allocation="uniform")
+    twice = cut(once.model, tokenizer, ffn_sparsity=0.3, allocation="uniform", round_to=1)
     assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
     assert any(len(r.kept) < r.site.units for r in twice.sites if r.site.kind == "experts")
     torch.testing.assert_close(twice.model(TOKENS).logits, masked(once.model, twice)(TOKENS).logits, **CLOSE)
+
+
+def whole(model_type: str, tokenizer, layout: str = "compact", **overrides):
+    """A model with six experts a block, and what is left of it when a third of them has gone."""
+    dense = differing_model(model_type, num_experts=6, num_local_experts=6, n_routed_experts=6, moe_num_experts=6)
+    settings = {"ffn_sparsity": 0.3, "head_sparsity": 0.0, "num_samples": 8, "experts": "whole"}
+    return dense, prune(dense, tokenizer, small_recipe(**{**settings, "layout": layout, **overrides}))
+
+
+def dropped(dense: PreTrainedModel, pruned) -> PreTrainedModel:
+    """The dense model whose routers never choose the experts that have gone, with the others' repaired weights."""
+    others = [result for result in pruned.sites if result.site.kind != "experts"]
+    found = zeroed(dense, SimpleNamespace(sites=others, model=pruned.model))
+    for result in pruned.sites:
+        if result.site.kind != "experts":
+            continue
+        mixture, block = result.site.mixture, find_blocks(found)[result.site.block]
+        small = find_blocks(pruned.model)[result.site.block]
+        into, values = (experts_module(b, mixture) for b in (block, small))
+        for name, tensor in into.named_parameters():
+            tensor.data[result.kept] = values.get_parameter(name).data
+        outer = block.get_submodule(mixture.module.rpartition(".")[0])
+        watch_router(outer, mixture, result.kept)
+    return found
+
+
+def watch_router(outer: nn.Module, mixture, kept: torch.Tensor) -> None:
+    """Lets a module of experts get what a router with the kept rows alone chooses, by the numbers that these had."""
+    narrow = copy.deepcopy(outer)
+    path = mixture.module.rpartition(".")[0]
+    for name, dimension in mixture.rows:
+        owner, _, leaf = name.removeprefix(f"{path}.").rpartition(".")
+        holder, tensor = narrow.get_submodule(owner), getattr(narrow.get_submodule(owner), leaf)
+        rows = tensor.detach().index_select(dimension, kept)
+        setattr(holder, leaf, nn.Parameter(rows, requires_grad=False) if isinstance(tensor, nn.Parameter) else rows)
+    for part in narrow.modules():
+        for name, value in list(vars(part).items()):
+            if type(value) is int and value == mixture.count and "experts" in name and "per_tok" not in name:
+                setattr(part, name, len(kept))
+    experts = outer.experts
+
+    def through(*args, **kwargs):
+        values = [*args, *kwargs.values()]
+        if len(values) == 1:  # every expert gets all tokens, in their order
+            each = values[0].view(len(kept), -1, values[0].shape[-1])
+            all_of_them = each.new_zeros(mixture.count, *each.shape[1:])
+            all_of_them[kept] = each
+            return experts(all_of_them.flatten(0, 1)).view(mixture.count, -1, each.shape[-1])[kept].flatten(0, 1)
+        return experts(values[0], kept[values[1]], *values[2:])
+
+    narrow.experts.forward = through
+    outer.forward = narrow.forward
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_whole_experts_go_with_their_rows_of_the_router(model_type, tokenizer):
+    if model_type == "jamba":
+        pytest.skip("its tiny model has no more experts than a token comes by")
+    dense, pruned = whole(model_type, tokenizer)
+    torch.testing.assert_close(pruned.model(TOKENS).logits, dropped(dense, pruned)(TOKENS).logits, **CLOSE)
+    sites = [result for result in pruned.sites if result.site.kind == "experts"]
+    assert any(len(r.kept) < 6 for r in sites) and all(len(r.kept) >= r.site.mixture.each for r in sites)
+    left = [find_experts(find_blocks(pruned.model)[r.site.block]) for r in sites]
+    assert [m.count for m in left] == [len(r.kept) for r in sites]
+    prompt, settings = TOKENS[:, :10], {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    written = [pruned.model.generate(prompt, use_cache=cache, **settings) for cache in (True, False)]
+    assert torch.equal(*written)
+    again = prune(pruned.model, tokenizer, small_recipe(sparsity=0.0, experts="whole", num_samples=2))
+    assert torch.equal(again.model(TOKENS).logits, pruned.model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_fewer_experts_of_all_blocks_are_a_plain_config(model_type, tokenizer):
+    if model_type == "jamba":
+        pytest.skip("its tiny model has no more experts than a token comes by")
+    dense, pruned = whole(model_type, tokenizer, "uniform", allocation="uniform", expert_score="reap")
+    counts = {len(result.kept) for result in pruned.sites if result.site.kind == "experts"}
+    assert pruned.model.config.model_type == model_type and counts == {4}
+    torch.testing.assert_close(pruned.model(TOKENS).logits, dropped(dense, pruned)(TOKENS).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("by", ["reap", "frequency", "loss", "random"])
+def test_scores_are_what_they_say(by, tokenizer):
+    dense, pruned = whole("qwen3_moe", tokenizer, expert_score=by, reference="self", allocation="uniform")
+    result = next(r for r in pruned.sites if r.site.kind == "experts")
+    block, mixture, seen = find_blocks(dense)[result.site.block], result.site.mixture, []
+    with watch_arrivals(block, mixture, seen.append):
+        dense(pruned.calibration.tokens)
+    found = []
+    for number in range(mixture.count):
+        _, inputs, weights = seen[0].at(number)
+        gate, up = (inputs @ experts_module(block, mixture).gate_up_proj[number].T).chunk(2, -1)
+        norms = (torch.nn.functional.silu(gate) * up @ experts_module(block, mixture).down_proj[number].T).norm(dim=1)
+        found.append({"frequency": len(inputs), "reap": float((norms * weights[:, 0]).mean())}.get(by, 0.0))
+    if by in ("reap", "frequency"):
+        best = sorted(range(mixture.count), key=lambda n: -found[n])[: len(result.kept)]
+        assert sorted(best) == result.kept.tolist()
+    new = experts_module(find_blocks(pruned.model)[result.site.block], mixture)
+    assert torch.equal(new.down_proj, experts_module(block, mixture).down_proj[result.kept])  # not repaired
+
+
+def test_a_repair_leaves_less_than_there_was_to_lack(tokenizer):
+    errors = []
+    for reference in ("self", "residual"):
+        _, pruned = whole("qwen3_moe", tokenizer, reference=reference, allocation="uniform", num_samples=32)
+        errors.append(next(r.error for r in pruned.sites if r.site.kind == "experts"))
+    assert errors[1] < errors[0]
+
+
+def test_fewer_experts_than_a_token_comes_by_are_refused():
+    dense = differing_model("mixtral")
+    recipe = small_recipe(ffn_sparsity=0.7, head_sparsity=0.0, experts="whole")
+    with pytest.raises(SnpError, match="expected at most 0.5, with which every unit is gone that may go"):
+        check_budget(dense, resolve(recipe, dense))
+    with pytest.raises(SnpError, match="--experts whole: expected layout compact or uniform, got padded"):
+        check_budget(dense, resolve(small_recipe(experts="whole", layout="padded"), dense))
 
 
 RELOAD = """
@@ -179,6 +305,9 @@ def reloads(names, tokenizer, folder) -> None:
         layouts = {"compact": cut_once(name, tokenizer)[1]}
         if name not in NO_KEY:
             layouts["uniform"] = cut(differing_model(name), tokenizer, "uniform", ffn_sparsity=0.2)
+        if name != "jamba":
+            layouts["whole"] = whole(name, tokenizer)[1]
+            layouts["fewer"] = whole(name, tokenizer, "uniform", allocation="uniform")[1]
         for layout, pruned in layouts.items():
             checkpoint.save(pruned.model, tokenizer, folder / f"{name}-{layout}")
             wanted[f"{name}-{layout}"] = pruned.model(TOKENS).logits

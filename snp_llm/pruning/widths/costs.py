@@ -69,11 +69,12 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
     for site in sites:
         parameters = site.cost + unit_values(blocks[site.block], site)
         attended = site.unit_size if site.heads is not None else 0
+        passing = 0 if site.whole else site.cost * site.passes / site.parts  # weights that a token goes through
         per_unit.append(
             {
                 "params": parameters,
                 "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": unit_flops(anatomy.model, site.cost * site.passes / site.parts, attended, recipe.seq_len),
+                "flops": unit_flops(anatomy.model, passing, attended, recipe.seq_len),
             }[budget.kind]
         )
     unit, dense = {
@@ -88,8 +89,10 @@ def unit_values(block: nn.Module, site: Site) -> int:
     """Parameters of one unit beside linear weights: biases of its rows, and of norms and tensors that go along."""
     count = 0
     if site.mixture is not None:
-        named, stacked = block.named_parameters(), site.mixture.stacked
-        return sum(p.numel() for path, p in named if path in stacked and p.dim() == 2) // site.units
+        stacked, rows = site.mixture.stacked, dict(site.mixture.rows) if site.whole else {}
+        named = dict(block.named_parameters())
+        counted = [path for path, p in named.items() if path in rows or (path in stacked and p.dim() == 2)]
+        return sum(named[path].numel() for path in counted) // site.units
     for producer in site.producers:
         found = tensor_or_module(block, producer.path)
         own = [found] if isinstance(found, Tensor) else [*found.parameters(recurse=False)]

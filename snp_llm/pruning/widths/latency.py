@@ -26,7 +26,7 @@ from snp_llm.models.blocks import (
 )
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
-from snp_llm.models.surgery import narrow_experts, prune_site
+from snp_llm.models.surgery import drop_experts, narrow_experts, prune_site
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import compute_device, synchronize
 from snp_llm.runtime.errors import SnpError, reason
@@ -206,11 +206,14 @@ def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Blo
 def _narrow(block: nn.Module, site: Site, width: int) -> nn.Module:
     """A copy of a block in which one site keeps its first units; what they compute does not matter here."""
     narrow = copy_unhooked(block)
+    order = torch.arange(site.units)
+    kept = (deal_from_groups(order, site.groups) if site.groups else order)[:width].sort().values
+    if site.mixture is not None and site.whole:
+        drop_experts(narrow, site.mixture, kept)
+        return narrow
     if site.mixture is not None:
         narrow_experts(narrow, site, torch.arange(width)[:, None].expand(-1, site.mixture.count))
         return narrow
-    order = torch.arange(site.units)
-    kept = (deal_from_groups(order, site.groups) if site.groups else order)[:width].sort().values
     weight = site_weight(narrow, site)
     columns = unit_channels(kept, site.unit_size).to(weight.device)
     prune_site(narrow, site, kept, weight[:, columns], site_bias(narrow, site))

@@ -91,7 +91,12 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
 
 
 def check_something_goes(sites: Sequence[Site], recipe: Recipe) -> None:
-    """Raises SnpError if units are to go, and none may."""
+    """Raises SnpError if units are to go, and none may, or whole experts that would be filled up again."""
+    if recipe.experts == "whole" and recipe.layout == "padded":
+        raise SnpError(
+            "--experts whole: expected layout compact or uniform, got padded: a router would still choose an expert of "
+            "zeros."
+        )
     asked = recipe.budget is not None or recipe.perplexity_increase is not None
     asked = asked or any(recipe.sparsity_of(site.kind) for site in sites)
     if asked and not any(site.prunable for site in sites):
@@ -265,8 +270,8 @@ def _too_much(kinds: Sequence[str], removal: Removal, prunable: float, costs: Co
             f"--target-{goal.kind}: expected at least {least}, what is left {place} when every unit that may go is "
             f"gone; got {got}. {remedy}"
         )
-    options = {"attention": "--head-sparsity", "ffn": "--ffn-sparsity"}
-    option = options[kinds[0]] if recipe.separate and len(kinds) == 1 else "--sparsity"
+    own = "--head-sparsity" if kinds == ["attention"] else "--ffn-sparsity"
+    option = own if recipe.separate else "--sparsity"
     remedy = "Use --layout compact." if recipe.layout == "uniform" else "Use a smaller --round-to."
     remedy = "Use --head-sparsity 0." if option == "--head-sparsity" else remedy
     most = math.floor(1000 * prunable / removal.whole) / 1000
@@ -283,8 +288,9 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     for index in range(len(anatomy.blocks)):
         here = [(site, width) for site, width in zip(sites, widths, strict=True) if site.block == index]
         heads = next((site.heads_after(width) for site, width in here if site.heads), None)
-        ffn, channels = (next((w for site, w in here if site.kind == kind), None) for kind in ("ffn", "experts"))
-        chosen.append(Widths(heads, ffn, channels))
+        ffn = next((width for site, width in here if site.kind == "ffn"), None)
+        experts = {site.whole: width for site, width in here if site.mixture is not None}
+        chosen.append(Widths(heads, ffn, experts.get(False), experts.get(True)))
     if plain_config(model, family, chosen) is None:
         counts = ", ".join(sorted({f"{h.query} query and {h.key_value} key-value" for h, *_ in chosen if h}))
         what, got = ("head counts", f"{counts} heads") if counts else ("FFN widths", "widths that differ")
@@ -309,9 +315,11 @@ def site_budgets(
     pools = _pools(anatomy) if recipe.layout == "uniform" else [(site.kind, None) for site in sites]
     found = []
     for site, curve, cost, (kind, permitted) in zip(sites, curves, costs, pools, strict=True):
-        multiple = recipe.round_to if site.heads is None else site.step
+        multiple = recipe.round_to if site.heads is None and not site.whole else site.step
         if not site.prunable:
             permitted = ()
+        elif site.whole and permitted is None:
+            permitted = whole_widths(site)
         elif site.droppable and site.units == 1:
             permitted = (0,)
         found.append(
@@ -327,6 +335,13 @@ def site_budgets(
             )
         )
     return found
+
+
+def whole_widths(site: Site) -> tuple[int, ...]:
+    """The numbers of experts that may be left: as many as a token comes by, and of every group if there are groups."""
+    assert site.mixture is not None
+    fewest = site.mixture.each * site.step
+    return tuple(range(fewest, site.units, site.step))
 
 
 def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
@@ -352,7 +367,7 @@ def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
             continue
         if site.mixture is not None:
             number = experts_of[site.block]
-            found.append((f"experts {number}", None if expert_keys(model, mixtures[number].facts)[0] else ()))
+            found.append((f"experts {number}", None if expert_keys(model, mixtures[number].facts)[site.whole] else ()))
             continue
         if site.heads is None:
             found.append((site.kind, None))

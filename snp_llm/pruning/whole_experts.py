@@ -1,0 +1,181 @@
+"""Whole experts of a block: which can be done without, and what is left repaired on the tokens that then reach it.
+
+The router stays as it is but for the rows of those that go: it sends their tokens to others.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snp_llm.linalg.units import deal_from_groups
+from snp_llm.models.anatomy import expert_site
+from snp_llm.models.calls import move
+from snp_llm.models.experts import (
+    Arrived,
+    activated,
+    expert_of,
+    find_experts,
+    put_experts,
+    put_together,
+)
+from snp_llm.models.site import Site, site_weight
+from snp_llm.models.surgery import drop_experts
+from snp_llm.pruning.cut import cut_site
+from snp_llm.pruning.experts import Arrivals, dampened, named, tokens_of
+from snp_llm.pruning.result import SiteResult
+from snp_llm.pruning.run import Run
+from snp_llm.pruning.statistics import Sums, add_batch, empty_sums, over_all_ranks
+from snp_llm.runtime import ranks
+from snp_llm.runtime.storage import store
+
+
+@torch.no_grad()
+def scores(block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | None, by: str, seed: int) -> Tensor:
+    """What each expert is worth, (experts,), float64, on the CPU.
+
+    "loss": predicted rise of the mean loss without it, `sum_t (w_t f_t)^T F (w_t f_t) / 2 T`, with w what the router
+    gives it and f what it puts out; the squared norm where there is no F. "reap": `mean_t w_t ||f_t||` over the tokens
+    that come by (Lasby et al., arXiv 2510.13999). "frequency": how many do. "random": nothing.
+    """
+    mixture = site.mixture
+    assert mixture is not None
+    if by == "random":
+        draw = torch.Generator().manual_seed(seed + site.block)
+        return torch.rand(mixture.count, dtype=torch.float64, generator=draw)
+    sums, counts = (torch.zeros(mixture.count, dtype=torch.float64) for _ in range(2))
+    for _, came in batches(arrivals, block):
+        for number in range(mixture.count):
+            tokens, inputs, weights = came.at(number)
+            expert = expert_of(block, mixture, number)
+            output = expert.outward(activated(block, mixture, expert, inputs) * weights).double()
+            counts[number] += len(tokens)
+            if by == "reap":
+                sums[number] += float(output.norm(dim=1).sum())
+            else:
+                moved = output if gradient is None else output @ gradient.to(output)
+                sums[number] += float((moved * output).sum()) / 2
+    ranks.add_up([sums, counts])
+    if by == "frequency":
+        return counts
+    return sums / (counts.clamp(min=1) if by == "reap" else arrivals.stream.total * arrivals.inputs.shape[1])
+
+
+def importance(found: Tensor, site: Site) -> Tensor:
+    """Experts, most important first, equally many of every group in every whole round, (experts,), int64."""
+    order = found.argsort(descending=True, stable=True)
+    return deal_from_groups(order, site.groups) if site.groups else order
+
+
+def whole_curves(
+    block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | None, run: Run
+) -> dict[str, Tensor]:
+    """Curves of a site of whole experts as `SiteCurves` holds them: what those lose that go in the order chosen."""
+    recipe = run.recipe
+    losses = scores(block, site, arrivals, gradient, "loss", recipe.seed)
+    by = recipe.expert_score
+    found = losses if by == "loss" else scores(block, site, arrivals, gradient, by, recipe.seed)
+    kept = losses[importance(found, site)].cumsum(0)
+    kept = torch.cat([kept.new_zeros(1), kept])
+    energy = {f"{site.path} energy": kept / kept[-1].clamp(min=1e-30)}
+    return energy if gradient is None else {**energy, f"{site.path} loss": kept[-1] - kept}
+
+
+@torch.no_grad()
+def cut_whole(
+    block: nn.Module,
+    site: Site,
+    arrivals: Arrivals,
+    held: Tensor,
+    width: int,
+    gradient: Tensor | None,
+    run: Run,
+    arrive: Callable[[Site], Arrivals],
+) -> SiteResult:
+    """Removes all but `width` experts of a block with their rows of the router, in place, and repairs the others.
+
+    One after the other, the most important first, each takes up what all of them together still lack of what the dense
+    experts put out, on the tokens that come by now, as far as held-out windows like it.
+
+    Args:
+        block: on the compute device.
+        site: of its experts.
+        arrivals: at them, before the cut.
+        held: which windows are held out.
+        width: experts to keep.
+        gradient: F, or None.
+        run: of this phase.
+        arrive: reads what arrives at the experts that are left.
+    """
+    mixture = site.mixture
+    assert mixture is not None
+    found = scores(block, site, arrivals, gradient, run.recipe.expert_score, run.recipe.seed)
+    order = importance(found, site)
+    kept = order[:width].sort().values
+    lacking = arrivals.stream.room_for(mixture.outputs)
+    with run.clock.phase("forward passes"):
+        for at, came in batches(arrivals, block):
+            store(lacking, at, put_together(block, mixture, came).view(*lacking[at].shape))
+    whole = float(lacking.double().square().sum())
+    drop_experts(block, mixture, kept)
+    left = find_experts(block)
+    assert left is not None
+    now = arrive(site)
+    with run.clock.phase("forward passes"):
+        for at, came in batches(now, block):
+            lacking[at] -= put_together(block, left, came).view(*lacking[at].shape).to(lacking)
+    inner, results = expert_site(site), dict[int, dict[str, float]]()
+    for number in (int((kept == unit).nonzero()) for unit in order[:width]):
+        expert = expert_of(block, left, number)
+        before = site_weight(expert, inner).clone()
+        sums = empty_sums(
+            inner.name, before, before.device, now.stream.storage, drifting=True, holding_out=run.recipe.holds_out
+        )
+        with run.clock.phase("Gram matrices"):
+            for at, tokens, seen in rows(block, left, now, number):
+                short = move(lacking[at].flatten(0, 1)[tokens.to(lacking.device)], seen.device)
+                windows = held[at][(tokens // now.inputs.shape[1]).cpu()]
+                sums = add_batch(sums, seen[:, None], (seen @ before.T + short)[:, None], windows)
+            sums = over_all_ranks(sums)
+        count = tokens_of(sums)
+        results[number] = {"tokens": count, "dampening": 0.0, "relative_error": 0.0}
+        if run.recipe.reference == "self" or not worth_a_repair(sums):
+            continue
+        with named(site, number):
+            result = cut_site(expert, inner, sums, inner.units, lambda: gradient, dampened(run, sums, site))
+        results[number].update(dampening=result.dampening, reference_weight=result.reference_weight)
+        change = site_weight(expert, inner) - before
+        for at, tokens, seen in rows(block, left, now, number):
+            flat = lacking[at].flatten(0, 1)
+            flat[tokens.to(flat.device)] -= (seen @ change.T).to(flat)
+            lacking[at] = flat.view(*lacking[at].shape)
+        put_experts(block, left, [expert if n == number else expert_of(block, left, n) for n in range(left.count)])
+    error = float(lacking.double().square().sum()) / whole if whole else 0.0
+    facts: list[dict[str, float]] = [results[number] for number in range(width)]
+    share = float(found[kept].sum() / found.sum()) if found.sum() else 1.0
+    alpha = sum(f.get("reference_weight", 0.0) for f in facts) / width
+    return SiteResult(site, kept, share, 1 - share, error, None, alpha, 0.0, 0.0, experts=facts)
+
+
+def worth_a_repair(sums: Sums) -> bool:
+    """Whether enough tokens come by an expert, held out ones among them."""
+    return sums.fitted.moments.tokens > 0 and (sums.held is None or sums.held.moments.tokens > 0)
+
+
+def batches(arrivals: Arrivals, block: nn.Module) -> Iterator[tuple[slice, Arrived]]:
+    """What arrives, some windows at a time, where the block is."""
+    device, batch = next(block.parameters()).device, arrivals.stream.batch.windows
+    for start in range(0, len(arrivals.inputs), batch):
+        at = slice(start, min(start + batch, len(arrivals.inputs)))
+        parts = (arrivals.inputs[at], arrivals.chosen[at], arrivals.weights[at])
+        yield at, Arrived(*(move(part, device).flatten(0, 1) for part in parts))
+
+
+def rows(block: nn.Module, mixture: Any, arrivals: Arrivals, number: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """What arrives at one expert's out-projection, weighted: which windows, which of their tokens, (t, channels)."""
+    expert = expert_of(block, mixture, number)
+    for at, came in batches(arrivals, block):
+        tokens, inputs, weights = came.at(number)
+        if len(tokens):
+            yield at, tokens, activated(block, mixture, expert, inputs) * weights
