@@ -34,12 +34,10 @@ def with_depth(anatomy: Anatomy, depth: Depth, experts: Experts = "never") -> An
         return anatomy
     if isinstance(anatomy.blocks, Segments):
         raise SnpError(f"--depth {depth}: expected a model of blocks that are alike; convolutional networks have none.")
-    if (
-        first := next((i for i, block in enumerate(anatomy.blocks) if fills_keys(block) is not None), None)
-    ) is not None:
+    if read := [index for index, block in enumerate(anatomy.blocks) if fills_keys(block) is not None]:
         raise SnpError(
             f"--depth {depth}: expected blocks that each compute from the stream alone; later ones read the keys and "
-            f"values of block {first}."
+            f"values of block {read[0]}."
         )
     if len(anatomy.blocks) < 2:
         raise SnpError(f"--depth {depth}: expected a model of at least two blocks, one of which stays; it has one.")

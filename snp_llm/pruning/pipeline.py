@@ -66,6 +66,11 @@ class PrunedModel:
     stays: list[str]
     trials: list[tuple[float, float]] = field(default_factory=list)
 
+    @property
+    def gone(self) -> list[int]:
+        """Numbers of the dense model's blocks that it does not have."""
+        return gone_blocks([result.site for result in self.sites], [len(result.kept) for result in self.sites])
+
 
 def prune(
     model: PreTrainedModel,

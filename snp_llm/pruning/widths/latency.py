@@ -157,9 +157,8 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
             for (name, width), seconds in medians.items():
                 if name in units:
                     found.setdefault(name, {})[width] = seconds
-            dense_seconds[shape] = seconds = min(
-                s for (name, width), s in medians.items() if width == units.get(name, 0)
-            )
+            seconds = min(s for (name, width), s in medians.items() if width == units.get(name, 0))
+            dense_seconds[shape] = seconds
             found.update({key(s): {0: 0.0, 1: seconds} for s in anatomy.sites_of(index) if s.whole_block})
         whole += dense_seconds[shape]
     tokens = tokens.to(device)
