@@ -18,7 +18,7 @@ from snp_llm.recipe.recipe import Depth, Experts
 from snp_llm.runtime.errors import SnpError
 
 # Config keys of lists of block numbers, and of how many of the first blocks are of another kind.
-NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_every_n_layers")
+NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_every_n_layers")
 LEADING = ("first_k_dense_replace", "moe_layer_start_index", "moe_num_first_k_dense", "num_dense_layers")
 
 

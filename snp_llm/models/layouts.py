@@ -85,7 +85,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     for name, buffer in dense.named_buffers():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        if getattr(module, attribute).is_meta:
+        if getattr(module, attribute, buffer).is_meta:  # one for a kind of block that has gone is no longer there
             setattr(module, attribute, buffer)
     index = {k: v for k, v in disk_index(dense).items() if k not in inside}
     for prefix, block in zip(prefixes, pruned_blocks, strict=True):
