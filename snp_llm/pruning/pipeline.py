@@ -186,7 +186,9 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         windows: of the calibration text; None where nothing but a plan of fixed widths is wanted.
         run: of this phase.
     """
-    anatomy = with_depth(find_anatomy(model, run.recipe.head_unit, run.recipe.experts), run.recipe.depth, run.recipe.experts)
+    anatomy = with_depth(
+        find_anatomy(model, run.recipe.head_unit, run.recipe.experts), run.recipe.depth, run.recipe.experts
+    )
     with run.clock.phase("loading"):
         check_weights(anatomy, run.clock.device)
     if windows is not None and not anatomy.family.alike:

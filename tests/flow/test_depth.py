@@ -93,7 +93,7 @@ def test_blocks_and_widths_together_are_predicted_to_cost_least(tokenizer):
     model = small_model("llama", num_hidden_layers=4)
     anatomy = with_depth(find_anatomy(model), "auto")
     torch.manual_seed(1)
-    alone = [torch.rand(s.units).double().cumsum(0).flip(0) + 9 * (not s.consumers) for s in anatomy.sites]
+    alone = [torch.rand(s.units).double().cumsum(0).flip(0) + 9 * s.whole_block for s in anatomy.sites]
     alone[0] = torch.tensor([0.01])
     curves = [SiteCurves(None, torch.cat([c, torch.zeros(1)]), None, None, lambda: None) for c in alone]
     costs = sparsity_costs(anatomy.sites, model_size(model, 32).block_linear)
@@ -112,12 +112,12 @@ def test_blocks_and_widths_together_are_predicted_to_cost_least(tokenizer):
     assert abs(removed - 0.4 * costs.dense) < 0.04 * costs.dense
     found, each = sum(lost_with(anatomy.sites, curves, widths)), block_costs(anatomy.sites, costs)
     for gone in [(), (0,), (1,), (2,), (3,)]:
-        inside = [i for i, s in enumerate(anatomy.sites) if s.consumers and s.block not in gone]
+        inside = [i for i, s in enumerate(anatomy.sites) if not s.whole_block and s.block not in gone]
         left, some = replace(anatomy, sites=tuple(anatomy.sites[i] for i in inside)), [curves[i] for i in inside]
         amount = 0.4 * costs.dense - sum(each[block] for block in gone)
         got = rest(left, some, replace(costs, sites=[costs.sites[i] for i in inside]), amount)
         lost = sum(float(curve.loss[w]) for curve, w in zip(some, got, strict=True))
-        whole = [c for s, c in zip(anatomy.sites, curves, strict=True) if s.block in gone and not s.consumers]
+        whole = [c for s, c in zip(anatomy.sites, curves, strict=True) if s.block in gone and s.whole_block]
         lost += sum(float(curve.loss[0]) for curve in whole)
         assert found <= lost + 1e-9
 
