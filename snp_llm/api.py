@@ -67,7 +67,7 @@ class PrunedModel(pipeline.PrunedModel):
             hand_back(kind)
             compared = material_of(dense.config).compared(self.calibration)
             on = place_for_another(kind, sizes[1].bytes)
-            difference = checkpoint.verify(dense, self.model, partial, compared, on)
+            difference = checkpoint.verify(dense, self.model, partial, compared, on, self.gone)
             written = (sizes[0].bytes, checkpoint.folder_bytes(partial))
             before, after = (facts.Measured(s, disk) for s, disk in zip(sizes, written, strict=True))
             base = self.recipe.model if checkpoint.is_hub_id(self.recipe.model) else None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +31,7 @@ from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import complete_index, disk_index, read_tensor
 from snp_llm.models.registry import auto_class
 from snp_llm.models.segments import Segments
+from snp_llm.models.surgery import NoBlock
 from snp_llm.models.task import task_of
 from snp_llm.runtime.errors import SnpError
 
@@ -155,7 +156,12 @@ def fresh_process(dense: PreTrainedModel) -> Iterator[FreshProcess]:
 
 
 def compare(
-    dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor, fresh: FreshProcess
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    folder: Path,
+    tokens: Tensor,
+    fresh: FreshProcess,
+    gone: Sequence[int] = (),
 ) -> float:
     """Compares a reloaded folder's logits with those of the loaded model with the pruned blocks in place of its own.
 
@@ -167,6 +173,7 @@ def compare(
         folder: where.
         tokens: to compare logits on, (batch, T), int64.
         fresh: has been told to load it. What a GPU has no room for, or is not shared for, is tried again on the CPU.
+        gone: numbers of the dense model's blocks that the pruned one does not have.
 
     Returns:
         The largest difference of a logit, relative to the largest logit; both are computed on the same kind of device.
@@ -182,8 +189,8 @@ def compare(
         log.info("%s Once more, on the CPU.", error)
         with fresh_process(dense) as again:
             again.load(folder, tokens)
-            return compare(dense, pruned, folder, tokens, again)
-    logits = expected_logits(dense, pruned, tokens, fresh.device)
+            return compare(dense, pruned, folder, tokens, again, gone)
+    logits = expected_logits(dense, pruned, tokens, fresh.device, gone)
     difference = float((logits.double() - reloaded.double()).abs().max() / logits.double().abs().max())
     if not difference <= LOGIT_TOLERANCE[pruned.dtype]:
         raise SnpError(
@@ -193,10 +200,15 @@ def compare(
     return difference
 
 
-def expected_logits(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: Tensor, device: torch.device) -> Tensor:
+def expected_logits(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tokens: Tensor, device: torch.device, gone: Sequence[int] = ()
+) -> Tensor:
     """Logits of the loaded model with the pruned blocks, or with the pruned tensors in all of its layers."""
     blocks = find_blocks(pruned)
     if not isinstance(blocks, Segments):
+        if gone:
+            left = iter(blocks)
+            blocks = nn.ModuleList(NoBlock() if i in gone else next(left) for i in range(len(find_blocks(dense))))
         return logits_block_by_block(dense, tokens, blocks, device)
     with torch.no_grad(), on_device(dense, device), on_device(pruned, device):
         found: Tensor = functional_call(dense, dict(pruned.state_dict()), (tokens.to(device),)).logits
@@ -204,7 +216,12 @@ def expected_logits(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: Ten
 
 
 def verify(
-    dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, tokens: Tensor, device: torch.device = CPU
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    folder: Path,
+    tokens: Tensor,
+    device: torch.device = CPU,
+    gone: Sequence[int] = (),
 ) -> float:
     """Checks a folder against what was loaded: everything but the blocks to the bit, and the logits as `compare` does.
 
@@ -214,7 +231,7 @@ def verify(
     check_kept(dense, folder)
     with fresh_process(dense) as fresh:
         fresh.load(folder, tokens, device)
-        return compare(dense, pruned, folder, tokens, fresh)
+        return compare(dense, pruned, folder, tokens, fresh, gone)
 
 
 def check_kept(dense: PreTrainedModel, folder: Path) -> None:

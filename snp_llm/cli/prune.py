@@ -143,7 +143,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
         def compare() -> float:
             assert fresh is not None
-            return checkpoint.compare(dense, pruned.model, partial, compared, fresh)
+            return checkpoint.compare(dense, pruned.model, partial, compared, fresh, pruned.gone)
 
         with clock.phase("saving"):
             ranks.from_rank(0, save)

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from snp_llm.models import modeling_snp
 from snp_llm.models.anatomy import block_prefixes, blocks_path, find_blocks
+from snp_llm.models.depth import shortened
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import PRUNED, Family
 from snp_llm.models.offload import disk_index, wait_on_disk
@@ -23,6 +24,7 @@ from snp_llm.models.registry import (
 )
 from snp_llm.models.segment_configs import segments_config
 from snp_llm.models.segments import Segments
+from snp_llm.models.surgery import NoBlock
 from snp_llm.models.text_part import parts_of, text_config, text_values
 from snp_llm.models.trial_config import builds
 from snp_llm.runtime.errors import SnpError
@@ -59,9 +61,12 @@ def check_code(model: PreTrainedModel) -> None:
 def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleList) -> PreTrainedModel:
     """The pruned model: dense embeddings, norms and head around the pruned blocks, rebuilt from its own config.
 
+    Blocks that have gone, `NoBlock`, are left out.
     Building every module anew from the config, and loading strictly, proves that the config describes the weights.
     Tensors are shared with the arguments, not copied; those on disk stay there.
     """
+    if len(kept := [i for i, block in enumerate(pruned_blocks) if not isinstance(block, NoBlock)]) < len(pruned_blocks):
+        dense, pruned_blocks = shortened(dense, kept), nn.ModuleList(pruned_blocks[i] for i in kept)
     config = config_for(dense, family, pruned_blocks)
     config.architectures = architectures(config, dense)
     parts = {key: part._attn_implementation for key, part in parts_of(dense.config).items()}
@@ -80,7 +85,7 @@ def assemble(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleLis
     for name, buffer in dense.named_buffers():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        if getattr(module, attribute).is_meta:
+        if getattr(module, attribute, buffer).is_meta:  # one for a kind of block that has gone is no longer there
             setattr(module, attribute, buffer)
     index = {k: v for k, v in disk_index(dense).items() if k not in inside}
     for prefix, block in zip(prefixes, pruned_blocks, strict=True):

@@ -182,6 +182,11 @@ class Site:
         return self.kind in ("convolution", "stream")
 
     @property
+    def whole_block(self) -> bool:
+        """Whether it is a block as a whole, whose other sites go with it."""
+        return self.kind == "block"
+
+    @property
     def prunable(self) -> bool:
         """Whether units may go at all."""
         return not self.stay
@@ -195,7 +200,7 @@ class Site:
     def unit(self) -> str:
         """What one unit is, in the plural."""
         if self.units == 1 and self.droppable:
-            return "blocks" if not self.consumers else "modules"
+            return "blocks" if self.whole_block else "modules"
         if self.mixture is not None:
             return "experts" if self.whole else "channels of every expert"
         if self.heads is None:

@@ -95,11 +95,16 @@ def text_weights(model: PreTrainedModel) -> int:
     return linear + routed_weights(model)
 
 
-def routed_weights(model: PreTrainedModel) -> int:
-    """Weights of the experts that one token comes by, of those whose weights are one tensor, (experts, ...)."""
+def routed_weights(model: PreTrainedModel, within: nn.Module | None = None) -> int:
+    """Weights of the experts that one token comes by, of those whose weights are one tensor, (experts, ...).
+
+    Args:
+        model: its config.
+        within: a part of it; None: all blocks.
+    """
     config = text_config(model.config)
     each = next((n for key in EXPERTS_A_TOKEN if isinstance(n := getattr(config, key, None), int)), 0)
-    tensors = (p for name, p in find_blocks(model).named_parameters() if of_experts(name) and p.dim() == 3)
+    tensors = (p for name, p in (within or find_blocks(model)).named_parameters() if of_experts(name) and p.dim() == 3)
     return sum(min(each, len(tensor)) * tensor[0].numel() for tensor in tensors)
 
 

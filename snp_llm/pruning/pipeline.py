@@ -14,6 +14,7 @@ from snp_llm.data.windows import Windows, split_windows
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy, find_anatomy, find_blocks
+from snp_llm.models.depth import gone_blocks, with_depth
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
@@ -26,7 +27,8 @@ from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks
 from snp_llm.pruning.shared import narrowed_blocks, with_order
 from snp_llm.pruning.stream import capture
-from snp_llm.pruning.trial_cut import try_cuts
+from snp_llm.pruning.trial_cut import try_cuts, try_without
+from snp_llm.pruning.widths.depth import lost_with
 from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
@@ -63,6 +65,11 @@ class PrunedModel:
     sparsity: float | None
     stays: list[str]
     trials: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def gone(self) -> list[int]:
+        """Numbers of the dense model's blocks that it does not have."""
+        return gone_blocks([result.site for result in self.sites], [len(result.kept) for result in self.sites])
 
 
 def prune(
@@ -179,7 +186,9 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         windows: of the calibration text; None where nothing but a plan of fixed widths is wanted.
         run: of this phase.
     """
-    anatomy = find_anatomy(model, run.recipe.head_unit, run.recipe.experts)
+    anatomy = with_depth(
+        find_anatomy(model, run.recipe.head_unit, run.recipe.experts), run.recipe.depth, run.recipe.experts
+    )
     with run.clock.phase("loading"):
         check_weights(anatomy, run.clock.device)
     if windows is not None and not anatomy.family.alike:
@@ -199,6 +208,7 @@ def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedMode
     """The pruned model and what happened at every site, calibrated on tokens, (windows, T)."""
     anatomy = visited.anatomy
     widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
+    try_without(anatomy, tokens, gone_blocks(anatomy.sites, widths))
     stream = capture(anatomy, tokens, run)
     anatomy = with_order(anatomy, visited.curves, widths, run.recipe)
     blocks, results = prune_blocks(anatomy, stream, widths, visited.gradient, run)
@@ -206,16 +216,14 @@ def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedMode
         blocks = narrowed_blocks(anatomy, blocks, results, run.journal.phase("narrowed"))
     else:
         blocks = padded_blocks(anatomy, blocks, results, run.journal.phase("padded"))
-    losses = [None if c is None else c.loss for c in visited.curves]
+    losses = lost_with(anatomy.sites, visited.curves, widths)
     return assemble(anatomy.model, anatomy.family, blocks), [
-        result if loss is None else replace(result, predicted_loss=float(loss[width]))
-        for result, loss, width in zip(results, losses, widths, strict=True)
+        replace(result, predicted_loss=loss) for result, loss in zip(results, losses, strict=True)
     ]
 
 
 def predicted_rise(visited: Visited, recipe: ResolvedRecipe) -> float | None:
     """Predicted rise of the mean loss under a recipe's budget, or None where no gradients were read."""
-    losses = [c.loss for c in visited.curves if c is not None and c.loss is not None]
-    if len(losses) < len(visited.anatomy.sites):
-        return None
-    return sum(float(loss[width]) for loss, width in zip(losses, visited.widths(recipe), strict=True))
+    losses = lost_with(visited.anatomy.sites, visited.curves, visited.widths(recipe))
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) if len(known) == len(losses) else None

@@ -154,7 +154,7 @@ class DenseStream:
             residual = bool(self.residual and only_sites)
             found = block_reference(block, sites, dense, self.referred, residual=residual, device=device)
         if entered:
-            for site in self.anatomy.stages(index)[0]:
+            for site in next(stage for stage in self.anatomy.stages(index) if not stage[0].whole_block):
                 found.outputs.pop(site, None)
         return found
 

@@ -90,3 +90,8 @@ class SiteResult:
         units = f"{len(self.kept):,} of {self.site.units:,} {self.site.unit}"
         repaired = f"error {self.error:.2e}, drift repaired {100 * self.reference_weight:.0f} %"
         return f"{self.site.name}: kept {units}, {repaired}, {self.seconds:.1f} s"
+
+
+def nothing_left(site: Site) -> SiteResult:
+    """What happened at a site whose block has gone, or at that block."""
+    return SiteResult(site, torch.arange(0), 0.0, 1.0, 1.0, None, 0.0, 0.0, 0.0)

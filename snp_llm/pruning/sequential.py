@@ -26,7 +26,7 @@ from snp_llm.pruning.experts import Arrivals, cut_experts, uncut_experts
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.refine import refine_block
-from snp_llm.pruning.result import Curve, SiteResult
+from snp_llm.pruning.result import Curve, SiteResult, nothing_left
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite
@@ -136,6 +136,13 @@ def prune_block(
         return widths[anatomy.sites.index(site)] < site.units
 
     for stage in stages:
+        if stage[0].whole_block:
+            (whole,) = stage
+            width = widths[anatomy.sites.index(whole)]
+            if not width:
+                return NoBlock(), [nothing_left(site) for site in anatomy.sites_of(stream.index)]
+            results.append(SiteResult(whole, torch.arange(width), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
+            continue
         start, goes_on = time.perf_counter(), stage is not stages[-1]
         mixtures = [site for site in stage if site.mixture is not None]
         plain = [site for site in stage if site.mixture is None]
@@ -162,8 +169,6 @@ def prune_block(
             result = cut_site(block, site, summed, widths[number], partial(gradients, number), run)
             results.append(replace(result, seconds=time.perf_counter() - start))
             run.on_step(str(results[-1]))
-            if not site.consumers and not len(result.kept):
-                block = NoBlock()
             form, seen = forms.pop(0), inputs.pop(0)
             if seen is not None:
                 fixed.append(fix(block, result, form, seen, stream))
@@ -307,9 +312,10 @@ def finished_block(block: nn.Module, results: Sequence[SiteResult], file: Path) 
     """
     pruned = copy_unhooked(block)
     for result in results:
-        cut_alike(pruned, result)
-        if not result.site.consumers and not len(result.kept):
-            pruned = NoBlock()
+        if not result.site.whole_block:
+            cut_alike(pruned, result)
+        elif not len(result.kept):
+            return NoBlock()
     read_buffers(pruned, file)
     leave_on_disk(pruned, file)
     return pruned

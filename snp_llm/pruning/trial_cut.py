@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
-from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.anatomy import Anatomy, find_blocks
 from snp_llm.models.blocks import arrived_at, capture_calls, on_device, run_block, watch_outputs
 from snp_llm.models.calls import BlockCall, without_cache
 from snp_llm.models.experts import experts_module, put_together
+from snp_llm.models.layouts import assemble
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.site import Site, site_bias, site_weight
-from snp_llm.models.surgery import prune_site
+from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.runtime.errors import SnpError, reason
 
@@ -74,6 +75,54 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
         anatomy.family.model_type,
         " and ".join(kinds),
     )
+
+
+@torch.no_grad()
+def try_without(anatomy: Anatomy, tokens: Tensor, gone: Sequence[int]) -> None:
+    """Compares the dense model run without some of its blocks with one that is built from a config with fewer.
+
+    What a type's blocks do may follow from their number: which of them attend to a window, or leave positions out.
+
+    Args:
+        anatomy: of the dense model; left as it was.
+        tokens: a text, (windows, T), int64.
+        gone: numbers of these blocks.
+
+    Raises:
+        SnpError: the config says something else of the blocks that stay.
+    """
+    if not gone:
+        return
+    model, text = anatomy.model, tokens[:1, :TOKENS]
+    left = nn.ModuleList(NoBlock() if index in gone else block for index, block in enumerate(anatomy.blocks))
+    wanted = logits_block_by_block(model, text, left).double()
+    try:
+        short = assemble(model, anatomy.family, left)
+        difference = float((logits_block_by_block(short, text) - wanted).abs().max() / wanted.abs().max())
+        said = f"logits differ by {difference:.1e} of the largest"
+        staying = [block for block in left if not isinstance(block, NoBlock)]
+        for old, new in zip(staying, find_blocks(short), strict=True):
+            if other := _unlike(old, new):
+                difference, said = math.inf, f"{other} of a block changes"
+    except Exception as error:  # tensors that do not fit, a config that its class refuses
+        difference, said = math.inf, f"it cannot be built ({reason(error)})"
+    if not difference <= TOLERANCE[model.dtype]:
+        raise SnpError(
+            f"--depth: without blocks {', '.join(map(str, gone))} the config of a {model.config.model_type} cannot say "
+            f"what the others are: {said}; expected the same. Use --depth never."
+        )
+
+
+def _unlike(old: nn.Module, new: nn.Module) -> str:
+    """The first number, flag or word in which two blocks differ, but for their own number; empty where none does."""
+    others = dict(new.named_modules())
+    for path, module in old.named_modules():
+        values = vars(others[path])
+        for key, value in vars(module).items():
+            plain = isinstance(value, bool | int | float | str) and key != "training" and not key.startswith("_")
+            if plain and not any(word in key for word in ("idx", "index", "layer_id")) and values.get(key) != value:
+                return f"{path}.{key}".strip(".")
+    return ""
 
 
 def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:

@@ -23,6 +23,8 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16", "float64"]
 
 HiddenDevice = Literal["auto", "cuda", "mps", "cpu", "disk"]
 
+Depth = Literal["never", "auto", "only"]
+
 Layout = Literal["uniform", "compact", "padded"]
 
 Bos = Literal["auto", "always", "once", "never"]
@@ -116,6 +118,9 @@ class Recipe:
     expert_score: ExpertScore = "loss"
     """Which experts go first as a whole: those of least predicted loss; reap: of least router weight times output norm;
     frequency: that fewest tokens come by; random."""
+    depth: Depth = "never"
+    """Whether whole blocks may go. never: units of their attentions and FFNs alone. auto: blocks as well, as many as
+    the loss curves say is best. only: blocks alone; what stays keeps all units, and is repaired."""
     layout: Layout = "compact"
     """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
     every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
@@ -201,6 +206,8 @@ class Recipe:
                 f"taken back with {flag(budgets[-1])} None."
             )
         _ = self.budget, self.perplexity_increase, self.refine_steps  # whether they can be read
+        if self.depth != "never":
+            self._check_depth()
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
         if self.output is not None:
@@ -209,6 +216,23 @@ class Recipe:
             check_repo_id("--push-to-hub", self.push_to_hub)
         elif self.private:
             raise SnpError("--private: expected together with --push-to-hub USER/NAME.")
+
+    def _check_depth(self) -> None:
+        """Raises SnpError where other settings leave no choice between blocks and widths."""
+        if self.separate:
+            raise SnpError(
+                f"--depth {self.depth}: expected one budget for blocks and what is in them, got --ffn-sparsity or "
+                "--head-sparsity. Use --sparsity."
+            )
+        if self.allocation != "loss":
+            raise SnpError(
+                f"--depth {self.depth}: expected --allocation loss, whose curves say what a block's absence costs; got "
+                f"{self.allocation}."
+            )
+        if self.layout == "padded":
+            raise SnpError(
+                f"--depth {self.depth}: expected --layout compact or uniform; a block of zeros is still a block."
+            )
 
     @property
     def output_folder(self) -> str:

@@ -10,7 +10,7 @@ from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site, site_weight, tensor_or_module
-from snp_llm.models.size import ModelSize, model_size, unit_flops
+from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, unit_flops
 from snp_llm.models.task import task_of
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.recipe import Budget, Recipe, ResolvedRecipe
@@ -69,12 +69,14 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
     for site in sites:
         parameters = site.cost + unit_values(blocks[site.block], site)
         attended = site.unit_size if site.heads is not None else 0
-        passing = 0 if site.whole else site.cost * site.passes / site.parts  # weights that a token goes through
+        weights = 0 if site.whole else site.cost * site.passes / site.parts  # that a token goes through
+        if site.whole_block:
+            parameters, weights = _beside(anatomy, site)
         per_unit.append(
             {
                 "params": parameters,
                 "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": unit_flops(anatomy.model, passing, attended, recipe.seq_len),
+                "flops": unit_flops(anatomy.model, weights, attended, recipe.seq_len),
             }[budget.kind]
         )
     unit, dense = {
@@ -83,6 +85,15 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
         "flops": (f"FLOPs {task_of(anatomy.model.config).work}", size.flops),
     }[budget.kind]
     return Costs(unit, float(dense), [linear_costs(s.units, cost) for s, cost in zip(sites, per_unit, strict=True)])
+
+
+def _beside(anatomy: Anatomy, site: Site) -> tuple[int, float]:
+    """Parameters of a block beside the units of its other sites, and linear weights that a token goes through."""
+    block, inside = anatomy.blocks[site.block], [s for s in anatomy.sites_of(site.block) if not s.whole_block]
+    parameters = sum(p.numel() for p in block.parameters())
+    parameters -= sum(s.units * (s.cost + unit_values(block, s)) for s in inside)
+    weights = linear_weights(block) + routed_weights(anatomy.model, block)
+    return parameters, weights - sum(s.units * s.cost * s.passes / s.parts for s in inside)
 
 
 def unit_values(block: nn.Module, site: Site) -> int:
@@ -109,6 +120,11 @@ def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
         widths = torch.tensor(sorted(known), dtype=torch.float64)
         seconds = torch.tensor([known[int(w)] for w in widths], dtype=torch.float64).cummax(0).values
         curves.append(_interpolate(torch.arange(site.units + 1, dtype=torch.float64), widths, seconds))
+    for number, site in enumerate(sites):
+        if site.whole_block:  # what the block takes beside its other sites
+            inside = [c for s, c in zip(sites, curves, strict=True) if s.block == site.block and not s.whole_block]
+            beside = curves[number][1] - sum(float(curve[-1] - curve[0]) for curve in inside)
+            curves[number] = torch.stack([beside.new_zeros(()), beside.clamp(min=0)])
     return Costs("seconds", table.whole, curves)
 
 

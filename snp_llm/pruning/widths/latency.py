@@ -47,7 +47,8 @@ class LatencyTable:
     Attributes:
         device, dtype, batch_size, seq_len: of the pass.
         whole: the dense model.
-        sites: by `key` of a site, seconds of a whole block in which that site alone keeps so many units.
+        sites: by `key` of a site, seconds of a whole block in which that site alone keeps so many units; of a site that
+            is a whole block, none without it.
     """
 
     device: str
@@ -121,10 +122,10 @@ def read_table(file: Path) -> LatencyTable:
             for name, widths in values["sites"].items()
         }
         table = LatencyTable(**{**values, "whole": float(values["whole"])})
-        times = [table.whole, *(seconds for widths in table.sites.values() for seconds in widths.values())]
+        times = [table.whole, *(s for widths in table.sites.values() for width, s in widths.items() if width)]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise SnpError(f"{where} ({reason(error)}).") from error
-    if any(len(widths) < 2 or min(widths) < 1 for widths in table.sites.values()):
+    if any(len(widths) < 2 or min(widths) < 0 for widths in table.sites.values()):
         raise SnpError(f"{where}, with at least two widths of every site.")
     if not all(0 < seconds < math.inf for seconds in times):
         raise SnpError(f"{where}, with seconds above 0, got {min(times):g} to {max(times):g}.")
@@ -146,7 +147,7 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
     whole = 0.0
     dense_seconds: dict[tuple[object, ...], float] = {}
     for index, block in enumerate(blocks):
-        here = anatomy.sites_of(index)
+        here = [site for site in anatomy.sites_of(index) if not site.whole_block]
         beside = [(type(child), sum(p.numel() for p in child.parameters())) for child in block.children()]
         shape = (*(key(site) for site in here), *beside)  # mixers and experts take time, too
         if shape not in dense_seconds:
@@ -156,7 +157,9 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
             for (name, width), seconds in medians.items():
                 if name in units:
                     found.setdefault(name, {})[width] = seconds
-            dense_seconds[shape] = min(s for (name, width), s in medians.items() if width == units.get(name, 0))
+            seconds = min(s for (name, width), s in medians.items() if width == units.get(name, 0))
+            dense_seconds[shape] = seconds
+            found.update({key(s): {0: 0.0, 1: seconds} for s in anatomy.sites_of(index) if s.whole_block})
         whole += dense_seconds[shape]
     tokens = tokens.to(device)
     with rest_on_device(model, blocks, device):

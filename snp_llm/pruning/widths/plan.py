@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
+from snp_llm.models.depth import with_depth
 from snp_llm.models.outline import Widths, ffn_kinds, part_widths, structure_of
 from snp_llm.models.plain import expert_keys, ffn_key, plain_config, uniform_widths
 from snp_llm.models.segments import Segments
@@ -27,6 +28,7 @@ from snp_llm.models.size import counted_weights
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
+from snp_llm.pruning.widths.depth import check_blocks_enough, depth_plan
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -120,7 +122,7 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
-    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
+    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
     check_something_goes(anatomy.sites, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
@@ -130,6 +132,9 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
         coupled_budget(anatomy, recipe)
         return
     sites, removals = anatomy.sites, find_removals(anatomy, recipe)
+    if recipe.depth != "never":
+        check_blocks_enough(sites, removals.costs, removals.parts[0].amount, recipe)
+        return
     all_budgets = site_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
     for removal in removals.parts:
         concerned = [i for i, site in enumerate(sites) if site.kind in removal.kinds]
@@ -154,7 +159,15 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
     """
     if isinstance(anatomy.blocks, Segments):
         return coupled_plan(anatomy, curves, recipe)
-    return plan_widths(anatomy, curves, find_removals(anatomy, recipe), recipe)
+    removals = find_removals(anatomy, recipe)
+    if recipe.depth == "never":
+        return plan_widths(anatomy, curves, removals, recipe)
+    (all_of_it,) = removals.parts
+
+    def rest(left: Anatomy, curves: Sequence[SiteCurves | None], costs: Costs, amount: float) -> list[int]:
+        return plan_widths(left, curves, Removals(costs, [replace(all_of_it, amount=amount)]), recipe)
+
+    return depth_plan(anatomy, curves, removals.costs, all_of_it.amount, recipe, rest)
 
 
 def removed_weights(dense: PreTrainedModel, block_linear: int, plan: Sequence[tuple[Site, int]]) -> int:

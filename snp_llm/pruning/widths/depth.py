@@ -1,0 +1,129 @@
+"""Which blocks go, and how many units the others keep, under one budget. Cuts nothing.
+
+Blocks go in the order of what their absence is predicted to cost the loss for what it saves, and what the budget then
+still asks for is taken from the widths of the others; so many go that both together are predicted to cost least.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from snp_llm.linalg.allocation import ROUNDING
+from snp_llm.models.anatomy import Anatomy, find_blocks
+from snp_llm.models.depth import shortened
+from snp_llm.models.site import Site
+from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.widths.costs import Costs
+from snp_llm.recipe.recipe import ResolvedRecipe
+from snp_llm.runtime.errors import SnpError
+
+PATIENCE = 2  # blocks that may go after the best number of them without its being beaten
+
+Curves = Sequence[SiteCurves | None]
+Rest = Callable[[Anatomy, Curves, Costs, float], list[int]]
+
+
+def block_costs(sites: Sequence[Site], costs: Costs) -> list[float]:
+    """What each block costs with all of its units, in the order of blocks."""
+    found: dict[int, float] = {}
+    for site, cost in zip(sites, costs.sites, strict=True):
+        found[site.block] = found.get(site.block, 0.0) + float(cost[-1] - cost[0])
+    return [found[block] for block in sorted(found)]
+
+
+def check_blocks_enough(sites: Sequence[Site], costs: Costs, amount: float, recipe: ResolvedRecipe) -> None:
+    """Raises SnpError if more has to go than all blocks but the cheapest."""
+    each = block_costs(sites, costs)
+    most = sum(each) - min(each)
+    if amount > most * (1 + ROUNDING):
+        wanted, there = costs.shown(amount, most)
+        raise SnpError(
+            f"--depth {recipe.depth}: expected a budget that leaves one block; {wanted} were to go, and all blocks but "
+            f"one are {there}. Ask for less."
+        )
+
+
+def lost_with(sites: Sequence[Site], curves: Curves, widths: Sequence[int]) -> list[float | None]:
+    """Predicted rise of the loss at every site; of a block that goes it is all at the block, and none inside."""
+    gone = {site.block for site, width in zip(sites, widths, strict=True) if site.whole_block and not width}
+    return [
+        None
+        if curve is None or curve.loss is None
+        else 0.0
+        if not site.whole_block and site.block in gone
+        else float(curve.loss[width])
+        for site, curve, width in zip(sites, curves, widths, strict=True)
+    ]
+
+
+def blocks_in_order(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[int]:
+    """Numbers of the blocks, first what costs the loss least for what it saves."""
+    alone, each = [0] * len(sites), block_costs(sites, costs)
+    lost = [loss for site, loss in zip(sites, lost_with(sites, curves, alone), strict=True) if site.whole_block]
+    return sorted(range(len(each)), key=lambda block: (lost[block] or 0.0) / max(each[block], 1e-30))
+
+
+def depth_plan(
+    anatomy: Anatomy,
+    curves: Curves,
+    costs: Costs,
+    amount: float,
+    recipe: ResolvedRecipe,
+    rest: Rest,
+) -> list[int]:
+    """Units kept at every site where blocks may go: 0 at all sites of those that do.
+
+    Args:
+        anatomy: of the dense model, with sites of blocks.
+        curves: of every site.
+        costs: of every site at every width.
+        amount: what has to go, in the unit of the costs.
+        recipe: all settings.
+        rest: widths of a shorter model's sites that together lose so much.
+
+    Raises:
+        SnpError: the budget cannot be met.
+    """
+    sites = anatomy.sites
+    check_blocks_enough(sites, costs, amount, recipe)
+    order, each = blocks_in_order(sites, curves, costs), block_costs(sites, costs)
+    saved = [0.0, *accumulate(each[block] for block in order[:-1])]
+    if recipe.depth == "only":
+        enough = [k for k, s in enumerate(saved) if recipe.budget is None or s >= amount * (1 - ROUNDING)]
+        nearest = min(enough, key=lambda k: abs(saved[k] - amount))
+        return [0 if site.block in order[:nearest] else site.units for site in sites]
+    best: tuple[float, list[int]] | None = None
+    failed: SnpError | None = None
+    behind = 0
+    for k, already in enumerate(saved):
+        if already > amount * (1 + ROUNDING) or behind > PATIENCE:
+            break
+        try:
+            widths = _with_widths(anatomy, curves, costs, order[:k], amount - already, rest)
+        except SnpError as error:  # widths alone do not give as much: more blocks have to go
+            failed = error
+            continue
+        lost = sum(loss for loss in lost_with(sites, curves, widths) if loss is not None)
+        behind = 0 if best is None or lost < best[0] else behind + 1
+        best = (lost, widths) if not behind else best
+    if best is None:
+        assert failed is not None
+        raise failed
+    return best[1]
+
+
+def _with_widths(
+    anatomy: Anatomy, curves: Curves, costs: Costs, gone: Sequence[int], amount: float, rest: Rest
+) -> list[int]:
+    """Widths of all sites where some blocks go and so much from the others."""
+    sites = anatomy.sites
+    kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
+    inside = [i for i, site in enumerate(sites) if not site.whole_block and site.block not in gone]
+    short = shortened(anatomy.model, kept) if gone else anatomy.model
+    moved = tuple(replace(sites[i], block=kept.index(sites[i].block)) for i in inside)
+    left = replace(anatomy, model=short, blocks=find_blocks(short), sites=moved)
+    found = rest(left, [curves[i] for i in inside], replace(costs, sites=[costs.sites[i] for i in inside]), amount)
+    widths = [0 if site.block in gone else site.units for site in sites]
+    for i, width in zip(inside, found, strict=True):
+        widths[i] = width
+    return widths
