@@ -17,7 +17,7 @@ from packaging.version import Version
 from snp_llm.runtime.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
-EXTRAS = {"bench", "docs", "eval", "test", "vision"}
+EXTRAS = {"bench", "docs", "eval", "recover", "test", "vision"}
 
 
 @pytest.fixture(scope="module")
