@@ -26,7 +26,7 @@ FLOORS = (
     "recipe",
     "runtime",
 )
-PROGRAMS = ("__init__", "prune", "evaluate.__main__")  # names for what is inside
+PROGRAMS = ("__init__", "prune", "evaluate.__main__", "recovery.__main__")  # names for what is inside
 ENTRIES = 15  # that one sees in the package's folder
 
 

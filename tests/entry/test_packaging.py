@@ -17,7 +17,7 @@ from packaging.version import Version
 from snp_llm.runtime.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
-EXTRAS = {"bench", "docs", "eval", "gguf", "onnx", "test", "vision", "vllm"}
+EXTRAS = {"bench", "docs", "eval", "gguf", "onnx", "recover", "test", "vision", "vllm"}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm.cli import bench, evaluate, export, families, inspect, main, parse, prune, push, report
+from snp_llm.cli import bench, evaluate, export, families, inspect, main, parse, prune, push, recover, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
@@ -59,6 +59,7 @@ OFFLINE = {  # values of options that would need the hub, a GPU or a large model
     "--stride": "16",
 }
 QUICK = ["--num-samples", "8", "--seq-len", "32", "--round-to", "4", "--no-eval"]
+MODULES = {"snp_llm.prune": "prune", "snp_llm.evaluate": "eval", "snp_llm.recovery": "recover"}
 # Programs that are not this project's: nothing of their commands is checked but that they are these.
 FOREIGN = {"vllm", "llama-quantize", "convert_hf_to_gguf.py", "build", "twine"}
 OPTIONAL = {"gguf", "llama_cpp", "onnx", "onnxscript", "onnxruntime", "matplotlib", "psutil"}  # of extras
@@ -195,7 +196,7 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pyte
     elif words[0] == "python":
         words = words[1:]
     program = words[0]
-    if program in ("snp-llm", "snp_llm.prune", "snp_llm.evaluate"):
+    if program == "snp-llm" or program in MODULES:
         words = own(words)
         if words[1] not in ("prune", "eval") or PARSED_ONLY & set(words):
             return parse_own(words, monkeypatch)
@@ -220,7 +221,7 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pyte
 
 def own(words: list[str]) -> list[str]:
     """A command of this package in its first spelling."""
-    modules = {"snp_llm.prune": ["snp-llm", "prune"], "snp_llm.evaluate": ["snp-llm", "eval"]}
+    modules = {name: ["snp-llm", command] for name, command in MODULES.items()}
     return [*modules.get(words[0], words[:1]), *words[1:]]
 
 
@@ -254,7 +255,7 @@ def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for room in (bench, evaluate, export, families, inspect, prune, push, report):
+        for room in (bench, evaluate, export, families, inspect, prune, push, recover, report):
             for name in [name for name in dir(room) if name.startswith("run_")]:
                 patch.setattr(room, name, stop)
         with pytest.raises(ParsedError):
@@ -323,7 +324,12 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+RECOVERED = (
+    *("command", "recipe", "versions", "dense", "text", "sha256", "held_out", "item", "items", "steps", "seconds"),
+    *("divergence", "kept", "history", "figures", "device"),
+)
 SAMPLES = {"samples", *(f"samples[].{name}" for name in ("picture", "label"))}  # of classifiers of images
+RECOVERIES = {"recovery", *(f"recovery[].{name}" for name in RECOVERED)}  # of `snp-llm recover`
 SAMPLES |= {f"samples[].{model}{of}" for model in ("dense", "pruned") for of in ("", "_chance")}
 
 
@@ -342,6 +348,7 @@ def test_every_key_of_a_report_is_explained(folder):
         "tasks",
         "perplexities",
         *SAMPLES,
+        *RECOVERIES,
     }  # not in this run's
     assert first_column - {*keys(report)} == elsewhere
 

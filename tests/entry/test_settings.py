@@ -9,10 +9,11 @@ from typing import get_args, get_type_hints
 import pytest
 
 from snp_llm import Recipe, SnpError, load_recipe
-from snp_llm.cli import bench, evaluate, inspect, parse, prune, push, report
+from snp_llm.cli import bench, evaluate, inspect, parse, prune, push, recover, report
 from snp_llm.recipe.checks import RANGES, flag
 from snp_llm.recipe.commands import BenchRecipe, EvaluationRecipe, InspectRecipe, PushRecipe, ReportRecipe
 from snp_llm.recipe.file import read_settings
+from snp_llm.recipe.recovery import RecoverRecipe
 
 KINDS = {
     Recipe: (parse.prune_main, ["m"]),
@@ -20,6 +21,7 @@ KINDS = {
     BenchRecipe: (parse.bench_main, ["m", "p"]),
     InspectRecipe: (parse.inspect_main, ["m"]),
     ReportRecipe: (parse.report_main, ["m"]),
+    RecoverRecipe: (parse.recover_main, ["f"]),
     PushRecipe: (parse.push_main, ["m", "user/name"]),
 }
 TOGETHER = {"limit": {"tasks": "t"}, "num_fewshot": {"tasks": "t"}}  # settings that stand with another one only
@@ -94,7 +96,7 @@ def test_numbers_in_python(case):
 def runs(monkeypatch):
     """Recipes that commands would have run."""
     found = []
-    for room in (bench, evaluate, inspect, prune, push, report):
+    for room in (bench, evaluate, inspect, prune, push, recover, report):
         for name in [name for name in dir(room) if name.startswith("run_")]:
             monkeypatch.setattr(room, name, lambda recipe, *_: found.append(recipe))
     return found
