@@ -45,7 +45,8 @@ def model_card(
         loads = [
             "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
             "which is what `trust_remote_code` allows to run. With `import snp_llm` it is not needed. It loads in",
-            "transformers, and not in engines with models of their own, such as vLLM and llama.cpp.",
+            "transformers; in vLLM where the package snp-llm is installed too, if its docs name the type; and in",
+            "llama.cpp and ONNX Runtime as what `snp-llm export` makes of it, where it can.",
         ]
     else:
         loads = [

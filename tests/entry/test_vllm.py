@@ -80,10 +80,10 @@ def served(*options: str | Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What one process says of models of all types, one after the other: it starts slowly."""
-    work = tmp_path_factory.mktemp("vllm")
-    return served(*(save(work, kind) for kind in TYPES))
+def answers(request, tmp_path_factory):
+    """What one process says of models of all types that are asked for, one after the other: it starts slowly."""
+    work, chosen = tmp_path_factory.mktemp("vllm"), (getattr(item, "callspec", None) for item in request.session.items)
+    return served(*(save(work, spec.params["kind"]) for spec in chosen if spec is not None and "kind" in spec.params))
 
 
 @pytest.mark.parametrize("kind", TYPES)

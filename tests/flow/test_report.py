@@ -52,7 +52,7 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
     assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 55.5
     assert result["dataset"]["type"] == "wikitext2"
     assert "trust_remote_code=True" in text and "snp-llm prune user/small" in text
-    assert "not in engines with models of their own, such as vLLM" in text
+    assert "in vLLM where the package snp-llm is installed too" in text
 
 
 def test_card_of_a_local_plain_model(run):
