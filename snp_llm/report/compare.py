@@ -8,17 +8,19 @@ from snp_llm.report import figures
 from snp_llm.report.figures import Line, Panel
 from snp_llm.report.parts import Picture, as_picture
 from snp_llm.report.read import SAME_PERPLEXITY, Run, model_name, speed_up_of
+from snp_llm.report.rows import QUALITIES, words_of
 from snp_llm.report.words import percent, setting_words
 from snp_llm.runtime.errors import SnpError
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """Several runs of one dense model as a table and as pictures, perplexity against sparsity and against speed.
+    """Several runs of one dense model as a table and as pictures, what they are measured by against sparsity and speed.
 
     Raises:
         SnpError: they differ in the dense model or in the evaluation text.
     """
-    first = runs[0]
+    first, key = runs[0], words_of(runs[0].report).key
+    name = QUALITIES[key].split(",")[0]
     for run in runs[1:]:
         for what, value in (("dense model", _dense_model), ("evaluation text", lambda r: r.get("evaluation"))):
             expected, got = value(first.report), value(run.report)
@@ -27,10 +29,10 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
                     f"report {run.name}: expected the {what} of {first.name}, {expected}; got {got}. Compare runs that "
                     "share both."
                 )
-        expected, got = (r.report["dense"]["perplexity"] for r in (first, run))
+        expected, got = (r.report["dense"].get(key) for r in (first, run))
         if None not in (expected, got) and abs(got - expected) > SAME_PERPLEXITY * expected:
             raise SnpError(
-                f"report {run.name}: expected the dense model's perplexity of {first.name}, {expected:.4g}; got "
+                f"report {run.name}: expected the dense model's {name} of {first.name}, {expected:.4g}; got "
                 f"{got:.4g}. Compare runs that were evaluated alike."
             )
     ordered = sorted(runs, key=lambda r: r.report["sparsity"]["achieved"])
@@ -40,50 +42,51 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             "own": run is first,
             "sparsity": run.report["sparsity"]["achieved"],
             "parameters": run.report["pruned"]["size"]["parameters"],
-            "perplexity": run.report["pruned"]["perplexity"],
-            "dense": run.report["dense"]["perplexity"],
+            "quality": run.report["pruned"].get(key),
+            "dense": run.report["dense"].get(key),
             "speed": speed_up_of(run.report),
         }
         for run in ordered
     ]
-    return {"rows": rows, "pictures": [*_comparisons(ordered)]}
+    return {"rows": rows, "quality": QUALITIES[key], "pictures": [*_comparisons(ordered, key)]}
 
 
 def _dense_model(report: Mapping[str, Any]) -> str:
     return f"{model_name(report)} of {report['dense']['size']['parameters']:,} parameters"
 
 
-def _comparisons(runs: Sequence[Run]) -> list[Picture]:
-    measured = [r.report for r in runs if r.report["pruned"]["perplexity"] is not None]
+def _comparisons(runs: Sequence[Run], quality: str) -> list[Picture]:
+    measured = [r.report for r in runs if r.report["pruned"].get(quality) is not None]
     if not measured:
         return []
-    dense = measured[0]["dense"]["perplexity"]
-    names = _methods(measured)
+    dense, title = measured[0]["dense"][quality], QUALITIES[quality]
+    said_as = title.split(",")[0]
+    speed, names = words_of(measured[0]).speed.split(",")[0], _methods(measured)
     found = []
     for key, x_label, value, start in (
         ("sparsity", "parameters removed, % of the block-linear ones", lambda r: 100 * r["sparsity"]["achieved"], 0.0),
-        ("speed", "prefill speed, dense = 1", speed_up_of, 1.0),
+        ("speed", f"{speed.replace('prefill', 'prefill speed')}, dense = 1", speed_up_of, 1.0),
     ):
         lines = []
         for name in dict.fromkeys(names):
             own = [r for r, n in zip(measured, names, strict=True) if n == name and value(r) is not None]
-            points = [(start, dense), *((value(r), r["pruned"]["perplexity"]) for r in own)]
+            points = [(start, dense), *((value(r), r["pruned"][quality]) for r in own)]
             removed = ["dense", *(percent(r["sparsity"]["achieved"]) for r in own)] if key == "speed" else []
             if own:
                 x, y = zip(*points, strict=True)
                 lines.append(Line(name or "pruned", x, y, names=removed))
         if not lines:
             continue
-        figure = figures.quality_figure([Panel("", x_label, "perplexity", lines, dense)])
+        figure = figures.quality_figure([Panel("", x_label, title, lines, dense)])
         points_said = "; ".join(
             f"{', '.join(f'{y:.2f} at {x:.3g}' for x, y in zip(line.x, line.y, strict=True))}" for line in lines
         )
         found.append(
             as_picture(
                 figure,
-                f"Perplexity against {key}",
+                f"{said_as[0].upper()}{said_as[1:]} against {key}",
                 f"Dashed: the dense model's, {dense:,.2f}.",
-                f"perplexity against {key}: {points_said}",
+                f"{said_as} against {key}: {points_said}",
                 f"compare{key}",
             )
         )

@@ -22,8 +22,9 @@ QUALITIES = {"perplexity": "perplexity", "top1": "top-1, %", "top5": "top-5, %"}
 
 @dataclass(frozen=True)
 class Words:
-    """What figures of a report are of, and what they do not say."""
+    """What figures of a report are of, and what they do not say; by which key of theirs models are compared."""
 
+    key: str
     work: str
     speed: str
     windows: str
@@ -34,6 +35,7 @@ class Words:
 
 
 TEXT = Words(
+    "perplexity",
     "a token",
     "prefill, tokens a second",
     "calibration windows",
@@ -44,6 +46,7 @@ TEXT = Words(
     "larger, the more so the fewer tokens there are for a site's channels.",
 )
 IMAGES = Words(
+    "top1",
     "an image",
     "images a second",
     "calibration images",

@@ -1,0 +1,119 @@
+"""Compact models in vLLM, which has an environment of its own: skipped wherever vLLM is not installed."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from snp_llm.engines.vllm_plugin import CLASSES
+from snp_llm.models.outline import structure_of
+from snp_llm.models.registry import pruned_config_class
+
+ENGINE = Path(__file__).parent.parent.parent / "benchmarks" / "vllm_engine.py"
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install 'snp-llm[vllm]'"),
+]
+BASE = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+HEAD = {**GROUPED, "head_dim": 64}
+OPT = {"ffn_dim": 512, "word_embed_proj_dim": 256}
+TYPES = {
+    "llama": HEAD,
+    "mistral": {**HEAD, "sliding_window": None},
+    "qwen2": GROUPED,
+    "qwen3": HEAD,
+    "phi3": GROUPED,
+    "granite": HEAD,
+    "gemma": HEAD,
+    "ministral3": HEAD,
+    "ernie4_5": HEAD,
+    "exaone4": GROUPED,
+    "glm4": HEAD,
+    "nemotron": HEAD,
+    "apertus": GROUPED,
+    "cohere": GROUPED,
+    "opt": OPT,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Saves a random model with widths of its own in every block."""
+
+    def save(kind: str, heads: tuple[int, ...] = (1, 2, 2), ffn: tuple[int, ...] = (512, 384, 200)):
+        torch.manual_seed(0)
+        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **TYPES[kind]}))
+        structure = structure_of(dense)
+        (part,) = structure["parts"]
+        query_key, key_value_key = part["attention"]["keys"]
+        layers = {}
+        for index, (count, width) in enumerate(zip(heads, ffn, strict=True)):
+            layers[str(index)] = {query_key: 2 * count, part["ffn"]["key"]: width}
+            if key_value_key:
+                layers[str(index)][key_value_key] = count
+        values = {key: value for key, value in dense.config.to_dict().items() if key != "model_type"}
+        if "head_dim" in values:
+            values["head_dim"] = part["attention"]["size"]
+        config = pruned_config_class(kind)(**{**values, "pruned_layers": layers, "pruned_structure": structure})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.normal_(0, 0.06)
+        model.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return save
+
+
+def served(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(ENGINE), str(folder), *options], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_answers_are_those_of_transformers(kind, folder):
+    run = served(folder(kind))
+    assert run.returncode == 0, (run.stdout.splitlines()[-1:], run.stderr[-1500:])
+
+
+def test_every_class_has_a_test():
+    kinds = {
+        AutoModelForCausalLM._model_mapping[pruned_config_class(kind)].__name__.partition("Under")[0] for kind in TYPES
+    }
+    assert kinds == set(CLASSES)
+
+
+def test_two_devices_give_the_same(folder):
+    run = served(folder("llama", heads=(2, 2, 2)), "--tensor-parallel-size", "2")
+    assert run.returncode == 0, (run.stdout.splitlines()[-1:], run.stderr[-1500:])
+
+
+def test_what_does_not_split_is_refused_in_words(folder):
+    run = served(folder("llama", ffn=(512, 383, 200)), "--tensor-parallel-size", "2")
+    assert "block 1: 4 query heads, 2 KV heads and 383 FFN channels do not split evenly" in run.stdout + run.stderr
+
+
+def test_query_heads_alone_are_refused_in_words():
+    from snp_llm.engines.vllm_models import check_widths
+
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**BASE, **HEAD}))
+    config = dense.config
+    config.pruned_structure, config.pruned_layers = structure_of(dense), {"1": {"num_attention_heads": 2}}
+    with pytest.raises(ValueError, match="blocks 0 and 1: 4 and 2 query heads with 2 KV heads in both"):
+        check_widths(config, 1)
