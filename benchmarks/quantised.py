@@ -188,7 +188,10 @@ def report(rows: list[dict[str, Any]], file: Path | None) -> None:
     columns = list(rows[0])
     print(*("| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)), sep="\n")
     for row in rows:
-        shown = [f"{v / 1e6:,.1f} MB" if k == "bytes" else f"{v:,.2f}" if isinstance(v, float) else str(v) for k, v in row.items()]
+        shown = [
+            f"{v / 1e6:,.1f} MB" if k == "bytes" else f"{v:,.2f}" if isinstance(v, float) else str(v)
+            for k, v in row.items()
+        ]
         print("| " + " | ".join(shown) + " |")
     if file is not None:
         with file.open("w", newline="", encoding="utf-8") as opened:

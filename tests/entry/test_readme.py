@@ -33,7 +33,7 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-from snp_llm.cli import bench, evaluate, families, inspect, main, parse, prune, push, report
+from snp_llm.cli import bench, evaluate, export, families, inspect, main, parse, prune, push, recover, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.linalg.ordering import OrderingProblem
@@ -254,7 +254,7 @@ def parse_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line understands it; what it would do then is left out."""
     words = own(words[2:] if words[0] == "python" else words)
     with monkeypatch.context() as patch:
-        for room in (bench, evaluate, families, inspect, prune, push, report):
+        for room in (bench, evaluate, export, families, inspect, prune, push, recover, report):
             for name in [name for name in dir(room) if name.startswith("run_")]:
                 patch.setattr(room, name, stop)
         with pytest.raises(ParsedError):
@@ -289,7 +289,7 @@ def test_there_are_blocks_of_every_kind():
 
 def test_options_that_are_named_exist(capsys, monkeypatch):
     known = set(FOREIGN_OPTIONS)
-    for command in re.findall(r"^  snp-llm (\w+)", main.USAGE, re.M):
+    for command in set(re.findall(r"^  snp-llm (\w+)", main.USAGE, re.M)) - {"help", "completion"}:
         with pytest.raises(SystemExit):
             call_own(["snp-llm", command, "--help"], monkeypatch)
         known |= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
