@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
@@ -56,7 +56,7 @@ SAYINGS = (
 def groups_of(kind: Any) -> dict[str, type]:
     """By their names, groups of a recipe's settings as dataclasses, in the order in which help shows them."""
     names = [f.name for f in fields(kind)]
-    chosen: dict[str, Sequence[str]] = {"its own": names}
+    chosen: dict[str, Sequence[str]] = {"command": names}
     if kind is Recipe:
         chosen = {"most used": [n for n in names if n in ("model", *FIRST)]}
         chosen |= {group: [n for n in inside if n not in chosen["most used"]] for group, inside in GROUPS.items()}
@@ -66,30 +66,26 @@ def groups_of(kind: Any) -> dict[str, type]:
 
 def _group(kind: type, group: str, names: Sequence[str]) -> type:
     hints, by_name = get_type_hints(kind, include_extras=True), {f.name: f for f in fields(kind)}
-    said = {
-        p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(kind).params
-    }
-    parts = []
+    described = docstring_parser.parse_from_object(kind).params
+    said = {p.arg_name: " ".join((p.description or "").split()) for p in described}
+    parts: list[Any] = []
     for name in names:
-        default = by_name[name].default
-        inner = [k for k in kinds_of(kind)[name] if k in METAVARS]
+        default, kinds = by_name[name].default, kinds_of(kind)[name]
         own = [m.metavar for m in getattr(hints[name], "__metadata__", ()) if getattr(m, "metavar", None)]
-        metavar = (
-            own[0] if own else METAVARS[inner[0]] if inner and get_origin(kinds_of(kind)[name][0]) is None else None
-        )
-        hint = (
-            "" if default in (None, MISSING) or default is False or "efault: " in said[name] else f"Default: {default}."
-        )
-        options = tyro.conf.arg(metavar=metavar, help=said[name], help_behavior_hint=hint)
+        usual = next((METAVARS[k] for k in kinds if k in METAVARS), None)
+        hint = "" if "efault: " in said[name] else _hint(default)
+        options = tyro.conf.arg(metavar=own[0] if own else usual, help=said[name], help_behavior_hint=hint)
         annotated = _annotate[hints[name], options]
         parts.append((name, annotated) if default is MISSING else (name, annotated, field(default=default)))
     return make_dataclass(group.replace(" ", "_"), parts, frozen=True, namespace={"__doc__": ""})
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return " ".join(map(str, default))
-    return {True: "yes"}.get(default, str(default)) if isinstance(default, bool) else f"{default}"
+def _hint(default: Any) -> str:
+    """What help says of a default: nothing where it is nothing."""
+    if default is MISSING or default is None or default is False:
+        return ""
+    words = " ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else default
+    return f"Default: {words}."
 
 
 def command_of(kind: type) -> type:
