@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py MODEL --calibration wiki.valid.tokens --evaluation wiki.test.raw --sparsities 0.17,0.33
 
-Every model is pruned by `--depth never`, `only` and `auto`, without the repair of what stays as well (`blocks cut out`).
+The model is pruned by `--depth never`, `only` and `auto`, and once without the repair of what stays: `blocks cut out`.
 Then the dense model and the pruned ones take turns at prefilling one window and at decoding, and medians of the ratios
 to the dense model's neighbouring turn count. One seed; calibration and evaluation as of `snp-llm prune`.
 """
@@ -69,9 +69,8 @@ def main() -> None:
     whole = model_size(dense, args.seq_len).block_linear
     before = perplexity(dense, evaluated.tokens)
     print(f"    python {' '.join(sys.argv)}\n\ndense: perplexity {before:.2f}\n")
-    print(
-        "| asked | | removed | blocks gone | perplexity | above dense | prefill | decode |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| asked | | removed | blocks gone | perplexity | above dense | prefill | decode |")
+    print("|" + "---|" * 8)
     speeds = ratios(dense, [model for model, _ in models.values()], evaluated.tokens[:1])
     for ((sparsity, name), (model, gone)), (prefill, decode) in zip(models.items(), speeds, strict=True):
         after, removed = perplexity(model, evaluated.tokens), 1 - model_size(model, args.seq_len).block_linear / whole
