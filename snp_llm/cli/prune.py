@@ -236,7 +236,10 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     say = log.info if talk.json else partial(print, flush=True)
     anatomy = find_anatomy(dense, recipe.head_unit, recipe.experts)
     written = inspect_command.layout_facts(anatomy, recipe.layout, recipe.round_to)
-    say(inspect_command.layout_line(recipe.layout, written))
+    if recipe.depth == "only":
+        say(f"whole blocks go, no heads or channels; saved as {dense.config.model_type}, loads in what loads MODEL")
+    else:
+        say(inspect_command.layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)
     takes = inspect_command.estimate_facts(needed, device)
     say(inspect_command.estimate_line(takes, device.type))
