@@ -1,23 +1,30 @@
 """Finished output folders onto the Hugging Face Hub. Never changes a folder, and never lets the token out: it comes
 from the user's own login or HF_TOKEN, and goes into requests only."""
 
+import html
+import json
 import logging
+import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from snp_llm.checkpoint.contents import CARD, PAGE, RECIPE, REPORT, read_report
+from snp_llm.checkpoint.contents import BENCH, CARD, PAGE, RECIPE, REPORT, read_report
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 from snp_llm.runtime.version import __version__
 
 log = logging.getLogger("snp_llm")
 
+
+LONGEST_SAID = 10_000  # characters of a command or a setting; what is longer is a picture
 
 INDEX = "model.safetensors.index.json"
 
@@ -28,6 +35,11 @@ PARTS = (
     *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
     *(PAGE, RECIPE, "LICENSE", "NOTICE"),
 )
+
+SAID = (REPORT, BENCH, CARD, RECIPE, PAGE)  # files in which a command may stand as it was typed
+
+# A path of this machine in a command or a setting: absolute, from home, or from where the command was typed.
+LOCAL = re.compile(r"""(?:(?<=[\s"'=,(])|^)(?:~|\.{1,2})?[/\\][^\s"'=,;)]*|\b[A-Za-z]:\\[^\s"'=,;)]*""")
 
 ADVICE = {
     401: "Log in again with `hf auth login`, or set HF_TOKEN to a valid token",
@@ -81,17 +93,48 @@ def _upload(api: HfApi, folder: Path, files: list[Path], repo_id: str, *, privat
     old = [sibling.rfilename for sibling in there.siblings or []]
     # Weights of an earlier model, sharded differently, could be loaded in place of the new ones.
     stale = [name for name in old if name not in new and (fnmatch(name, "*.safetensors") or name == INDEX)]
-    size = sum(file.stat().st_size for file in files)
+    size, local = sum(file.stat().st_size for file in files), local_names(folder)
     log.info(f"uploading {len(files)} files, {size / 1e6:,.1f} MB, to {url}")
     api.create_commit(
         repo_id,
         [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in new.items()),
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=public(file, local)) for name, file in new.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in stale),
         ],
         commit_message=f"Pruned model, by snp-llm {__version__}",
     )
     return str(url)
+
+
+def local_names(folder: Path) -> list[str]:
+    """Paths of this machine that a folder's reports name, the longest first."""
+    found: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                look(inner)
+        elif isinstance(value, str) and len(value) <= LONGEST_SAID:
+            found.update(LOCAL.findall(value))
+            there = re.findall(r"""[^\s"'=,;()]+[/\\][^\s"'=,;()]+""", value)  # no hub id, where it is a file here
+            found.update(name for name in there if os.path.exists(name))
+
+    for name in (REPORT, BENCH):
+        if (folder / name).is_file():
+            look(json.loads((folder / name).read_text(encoding="utf-8")))
+    return sorted(found - {"/", "./", "../", "~/", "\\"}, key=len, reverse=True)
+
+
+def public(file: Path, local: list[str]) -> Path | bytes:
+    """What is uploaded of a file: of those in which commands stand the text with last names in place of paths."""
+    if file.name not in SAID or not local:
+        return file
+    text = before = file.read_text(encoding="utf-8")
+    for path in local:
+        name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        for spelt in {path, html.escape(path), json.dumps(path)[1:-1]}:
+            text = text.replace(spelt, name)
+    return file if text == before else text.encode()
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import logging
 import os
@@ -398,3 +399,29 @@ def test_access_is_checked_before_any_work(server, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     fails(capsys, arguments, "no token", prune_main)
     fails(capsys, ["tiny-opt", "--private"], "--private: expected together with --push-to-hub", prune_main)
+
+
+def test_no_path_of_this_machine_goes_along(tmp_path, monkeypatch):
+    """Whatever the settings and the command say, as text, JSON and HTML; names on the Hub and weights stay."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    secret = f"{tmp_path}/texts of a/client & co.txt"
+    text = f"{tmp_path}/texts/client&co.txt"
+    command = f"snp-llm prune models/mine --calibration '{text}' --output=../out --latency-table ~/t.json"
+    recipe = {"model": "models/mine", "calibration": secret, "eval_dataset": "user/dataset", "output": "/data/out"}
+    (tmp_path / "prune_report.json").write_text(json.dumps({"recipe": recipe, "command": command, "kind": "a/b"}))
+    (tmp_path / "README.md").write_text(f"Made with `{command}` from facebook/opt-125m, [a](/link).")
+    (tmp_path / "report.html").write_text(
+        f"<code>{html.escape(command)}</code></div><img src='data:image/png;base64,/9j/'>"
+    )
+    local = hub.local_names(tmp_path)
+    for name in ("prune_report.json", "README.md", "report.html"):
+        text = hub.public(tmp_path / name, local).decode()
+        for path in (str(tmp_path), "models/mine", "~/", "../", "/data/"):
+            assert path not in text, (name, path)
+        assert "mine" in text
+    assert "facebook/opt-125m" in hub.public(tmp_path / "README.md", local).decode()
+    assert "image/png;base64,/9j/" in hub.public(tmp_path / "report.html", local).decode()
+    assert "user/dataset" in hub.public(tmp_path / "prune_report.json", local).decode()
+    (tmp_path / "model.safetensors").write_bytes(b"/data/out")
+    assert hub.public(tmp_path / "model.safetensors", local) == tmp_path / "model.safetensors"
