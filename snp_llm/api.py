@@ -16,6 +16,8 @@ from snp_llm.data.given import ORIGIN
 from snp_llm.evaluate.material import material_of
 from snp_llm.models import size
 from snp_llm.pruning import pipeline
+from snp_llm.pruning.estimate.estimate import decide
+from snp_llm.pruning.run import resolve
 from snp_llm.recipe.file import unknown
 from snp_llm.recipe.groups import EVALUATION, ONCE
 from snp_llm.recipe.recipe import Recipe
@@ -153,7 +155,8 @@ def prune(
         model, found = checkpoint.load(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code)
         tokenizer = tokenizer or found
     check_in_memory(model, tokenizer)
-    done, total = 0, None if chosen.perplexity_increase is not None else pipeline.steps(chosen, model)
+    definite = decide(model, resolve(chosen, model, tokenizer))
+    done, total = 0, None if chosen.perplexity_increase is not None else pipeline.steps(definite, model)
 
     def on_step(line: str) -> None:
         nonlocal done

@@ -79,7 +79,7 @@ def test_no_circle():
 
 def test_the_function_survives_the_import_of_the_program():
     import snp_llm.prune
-    from snp_llm.pruning.pipeline import prune
+    from snp_llm.api import prune
 
     assert snp_llm.prune is prune
     assert all(getattr(snp_llm, name) is not None for name in snp_llm.__all__)

@@ -10,7 +10,7 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
 
   snp-llm inspect MODEL                 its parts, what pruning could give, what it would take
   snp-llm prune MODEL --sparsity 0.3    a smaller model, verified, with its perplexity
-  snp-llm recover FOLDER                a short training of a smaller model to say what the dense one says
+  snp-llm recover FOLDER                a short training of a smaller model towards the dense one
   snp-llm eval MODEL [MODEL ...]        perplexity and zero-shot tasks, models side by side
   snp-llm bench DENSE PRUNED            speed, memory and size of both, measured in turns
   snp-llm report FOLDER [FOLDER ...]    report.html of smaller models, side by side
@@ -18,11 +18,11 @@ USAGE = f"""snp-llm {__version__}: one-shot structured pruning of language model
   snp-llm push FOLDER user/name         upload a smaller model to the Hugging Face Hub
   snp-llm families                      types of models that are tested, and what can go in each
   snp-llm help COMMAND                  its options
-  snp-llm completion bash               a script that completes commands and options, also for zsh, tcsh
+  snp-llm completion bash               completes commands and options there, or in zsh, tcsh
 
-Each has --help, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or the bundled
-tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or failed, said in
-one line; 130 interrupted, 143 terminated."""
+Each has --help, --version, --json, --quiet and --log-level. MODEL is a hub id, a local folder, or
+the bundled tiny-opt. Results go to stdout, progress to stderr. Exit codes: 0 done; 2 refused or
+failed, said in one line; 130 interrupted, 143 terminated."""
 
 COMMANDS = {
     "inspect": "inspect_main",

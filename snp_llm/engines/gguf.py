@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -79,7 +78,7 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: Path, dtype: str) -> 
     _add_tokenizer(gguf, writer, folder, words)
     for name, values in tensors(model, dtype):
         raw = None if values.dtype != torch.bfloat16 else gguf.GGMLQuantizationType.BF16
-        data = values.numpy() if raw is None else values.view(torch.int16).numpy().view(np.uint8)
+        data = values.numpy() if raw is None else values.view(torch.uint8).numpy()
         writer.add_tensor(name, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -295,13 +294,13 @@ def differences(model: PreTrainedModel, path: Path, dtype: str) -> list[str]:
     faults = []
     for key, value in metadata(model, dtype).items():
         found = reader.fields[key].contents() if key in reader.fields else None
-        if found != (np.float32(value) if isinstance(value, float) else value):
+        if found != (float(torch.tensor(value)) if isinstance(value, float) else value):
             faults.append(f"{key}: expected {value}, read {found}")
     read = {tensor.name: tensor for tensor in reader.tensors}
     wanted = dict(tensors(model, dtype))
     faults += [f"{name}: in one of file and model only" for name in sorted(read.keys() ^ wanted.keys())]
     for name in read.keys() & wanted.keys():
-        raw, values = np.ascontiguousarray(read[name].data), wanted[name]
+        raw, values = read[name].data, wanted[name]
         if raw.tobytes() != values.contiguous().view(torch.uint8).numpy().tobytes():
             faults.append(f"{name}: values differ")
     return faults

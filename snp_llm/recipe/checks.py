@@ -49,6 +49,7 @@ RANGES = {
     "reference_weight": Range(float, 0, 1),
     "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
     "round_to": COUNT,
+    "refine": Range(int, 1, 10**6),
     "num_samples": COUNT,
     "seq_len": Range(int, 2, COUNT.most),
     "batch_size": COUNT,
@@ -103,7 +104,9 @@ def check_settings(settings: Any) -> None:
         if several and not value and field.default is not MISSING:
             raise SnpError(f"{where}: expected at least one, got none.")
         for single in value if several else [value]:
-            if field.name in RANGES and single not in RANGES[field.name] and not (single is field.default is None):
+            chosen_one = any(get_origin(kind) is Literal and fits(single, kind) for kind in chosen[field.name])
+            free = chosen_one or single is field.default is None
+            if field.name in RANGES and single not in RANGES[field.name] and not free:
                 raise SnpError(f"{where}: expected {RANGES[field.name]}, got {shown(single)}.")
             if isinstance(single, str):
                 check_text(where, single)

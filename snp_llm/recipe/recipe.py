@@ -205,7 +205,7 @@ class Recipe:
                 f"{flags}: expected one budget, got {len(budgets)}. Leave out all but one; what a recipe file says is "
                 f"taken back with {flag(budgets[-1])} None."
             )
-        _ = self.budget, self.perplexity_increase, self.refine_steps  # whether they can be read
+        _ = self.budget, self.perplexity_increase  # whether they can be read
         if self.depth != "never":
             self._check_depth()
         if self.latency_table is not None and self.target_latency is None:
@@ -326,8 +326,6 @@ class Recipe:
         """
         if isinstance(self.refine, str):
             return {"auto": None, "none": 0}[self.refine]
-        if self.refine < 1:
-            raise SnpError(f"--refine: expected auto, none or a number of steps above 0, got {self.refine}.")
         return self.refine
 
     @property

@@ -191,7 +191,7 @@ def test_overwrite(opt_folder, tmp_path, capsys):
         (["--sparsity", "0.97", "--allocation", "uniform"], "Ask for"),
         (["--seq-len", "65"], "--seq-len: expected at most the model's 64 positions, got 65"),
         (["--ordring", "zca"], "Unrecognized.*--ordring.*--ordering"),
-        (["--ordering", "zac"], "zac.*zca"),
+        (["--ordering", "zac"], "zca.*zac"),
         (["--calibration", "wikitxt2"], "Did you mean 'wikitext2'"),
         (["--calibration", "nobody/nothing"], "nobody/nothing cannot be read"),
         (["--calibration", "missing.jsonl"], "no such file"),

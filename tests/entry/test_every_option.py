@@ -15,7 +15,7 @@ import pytest
 
 from snp_llm import Recipe
 from snp_llm.checkpoint import hub
-from snp_llm.cli import parse
+from snp_llm.cli import export, parse
 from snp_llm.evaluate import side_by_side
 from snp_llm.models import blocks
 from snp_llm.pruning.widths import latency
@@ -43,6 +43,8 @@ RUNS = (
     "eval pruned --tasks here --include-path . --limit 2 --no-perplexity --save",
     "bench tiny-opt pruned --batch-sizes 1 --prompt-lengths 8 --compile --save --new-tokens 1 --repeats 1 --no-memory",
     "push pruned ada/small --private",
+    "recover pruned --tokens 512 --calibration bundled --no-eval --overwrite",
+    "export pruned --to gguf",
     *(f"{command} --help" for command in ("inspect", "prune", "eval", "bench", "report", "push")),
 )
 # Of these runs, to be done sooner, and not in the README.
@@ -101,6 +103,8 @@ def outside(monkeypatch):
     monkeypatch.setattr(
         hub, "push", lambda folder, name, *, private: asked.append((str(folder), name, private)) or "url"
     )
+    written = {"output": "file", "bytes": 0, "what": "", "engine": "", "difference": None}
+    monkeypatch.setattr(export, "TO", {"gguf": lambda *given: asked.append("gguf") or written})
     monkeypatch.setattr(side_by_side, "check_harness", lambda: None)
     monkeypatch.setattr(side_by_side, "find_tasks", lambda tasks: asked.append(tasks))
     monkeypatch.setattr(side_by_side, "run_tasks", lambda *_given, **_named: {"here": {"acc": 0.5}})

@@ -107,7 +107,7 @@ def test_the_oldest_versions_are_the_lower_bounds(metadata):
 def test_what_is_imported_is_required(metadata):
     """Every package that a module imports at its top is required itself, not by way of another."""
     imported: set[str] = set()
-    for path in (ROOT / "snp_llm").rglob("*.py"):
+    for path in {*(ROOT / "snp_llm").rglob("*.py")} - {ROOT / "snp_llm/engines/vllm_models.py"}:  # vLLM imports that
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}

@@ -289,7 +289,7 @@ def test_there_are_blocks_of_every_kind():
 
 
 def test_options_that_are_named_exist(capsys, monkeypatch):
-    known = set(FOREIGN_OPTIONS)
+    known = {*FOREIGN_OPTIONS, *re.findall(r"--[a-z-]+", main.USAGE)}
     for command in set(re.findall(r"^  snp-llm (\w+)", main.USAGE, re.M)) - {"help", "completion"}:
         with pytest.raises(SystemExit):
             call_own(["snp-llm", command, "--help"], monkeypatch)

@@ -363,7 +363,10 @@ def test_config_says_how_to_load_it(tokenizer, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.auto_map == {
         "AutoConfig": "modeling_snp.SnpOPTConfig",
+        "AutoModel": "modeling_snp.SnpOPTModel",
         "AutoModelForCausalLM": "modeling_snp.SnpOPTForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_snp.SnpOPTForQuestionAnswering",
+        "AutoModelForSequenceClassification": "modeling_snp.SnpOPTForSequenceClassification",
     }
     assert config.architectures == ["SnpOPTForCausalLM"]
     assert (tmp_path / "generation_config.json").exists() and (tmp_path / "modeling_snp.py").exists()

@@ -151,7 +151,7 @@ def finished(tokenizer, tmp_path_factory):
     more = {"command": "snp-llm prune ada/small", "evaluation": "bundled (test), 3 windows of 32 tokens"}
     summary = facts.build_report(pruned, *figures, more)
     facts.write_report(summary, folder)
-    model_cards.write_card(summary, pruned, "ada/small", folder)
+    model_cards.write_card(summary, pruned.model.config, "ada/small", folder)
     page.write_page(folder)
     return folder
 

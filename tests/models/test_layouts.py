@@ -165,7 +165,7 @@ def test_a_block_of_other_widths_is_described_to_the_row(model_type):
                 block, site, kept, site_weight(block, site)[:, site.step * site.unit_size :], site_bias(block, site)
             )
     (part,) = (part for part in structure["parts"] if 1 in part["of"])
-    (heads, channels), names = block_widths(block), part["attention"]["keys"]
+    (heads, channels, *_), names = block_widths(block), part["attention"]["keys"]
     keys = {names[0]: heads.query, part["ffn"]["key"]: channels, **({names[1]: heads.key_value} if names[1] else {})}
     resized = find_blocks(other)[1]
     resize_block(resized, part, other.config, keys)
