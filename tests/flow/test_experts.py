@@ -163,9 +163,10 @@ def test_generation_with_a_cache_equals_that_without(model_type, tokenizer):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
     _, once = cut_once(model_type, tokenizer)
-    twice = cut(once.model, tokenizer, ffn_sparsity=0.3, allocation="uniform", round_to=1)
+    twice = cut(once.model, tokenizer, ffn_sparsity=0.1, round_to=1)  # experts go by fours, whatever is asked for
     assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
-    assert any(len(r.kept) < r.site.units for r in twice.sites if r.site.kind == "experts")
+    assert any(len(r.kept) < r.site.units for r in twice.sites)
+    assert all(len(r.kept) % 4 == 0 for r in twice.sites if r.site.kind == "experts")
     torch.testing.assert_close(twice.model(TOKENS).logits, masked(once.model, twice)(TOKENS).logits, **CLOSE)
 
 

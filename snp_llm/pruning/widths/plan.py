@@ -35,6 +35,8 @@ from snp_llm.runtime.errors import SnpError
 log = logging.getLogger(__name__)
 
 
+KERNEL_BYTES = 16  # that rows of stacked experts are a multiple of
+
 FARTHEST_FROM_BUDGET = 0.01  # that an achieved sparsity may be without a word about it
 
 
@@ -329,6 +331,8 @@ def site_budgets(
     found = []
     for site, curve, cost, (kind, permitted) in zip(sites, curves, costs, pools, strict=True):
         multiple = recipe.round_to if site.heads is None and not site.whole else site.step
+        if site.mixture is not None and not site.whole:  # of other widths kernels for stacked experts make nothing
+            multiple = math.lcm(multiple, KERNEL_BYTES // min(KERNEL_BYTES, anatomy.model.dtype.itemsize))
         if not site.prunable:
             permitted = ()
         elif site.whole and permitted is None:
