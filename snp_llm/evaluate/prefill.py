@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def prefill_speed(
     fit on the device.
 
     Args:
-        models: of supported families, with equally many blocks; left where they are.
+        models: of supported families; left where they are. One with fewer blocks takes no time in place of the rest.
         tokens: one batch, (batch, T), int64.
         device: to compute on.
         repeats: timed passes of each, after a warm-up; the median counts.
@@ -49,13 +50,13 @@ def prefill_speed(
         for at, its_times in enumerate(times):
             seconds[at] += statistics.median(its_times[1:])  # the first warms up
 
-    for index, together in enumerate(zip(*blocks, strict=True)):
+    for index, together in enumerate(zip_longest(*blocks)):
         with ExitStack() as stack:
-            for block in together:
+            for block in filter(None, together):
                 stack.enter_context(on_device(block, device))
             take_turns(
                 [
-                    partial(run_block, block, hidden.to(device), move(calls[index], device))
+                    partial(run_block, block, hidden.to(device), move(calls[index], device)) if block else lambda: None
                     for block, (hidden, calls) in zip(together, captured, strict=True)
                 ]
             )
