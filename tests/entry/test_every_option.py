@@ -33,6 +33,7 @@ RUNS = (
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x --experts channels {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
+    f"prune tiny-opt --depth only {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",
     f"prune tiny-opt --target-latency 0.8x --latency-table latency.json {CHEAP} {FEW}",
     f"prune tiny-opt --max-perplexity-increase 50% {CHEAP} {FEW}",
@@ -137,8 +138,10 @@ def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monk
         assert "windows of 64 that begin every 32" in printed
     elif command == "bench":
         assert "compiled" in outside and len(json.loads((folder / "pruned/bench.json").read_text())["cells"]) == 2
+    elif command == "recover":
+        assert (folder / "pruned-recovered/model.safetensors").exists() and "divergence" in printed
     else:
-        assert outside == [("pruned", "ada/small", True)]
+        assert outside == (["gguf"] if command == "export" else [("pruned", "ada/small", True)])
 
 
 def as_asked(words: list[str], report: dict, outside: list) -> None:

@@ -50,4 +50,4 @@ def test_output_is_named_after_the_model():
 
 def test_budgets():
     assert Recipe(model="m").sparsities == [(("attention", "ffn", "experts"), 0.3)]
-    assert Recipe(model="m", ffn_sparsity=0.5).sparsities == [(("attention",), 0.3), (("ffn",), 0.5)]
+    assert Recipe(model="m", ffn_sparsity=0.5).sparsities == [(("attention",), 0.3), (("ffn", "experts"), 0.5)]
