@@ -20,15 +20,16 @@ from snp_llm.checkpoint.skeleton import load_config
 from snp_llm.cli.report import write_page
 from snp_llm.data.windows import Windows
 from snp_llm.evaluate.material import Evaluation, Figures, material_of
+from snp_llm.evaluate.samples import Sample
 from snp_llm.models.offload import fingerprint
 from snp_llm.models.task import task_of
 from snp_llm.pruning.identity import identity
-from snp_llm.pruning.run import read_calibration, resolve
+from snp_llm.pruning.run import resolve
 from snp_llm.recipe.commands import Talk
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.recipe.recovery import RecoverRecipe
 from snp_llm.recovery.recover import Tools, budget_of, recover, windows_wanted
-from snp_llm.recovery.train import CHECKS
+from snp_llm.recovery.train import CHECKS, in_float32
 from snp_llm.report import recovery as recovery_report
 from snp_llm.report.card import write_card
 from snp_llm.report.facts import write_report
@@ -132,7 +133,7 @@ def load_pruned(recipe: RecoverRecipe, texts: Recipe, scratch: Path) -> Loaded:
     resolved = resolve(texts, model, reader)
     evaluation = material.evaluation(reader, resolved, model) if recipe.eval else None
     count, held_out = windows_wanted(recipe, item, resolved.seq_len)
-    drawn = read_calibration(reader, ResolvedRecipe(**{**vars(resolved), "num_samples": count}), model, held_out)
+    drawn = material.calibration(reader, ResolvedRecipe(**{**vars(resolved), "num_samples": count}), model, held_out)
     held_out = min(held_out, max(1, len(drawn.tokens) // 4))
     if len(drawn.tokens) < 2:
         raise SnpError("--calibration: expected at least two windows, one of them to be held out; got one.")
@@ -166,12 +167,18 @@ def recover_into(
     journal = Journal(partial / contents.JOURNAL, recipe.save_every)
     journal.belongs_to(lambda: depends)
     taught = {"dense": depends["dense model"], "windows": loaded.windows.digest}
-    trained, _ = checkpoint.load(recipe.folder, "float32" if recipe.train == "blocks" else "auto")
+    precise = in_float32(recipe, device)
+    trained, _ = checkpoint.load(recipe.folder, "float32" if precise or recipe.train == "blocks" else "auto")
     windows, item = (loaded.windows.tokens, loaded.held_out), task_of(loaded.model.config).item
     with progress(CHECKS + 1, "loading") as on_step:
         tools = Tools(device, journal.phase("recovery"), on_step, partial / contents.DENSE / "logits", taught)
         recovered = recover(
-            trained, lambda: checkpoint.load(dense_model, "auto")[0], windows, recipe, loaded.model.dtype, tools
+            trained,
+            lambda: checkpoint.load(dense_model, "float32" if precise else "auto")[0],
+            windows,
+            recipe,
+            loaded.model.dtype,
+            tools,
         )
     del trained
     saved, _ = checkpoint.load(recipe.folder, "auto")
@@ -179,8 +186,10 @@ def recover_into(
         saved.load_state_dict(recovered.state, strict=False)
     figures: list[Figures] | None = None
     measured: str | None = None
+    shown: list[Sample] = []
     if loaded.evaluation is not None:
         figures, measured = loaded.evaluation.measure([dense, loaded.model, saved], device)
+        shown = loaded.evaluation.shown([dense, saved], device)
     if ranks.rank():
         return {}
     difference = save_verified(saved, loaded, recipe.folder, partial)
@@ -195,7 +204,7 @@ def recover_into(
     }
     made = recovery_report.entry(recipe, recovered, item, facts)
     summary = recovery_report.with_recovery(report, made, figures)
-    summary |= {"largest_logit_difference": difference}
+    summary |= {"largest_logit_difference": difference, **({"samples": shown} if shown else {})}
     if measured is not None:
         summary["evaluation"] = measured
     write_down(summary, made, saved, partial)
@@ -220,7 +229,9 @@ def write_down(summary: dict[str, Any], made: dict[str, Any], saved: PreTrainedM
     recovery_report.write_section(made, partial)
     source = Path(made["recipe"]["folder"]) / contents.RECIPE
     if source.is_file():
-        (partial / contents.RECIPE).write_bytes(source.read_bytes())
+        typed = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in made["command"])
+        text = source.read_text(encoding="utf-8")
+        (partial / contents.RECIPE).write_text(f"# Of the pruning. Afterwards: {typed}\n{text}", encoding="utf-8")
     written = [name for name in contents.files_in(partial) if name.split("/")[0] not in contents.UNFINISHED]
     summary["files"] = sorted({*written, contents.REPORT})
     write_report(summary, partial)

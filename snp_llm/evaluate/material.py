@@ -71,6 +71,7 @@ class Material:
         calibration: what a recipe draws for a model, and so many more of it.
         given: likewise out of data in memory.
         evaluation: what a recipe measures by; what is wrong with that is said now.
+        remark: says what is to be known of so many windows before they are pruned on.
         compared: of what was drawn, that on which the reloaded model is compared.
         speed: tokens or images a second of models, from what was drawn.
     """
@@ -80,6 +81,7 @@ class Material:
     calibration: Callable[[Any, ResolvedRecipe, PreTrainedModel, int], Windows]
     given: Callable[[Any, Any, ResolvedRecipe, PreTrainedModel, int], Windows]
     evaluation: Callable[[Any, ResolvedRecipe, PreTrainedModel], Evaluation]
+    remark: Callable[[PreTrainedModel, int, ResolvedRecipe], None]
     compared: Callable[[Windows], Tensor]
     speed: Callable[[Sequence[PreTrainedModel], Windows, torch.device], list[float]]
 
@@ -203,7 +205,6 @@ def drawn_images(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel,
     check_images(recipe, "calibration")
     form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "calibration")
     drawn = calibration_images(form, pictures, num_samples=recipe.num_samples + more, seed=recipe.seed)
-    say_what_is_short(model, len(drawn.tokens) - more, recipe)
     return cast(Windows, drawn)  # which has what pruning asks of windows
 
 
@@ -231,7 +232,6 @@ def images_given(processor: Any, data: Any, recipe: ResolvedRecipe, model: PreTr
     """Calibration images out of data in memory, and `more` after them."""
     form, columns = form_of(model.config, processor, model.dtype), Pictures(ORIGIN, image=recipe.image_column)
     found = given_images(form, data, columns, num_samples=recipe.num_samples + more, seed=recipe.seed)
-    say_what_is_short(model, len(found.tokens) - more, recipe)
     return cast(Windows, found)
 
 
@@ -260,6 +260,7 @@ TEXTS = Material(
     text_windows,
     text_given,
     by_perplexity,
+    remark=lambda _model, _windows, _recipe: None,
     compared=lambda windows: windows.tokens[:1, :LONGEST_COMPARISON],
     speed=lambda models, windows, device: prefill_speed(models, windows.tokens[:1], device=device),
 )
@@ -269,6 +270,7 @@ IMAGES = Material(
     drawn_images,
     images_given,
     by_accuracy,
+    remark=say_what_is_short,
     compared=lambda images: images.tokens[:2],
     speed=lambda models, images, device: image_speed(models, images.tokens[:SPEED_IMAGES], device=device),
 )

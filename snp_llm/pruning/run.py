@@ -125,5 +125,8 @@ def read_calibration(
     the model."""
     material = material_of(model.config)
     if data is not None:
-        return material.given(tokenizer, data, recipe, model, more)
-    return material.calibration(tokenizer, recipe, model, more)
+        windows = material.given(tokenizer, data, recipe, model, more)
+    else:
+        windows = material.calibration(tokenizer, recipe, model, more)
+    material.remark(model, len(windows.tokens) - more, recipe)
+    return windows

@@ -16,7 +16,7 @@ from snp_llm.models.task import task_of
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.recovery import COUNTED, RecoverRecipe
 from snp_llm.recovery.schedule import Budget
-from snp_llm.recovery.teacher import WINDOWS_A_FILE, Stored, Teacher, live
+from snp_llm.recovery.teacher import WINDOWS_A_FILE, Stored, Teacher, as_input, live
 from snp_llm.recovery.train import Material, Progress, Training, train
 from snp_llm.recovery.trained import inside, train_blocks, train_lora, with_checkpoints
 from snp_llm.runtime.device import hand_back
@@ -156,7 +156,7 @@ def _teacher(
 
         def compute(windows: Tensor) -> Tensor:
             with torch.no_grad():
-                found: Tensor = dense(windows.to(tools.device), **options).logits
+                found: Tensor = dense(as_input(windows.to(tools.device), dense), **options).logits
             return found
 
         stored.write(material.windows, compute, tools.on_step)

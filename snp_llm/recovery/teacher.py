@@ -24,13 +24,18 @@ WINDOWS_A_FILE = 64
 Teacher = Callable[[Tensor, Sequence[int]], Targets]
 
 
+def as_input(windows: Tensor, model: PreTrainedModel) -> Tensor:
+    """Tokens as they are, and pixels in the type of a model."""
+    return windows.to(model.dtype) if windows.is_floating_point() else windows
+
+
 def live(dense: PreTrainedModel, *, hidden: bool = False) -> Teacher:
     """The dense model itself, which is on the device; with `hidden` its states between blocks count as well."""
     options = {**without_cache(dense), **({"output_hidden_states": True} if hidden else {})}
 
     @torch.no_grad()
     def teach(windows: Tensor, _numbers: Sequence[int]) -> Targets:
-        found = dense(windows, **options)
+        found = dense(as_input(windows, dense), **options)
         return all_of(found.logits, tuple(found.hidden_states[1:-1]) if hidden else ())
 
     return teach

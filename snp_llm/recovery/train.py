@@ -15,7 +15,7 @@ from snp_llm.models.calls import without_cache
 from snp_llm.recipe.recovery import RecoverRecipe
 from snp_llm.recovery.divergence import divergence, hidden_difference
 from snp_llm.recovery.schedule import Budget, Order, rate
-from snp_llm.recovery.teacher import Teacher
+from snp_llm.recovery.teacher import Teacher, as_input
 from snp_llm.recovery.trained import Trained
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError
@@ -56,6 +56,11 @@ class Material:
     def trained(self) -> int:
         """How many windows are trained on."""
         return len(self.windows) - self.held_out
+
+
+def in_float32(recipe: RecoverRecipe, device: torch.device) -> bool:
+    """Whether products of both models are computed in float32, for which their weights have to be in that as well."""
+    return recipe.precision == "float32" or (recipe.precision == "auto" and device.type != "cuda")
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Training:
 
     def __post_init__(self) -> None:
         recipe, parameters = self.recipe, [*self.trained.parameters.values()]
-        self.precise = recipe.precision == "float32" or (recipe.precision == "auto" and self.device.type == "cpu")
+        self.precise = in_float32(recipe, self.device)
         self.options = without_cache(self.trained.model)
         if recipe.hidden_weight:
             self.options["output_hidden_states"] = True
@@ -123,7 +128,7 @@ class Training:
         windows = self.material.windows[numbers].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.precise):
             targets = self.teacher(windows, numbers)
-            found = self.trained.model(windows, **self.options)
+            found = self.trained.model(as_input(windows, self.trained.model), **self.options)
         if targets.largest is None and targets.chances.shape != found.logits.shape:
             raise SnpError(
                 f"--dense: puts out {targets.chances.shape[-1]:,} logits, the pruned model {found.logits.shape[-1]:,}; "

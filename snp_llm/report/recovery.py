@@ -13,7 +13,7 @@ from snp_llm.runtime.device import versions
 from snp_llm.runtime.terminal import table_of
 
 # Results of other commands in a report, which are of weights that a recovery replaces.
-OUTDATED = ("perplexities", "accuracies", "tasks")
+OUTDATED = ("perplexities", "accuracies", "tasks", "samples")
 
 
 def entry(recipe: RecoverRecipe, recovered: Recovered, item: str, facts: dict[str, Any]) -> dict[str, Any]:

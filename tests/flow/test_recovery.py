@@ -3,7 +3,12 @@
 import copy
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from snp_llm import SnpError
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.cli.parse import recover_main
+from snp_llm.cli.parse import prune_main, recover_main
 from snp_llm.models.task import TEXT
+from snp_llm.recipe.file import load_recipe
 from snp_llm.recipe.recovery import RecoverRecipe
 from snp_llm.recovery.divergence import all_of, divergence, largest_of
 from snp_llm.recovery.recover import Tools, recover
@@ -23,7 +29,8 @@ from snp_llm.recovery.teacher import Stored, live
 from snp_llm.recovery.train import CHECKS, Material, Training, train
 from snp_llm.recovery.trained import train_blocks, train_lora, with_checkpoints
 from tests.conftest import small_opt
-from tests.quick import without_reloading
+from tests.images import image_folder, small_classifier, small_processor
+from tests.quick import without_page, without_reloading
 
 CPU = torch.device("cpu")
 
@@ -246,3 +253,50 @@ def test_what_cannot_be_is_said_in_a_line(pruned_opt, tmp_path, capsys, argument
 def test_a_folder_that_is_none(opt_folder, tmp_path, capsys):
     assert recover_main([str(opt_folder), "--output", str(tmp_path / "out")]) == 2
     assert "expected a report of `snp-llm prune`" in capsys.readouterr().err
+
+
+def test_images_in_half_precision(tmp_path, monkeypatch):
+    """Computed in float32 on a CPU, rounded at the end; what the page shows of images is of the recovered model."""
+    without_reloading(monkeypatch.setattr)
+    without_page(monkeypatch.setattr)
+    images = str(image_folder(tmp_path / "images"))
+    small_classifier("basic", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    small_processor().save_pretrained(tmp_path / "dense")
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    texts = ["--calibration", images, "--eval-dataset", images, "--num-samples", "20", "--quiet"]
+    assert prune_main([str(tmp_path / "dense"), "--output", str(pruned), *texts]) == 0
+    short = ["--images", "120", "--batch-size", "10", "--held-out", "1", "--quiet"]
+    assert recover_main([str(pruned), "--output", str(out), *short]) == 0
+    before, after = (json.loads((folder / "prune_report.json").read_text()) for folder in (pruned, out))
+    divergence = after["recovery"][0]["divergence"]
+    assert divergence["after"] < divergence["before"]
+    said = [{one["picture"]: one["dense"] for one in report["samples"]} for report in (before, after)]
+    assert all(said[0][picture] == said[1][picture] for picture in said[0].keys() & said[1].keys())
+    assert before["samples"] != after["samples"]
+    assert "# Of the pruning. Afterwards: snp-llm recover" in (out / "recipe.yaml").read_text()
+    load_recipe(out / "recipe.yaml")
+    assert {t.dtype for t in load_file(out / "model.safetensors").values() if t.is_floating_point()} == {torch.bfloat16}
+
+
+@pytest.mark.exhaustive
+def test_a_killed_process_goes_on_to_the_same_bits(pruned_opt, tmp_path):
+    """SIGKILL, as soon as a few steps are written down; what `--resume` then makes is what a whole run makes."""
+
+    def start(out, *more):
+        words = ["recover", str(pruned_opt / "pruned"), "--tokens", "8K", "--held-out", "4", "--learning-rate", "1e-3"]
+        words += ["--output", str(out), "--no-eval", "--quiet", "--save-every", "0", *more]
+        code = f"import sys; sys.argv = ['snp-llm', *{words!r}]; from snp_llm.cli.main import main; sys.exit(main())"
+        return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    process = start(killed)
+    states = tmp_path / ".killed.partial"
+    while len({*states.glob("journal/**/*.safetensors")}) < 1 and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not killed.exists()
+    assert start(killed, "--resume").wait() == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
