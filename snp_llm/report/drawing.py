@@ -28,6 +28,7 @@ COLOURS = {
     "convolution": "#2c6e9b",
     "stream": "#8a5a00",
     "linear": "#3d7a3a",
+    "block": "#6b5b4b",
     "cut": "#b3234b",
     "green": "#2f7d4f",
     "violet": "#8250a8",
@@ -37,7 +38,7 @@ COLOURS = {
     "pink": "#d1579b",
 }
 
-MARKERS = {"attention": "o", "ffn": "s", "experts": "X", "convolution": "D", "stream": "^", "linear": "v"}
+MARKERS = {"attention": "o", "ffn": "s", "experts": "X", "convolution": "D", "stream": "^", "linear": "v", "block": "P"}
 
 NAMES = {
     "attention": "attention",
@@ -46,6 +47,7 @@ NAMES = {
     "convolution": "convolutions",
     "stream": "streams",
     "linear": "linear layers",
+    "block": "whole block",
 }
 
 SIZE = (4.5, 2.9)  # inches: 324 points, so that a phone shows text at its own size

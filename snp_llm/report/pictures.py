@@ -55,7 +55,7 @@ def predictions(report: Mapping[str, Any]) -> list[Picture]:
     """Predicted against measured errors of all sites, and their predicted losses, as far as they are known."""
     sites, found = report["sites"], []
     known = [(s, s.get("predicted_error"), s.get("relative_error")) for s in sites]
-    known = [(s, p, m) for s, p, m in known if p is not None and m is not None]
+    known = [(s, p, m) for s, p, m in known if p is not None and m is not None and s["units_after"]]
     places = _blocks(sites)
     points = [
         (SitePoint(places[s["site"]], s["kind"], p), SitePoint(places[s["site"]], s["kind"], m)) for s, p, m in known

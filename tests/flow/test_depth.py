@@ -136,6 +136,7 @@ def test_blocks_alone_go_and_what_stays_is_repaired(tokenizer, tmp_path):
         assert torch.equal(tensor, before[name])
     assert all(speed > 0 for speed in prefill_speed([model, pruned.model], TOKENS))
     pruned.save(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").exists()
     again = prune(checkpoint.load(str(tmp_path / "out"), "auto")[0], tokenizer, small_recipe(sparsity=0.3))
     assert len(find_blocks(again.model)) == len(find_blocks(model)) - 1
     text = pruned.model.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=True, do_sample=False)
