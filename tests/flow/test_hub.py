@@ -353,7 +353,10 @@ def test_prune_and_push_in_a_real_process(server, opt_folder, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith(f"{out} -> {server.url}/{NAME}\n") and "seconds spent pruning" in run.stdout
     repository, written = server.repositories[NAME], bytes_in(out)
-    assert repository["private"] and written.items() <= repository["files"].items()
+    assert repository["private"] and written.keys() <= repository["files"].keys()
+    changed = {name for name, data in written.items() if repository["files"][name] != data}
+    assert changed == {"README.md", "prune_report.json", "recipe.yaml", "report.html"}  # in which paths of ours stand
+    assert not any(str(tmp_path.parent).encode() in data for data in repository["files"].values())
     assert f"--push-to-hub {NAME} --private" in written["README.md"].decode()
     assert TOKEN not in run.stdout + run.stderr and not any(TOKEN.encode() in data for data in written.values())
     assert re.search(r"^uploading \d+ files, ", run.stderr, re.M) and "%|" not in run.stderr  # bars are for terminals

@@ -246,8 +246,10 @@ def test_a_folder_of_an_earlier_version_loads_by_its_own_files_alone_and_by_this
     (tmp_path / "old/modeling_snp.py").unlink()
     (tmp_path / "old/modeling_snp_llama.py").write_text(EARLIER)
     (tmp_path / "old/snp_blocks.py").write_text(EARLIER_BLOCKS)
-    config = (tmp_path / "old/config.json").read_text()
-    (tmp_path / "old/config.json").write_text(config.replace('"modeling_snp.Snp', '"modeling_snp_llama.Snp'))
+    config = json.loads((tmp_path / "old/config.json").read_text())
+    names = {"AutoConfig": "SnpLlamaConfig", "AutoModelForCausalLM": "SnpLlamaForCausalLM"}
+    config["auto_map"] = {auto: f"modeling_snp_llama.{name}" for auto, name in names.items()}
+    (tmp_path / "old/config.json").write_text(json.dumps(config))
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     arguments = [str(tmp_path / name) for name in ("old", "tokens", "logits")]
