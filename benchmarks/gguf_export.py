@@ -14,21 +14,9 @@ import gguf
 import numpy as np
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from snp_llm.engines.gguf import gguf_name, interleaved
+
 KNOWN = ("llama", "mistral")
-TENSORS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def main() -> None:
@@ -111,25 +99,10 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and tied:
             continue
-        values = parameter.float().numpy()
+        values = parameter.float()
         if ".q_proj." in name or ".k_proj." in name:
-            values = interleave(values, model.config.head_dim)
-        yield gguf_name(name), np.ascontiguousarray(values)
-
-
-def gguf_name(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        _, _, block, module = stem.split(".", 3)
-        return f"blk.{block}.{TENSORS[module]}.{kind}"
-    return f"{TENSORS[stem]}.{kind}"
-
-
-def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Query or key rows in llama.cpp's order, which rotates channels 0 and 1 of a head together, not 0 and d/2."""
-    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+            values = interleaved(values, model.config.head_dim)
+        yield gguf_name(name), values.contiguous().numpy()
 
 
 def check_gguf(model: PreTrainedModel, path: Path) -> tuple[list[str], int, int]:

@@ -155,8 +155,9 @@ def prune(
         model, found = checkpoint.load(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code)
         tokenizer = tokenizer or found
     check_in_memory(model, tokenizer)
-    definite = decide(model, resolve(chosen, model, tokenizer))
-    done, total = 0, None if chosen.perplexity_increase is not None else pipeline.steps(definite, model)
+    done, total = 0, None
+    if on_progress is not None and chosen.perplexity_increase is None:
+        total = pipeline.steps(decide(model, resolve(chosen, model, tokenizer)), model)
 
     def on_step(line: str) -> None:
         nonlocal done
