@@ -84,7 +84,8 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         arriving = visited * any(site.mixture is not None for site in shapes.anatomy.sites)
         yield Part("curves", waiting, "visit", "hidden states of the visit", visited + arriving)
         yield from _sites("curves", shapes, shapes.widest, drifting=False, holding_out=recipe.needs_gradients)
-    inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in shapes.widest[:-1])
+    kept = [site for site in shapes.widest[:-1] if not site.whole_block]
+    inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in kept)
     yield Part("prune", device, "block", "a dense block and its copy", 2 * block)
     yield Part("prune", waiting, "hidden", "hidden states of the calibration tokens", 2 * states + inputs)
     arriving = states * any(site.mixture is not None for site in shapes.anatomy.sites)
