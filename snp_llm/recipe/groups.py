@@ -8,7 +8,17 @@ SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
     *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "refine"),
-    *("absorb_bias", "norm_statistics", "head_unit", "experts", "expert_score", "depth", "layout", "round_to"),
+    *(
+        "absorb_bias",
+        "norm_statistics",
+        "head_unit",
+        "experts",
+        "expert_score",
+        "depth",
+        "depth_score",
+        "layout",
+        "round_to",
+    ),
 )
 
 # A run knows it by its tokens or pixels, not by its name.
