@@ -3,9 +3,10 @@
     python benchmarks/engine_folders.py OUTPUT seed_oss bamba --tokenizer-from ggml-vocab-gpt-2.gguf
 
 Of each type come OUTPUT/TYPE-dense, OUTPUT/TYPE-ffn and, where a plain config can say it, OUTPUT/TYPE-heads, which has
-fewer heads as well; without names, of all types. The sizes are such that engines' kernels take them. llama.cpp's
-converter only takes tokenizers that it knows, and llama.cpp's sources bring GPT-2's as a GGUF; without one it is the
-tokenizer of the bundled model.
+fewer heads as well; of a mixture of experts OUTPUT/TYPE-channels, whose experts are narrower, and OUTPUT/TYPE-fewer;
+of each OUTPUT/TYPE-shorter, of half as many blocks. Without names, of all types. The sizes are such that engines'
+kernels take them. llama.cpp's converter only takes tokenizers that it knows, and llama.cpp's sources bring GPT-2's as a
+GGUF; without one it is the tokenizer of the bundled model.
 """
 
 import argparse
@@ -35,8 +36,18 @@ BASE = {
     "intermediate_size": 512,
     "max_position_embeddings": 512,
 }
-QUICK = ("--layout", "uniform", "--ffn-sparsity", "0.3", "--calibration", "bundled", "--no-eval", "--quiet")
+QUICK = ("--layout", "uniform", "--calibration", "bundled", "--no-eval", "--quiet")
 SMALL = ("--num-samples", "8", "--seq-len", "64")
+WAYS = {
+    "ffn": ("--ffn-sparsity", "0.3", "--head-sparsity", "0"),
+    "heads": ("--ffn-sparsity", "0.3", "--head-sparsity", "0.5"),
+    "shorter": ("--sparsity", "0.5", "--depth", "only"),
+}
+OF_EXPERTS = {
+    "channels": ("--ffn-sparsity", "0.25", "--head-sparsity", "0", "--experts", "channels"),
+    "fewer": ("--ffn-sparsity", "0.25", "--head-sparsity", "0", "--experts", "whole"),
+    "shorter": ("--sparsity", "0.5", "--depth", "only", "--experts", "whole"),
+}
 HEAD = {"head_dim": 64}
 FOUR = {"num_hidden_layers": 4}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1, "mamba_expand": 2}
@@ -49,7 +60,17 @@ DELTA = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
+MIXTURE = {**HEAD, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict] = {
+    "qwen3_moe": MIXTURE,
+    "mixtral": {**HEAD, "intermediate_size": 128, "num_local_experts": 8, "sliding_window": None},
+    "olmoe": {"intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {"intermediate_size": 128, "num_local_experts": 8},
+}
 TYPES: dict[str, dict] = {
+    **MIXTURES,
+    "llama": {},
+    "qwen3": HEAD,
     "gpt_neox": {},
     "olmo2": {},
     "smollm3": {},
@@ -119,18 +140,8 @@ def main() -> int:
     )
     for model_type in args.types or TYPES:
         dense = save_dense(args.output / f"{model_type}-dense", model_type, tokenizer)
-        for name, sparsity in (("ffn", "0"), ("heads", "0.5")):
-            code = prune_main(
-                [
-                    str(dense),
-                    *QUICK,
-                    *SMALL,
-                    "--head-sparsity",
-                    sparsity,
-                    "--output",
-                    f"{args.output}/{model_type}-{name}",
-                ]
-            )
+        for name, asked in (OF_EXPERTS if model_type in MIXTURES else WAYS).items():
+            code = prune_main([str(dense), *QUICK, *SMALL, *asked, "--output", f"{args.output}/{model_type}-{name}"])
             print(f"{model_type}-{name}: {'made' if code == 0 else 'not made'}", file=sys.stderr)
     return 0
 

@@ -20,7 +20,8 @@ import torch
 from snp_llm import Recipe, checkpoint, prune
 from snp_llm.evaluate.perplexity import perplexity
 
-BARE = {"reference": "self", "allocation": "uniform", "refine": "none"}
+BARE = {"reference": "self", "allocation": "uniform", "metric": "error", "refine": "none"}
+STEPS = 200  # of refinement
 WHOLE = {"experts": "whole", "refine": "none"}
 WAYS: dict[str, dict[str, Any]] = {
     "whole": WHOLE,
@@ -30,9 +31,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole, by REAP, repaired": {**WHOLE, "expert_score": "reap", "allocation": "uniform"},
     "whole, by frequency": {"experts": "whole", "expert_score": "frequency", **BARE},
     "whole, by chance": {"experts": "whole", "expert_score": "random", **BARE},
-    "whole, refined": {"experts": "whole"},
+    "whole, refined": {"experts": "whole", "refine": STEPS},
     "channels": {"experts": "channels", "refine": "none"},
-    "channels, refined": {"experts": "channels"},
+    "channels, refined": {"experts": "channels", "refine": STEPS},
     "channels, by chance": {"experts": "channels", "ordering": "random", **BARE},
 }
 
