@@ -20,6 +20,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.identity import decided_widths, identity
+from snp_llm.pruning.measured import measures
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.run import OnStep, Run, announce_experts, announce_heads, check_weights, read_calibration, resolve
@@ -129,7 +130,8 @@ def prune(
 
 def steps(recipe: Recipe, model: PreTrainedModel) -> int:
     """How often `prune` calls `on_step`."""
-    return (2 + visit_passes(recipe) + bool(recipe.refine_steps)) * len(find_blocks(model))
+    measured = measures(find_anatomy(model, recipe.head_unit, recipe.experts), recipe)
+    return (2 + visit_passes(recipe) + measured + bool(recipe.refine_steps)) * len(find_blocks(model))
 
 
 def plan(

@@ -50,6 +50,7 @@ RANGES = {
     "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
     "round_to": COUNT,
     "refine": Range(int, 1, 10**6),
+    "measured_cuts": Range(int, 0, 8),
     "num_samples": COUNT,
     "seq_len": Range(int, 2, COUNT.most),
     "batch_size": COUNT,

@@ -103,6 +103,9 @@ class Recipe:
     allocation: Literal["uniform", "variance", "loss"] = "loss"
     """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
     latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
+    measured_cuts: int = 1
+    """Cuts of every site, one site at a time, whose divergence from the dense model is measured to correct the losses
+    that allocation loss predicts. 0: none."""
     reference: Literal["self", "dense", "residual"] = "residual"
     """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
     dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""

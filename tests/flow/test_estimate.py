@@ -107,7 +107,7 @@ def test_memory_of_a_cpu_run_is_all_host_memory():
 def test_disk_holds_the_pruned_model_twice():
     model = small_model("llama", torch.float32)
     size = model_size(model, 32)
-    (part,) = [p for p in of(model, sparsity=0.5).parts("disk") if p.kind == "model"]
+    (part,) = [p for p in of(model, sparsity=0.5, measured_cuts=0).parts("disk") if p.kind == "model"]
     assert part.bytes == 2 * (size.bytes - 4 * size.block_linear // 2)
     assert pruned_bytes(size, small_recipe(target_size="0.7x")) == round(0.7 * size.bytes)
     assert pruned_bytes(size, small_recipe(layout="padded")) == size.bytes

@@ -54,6 +54,12 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
         if gone_back:
             curves = [flops + s.parts * loss_curve_flops(d, s.channels) for flops, s in zip(curves, sites, strict=True)]
         yield from _algebra("visit: linear algebra", shapes, curves)
+    if shapes.measured:  # each from its block on, and through the head
+        passed, head = (
+            (len(shapes.cuts) / 2 + 1) * forward,
+            (len(shapes.cuts) + 1) * d * embedding_rows(shapes.anatomy.model),
+        )
+        yield Work("visit: measured cuts", (passed + token_flops(head, 0, 0)) * shapes.measured * recipe.seq_len, dtype)
     refined = shapes.refined * recipe.seq_len
     if referred or refined:
         yield Work("reference of the dense model", forward * max(referred, refined), dtype)
