@@ -1,33 +1,47 @@
-"""Depth against width at equal parameters: perplexity, and how many times as fast as the dense model, in one table.
+"""Depth against width at equal budgets: perplexity, and how many times as fast as the dense model, in one table.
 
-    python benchmarks/depth.py MODEL --calibration wiki.valid.tokens --evaluation wiki.test.raw --sparsities 0.17,0.33
+    python benchmarks/depth.py MODEL --calibration wiki.valid.tokens --evaluation wiki.test.raw --sparsities 0.17 0.33
+    python benchmarks/depth.py MODEL --calibration wiki.valid.tokens --evaluation wiki.test.raw --latencies 0.9x 0.7x
 
-The model is pruned by `--depth never`, `only` and `auto`, and once without the repair of what stays: `blocks cut out`.
-Then the dense model and the pruned ones take turns at prefilling one window and at decoding, and medians of the ratios
-to the dense model's neighbouring turn count. One seed; calibration and evaluation as of `snp-llm prune`.
+The model is visited once, and pruned by `--depth never`, `only` and `auto`. Beside them stand its blocks cut out and
+nothing repaired: those that `only` takes, and those of block influence and angular distance. Then the dense model
+and the pruned ones take turns at prefilling one window and at decoding, and medians of the ratios to the dense model's
+neighbouring turn count. One seed; calibration and evaluation as of `snp-llm prune`.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm import checkpoint, perplexity, prune
+from snp_llm import checkpoint, perplexity
+from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import evaluation_windows
-from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.models.anatomy import find_blocks
+from snp_llm.models.depth import gone_blocks
 from snp_llm.models.layouts import assemble
 from snp_llm.models.size import model_size
 from snp_llm.models.surgery import NoBlock
-from snp_llm.recipe.recipe import Recipe
+from snp_llm.pruning.distances import with_distances
+from snp_llm.pruning.estimate.estimate import decide
+from snp_llm.pruning.pipeline import Visited, cut_once, visit
+from snp_llm.pruning.run import Run, read_calibration, resolve
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
+from snp_llm.runtime.device import Clock, compute_device
 
 ROUNDS, NEW_TOKENS = 9, 24
+
+Row = tuple[str, PreTrainedModel, int]  # its name, the model, and how many blocks are gone
 
 
 def main() -> None:
@@ -35,74 +49,87 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True)
-    parser.add_argument("--sparsities", default="0.1,0.2,0.3")
+    parser.add_argument("--sparsities", nargs="*", default=[])
+    parser.add_argument("--latencies", nargs="*", default=[], help="as of --target-latency")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--max-windows", type=int)
-    parser.add_argument("--refine", default="auto")
+    parser.add_argument("--refine", default="auto", help="steps, auto or none")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dense, tokenizer = checkpoint.load(args.model, "auto")
-    evaluated = evaluation_windows(
-        tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows
+    refine = int(args.refine) if args.refine.isdigit() else args.refine
+    asked = Recipe(
+        args.model, calibration=args.calibration, num_samples=args.num_samples, seq_len=args.seq_len, refine=refine
     )
-    models: dict[tuple[str, str], tuple[PreTrainedModel, list[int]]] = {}
-    for sparsity in args.sparsities.split(","):
-        for depth in ("never", "only", "auto"):
-            recipe = Recipe(
-                model=args.model,
-                sparsity=float(sparsity),
-                depth=depth,  # type: ignore[arg-type]
-                calibration=args.calibration,
-                num_samples=args.num_samples,
-                seq_len=args.seq_len,
-                refine=args.refine,
-            )
-            found = prune(dense, tokenizer, recipe)
-            models[sparsity, f"--depth {depth}"] = found.model, found.gone
-            print(f"{sparsity} {depth}: blocks {found.gone} gone", file=sys.stderr, flush=True)
-            if depth == "only":
-                left = [NoBlock() if i in found.gone else block for i, block in enumerate(find_blocks(dense))]
-                cut = assemble(dense, find_anatomy(dense).family, nn.ModuleList(left))
-                models[sparsity, "blocks cut out"] = cut, found.gone
-    whole = model_size(dense, args.seq_len).block_linear
-    before = perplexity(dense, evaluated.tokens)
+    recipe = decide(dense, resolve(asked, dense, tokenizer))
+    run = Run(replace(recipe, depth="auto"), Clock(compute_device("auto")), Journal(), lambda _line: None)
+    windows = read_calibration(tokenizer, recipe, dense)
+    visited, tokens = visit(dense, windows, run), windows.tokens
+    tested = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)
+    whole, before = model_size(dense, args.seq_len).block_linear, perplexity(dense, tested.tokens)
     print(f"    python {' '.join(sys.argv)}\n\ndense: perplexity {before:.2f}\n")
     print("| asked | | removed | blocks gone | perplexity | above dense | prefill | decode |")
-    print("|" + "---|" * 8)
-    speeds = ratios(dense, [model for model, _ in models.values()], evaluated.tokens[:1])
-    for ((sparsity, name), (model, gone)), (prefill, decode) in zip(models.items(), speeds, strict=True):
-        after, removed = perplexity(model, evaluated.tokens), 1 - model_size(model, args.seq_len).block_linear / whole
-        print(
-            f"| {sparsity} | {name} | {removed:.3f} | {len(gone)} | {after:.2f} | {100 * (after / before - 1):.1f} % "
-            f"| {prefill:.2f}x | {decode:.2f}x |",
-            flush=True,
-        )
+    print("|" + "---|" * 8, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        table = str(Path(scratch) / "latencies.json")
+        budgets = [(f"{float(s):.0%}", {"sparsity": float(s)}) for s in args.sparsities]
+        budgets += [
+            (f"{x} time", {"target_latency": x, "latency_table": table, "sparsity": None}) for x in args.latencies
+        ]
+        for name, budget in budgets:
+            for way, model, gone in pruned_models(visited, tokens, replace(recipe, **budget), run):
+                after = perplexity(model, tested.tokens)
+                removed = 1 - model_size(model, args.seq_len).block_linear / whole
+                speeds = [f"{times:.2f}x" for times in ratios(dense, model, tested.tokens[:1])]
+                print(
+                    f"| {name} | {way} | {removed:.3f} | {gone} | {after:.2f} | {100 * (after / before - 1):.1f} % "
+                    f"| {' | '.join(speeds)} |",
+                    flush=True,
+                )
+
+
+def pruned_models(visited: Visited, tokens: torch.Tensor, recipe: ResolvedRecipe, run: Run) -> Iterator[Row]:
+    """The model pruned to one budget in every way."""
+    anatomy, budget = visited.anatomy, f"{recipe.sparsity}-{recipe.target_latency}"
+    inside = [i for i, site in enumerate(anatomy.sites) if not site.whole_block]
+    sites = tuple(anatomy.sites[i] for i in inside)
+    widths_alone = Visited(replace(anatomy, sites=sites), [visited.curves[i] for i in inside])
+    for depth, here in (("never", widths_alone), ("only", visited), ("auto", visited)):
+        ours = replace(run.phase(f"{budget} {depth}"), recipe=replace(recipe, depth=depth))
+        model, results = cut_once(here, tokens, ours)
+        gone = gone_blocks([r.site for r in results], [len(r.kept) for r in results])
+        yield f"`--depth {depth}`", model, len(gone)
+    for score in ("loss", "influence", "angular"):
+        by = replace(recipe, depth="only", depth_score=score)
+        curves = [*visited.curves]
+        if score != "loss":
+            curves = with_distances(curves, anatomy, tokens, replace(run.phase(score), recipe=by))
+        gone = gone_blocks(anatomy.sites, Visited(anatomy, curves).widths(by))
+        left = [NoBlock() if index in gone else block for index, block in enumerate(find_blocks(anatomy.model))]
+        yield f"cut out, by {score}", assemble(anatomy.model, anatomy.family, nn.ModuleList(left)), len(gone)
 
 
 @torch.no_grad()
-def ratios(dense: PreTrainedModel, models: list[PreTrainedModel], window: torch.Tensor) -> list[tuple[float, float]]:
-    """How many times as fast as the dense model each of the others prefills a window and decodes after 8 tokens."""
+def ratios(dense: PreTrainedModel, model: PreTrainedModel, window: torch.Tensor) -> list[float]:
+    """How many times as fast as the dense model another prefills a window, and decodes after 8 tokens."""
     works: list[Callable[[PreTrainedModel], object]] = [
         lambda model: model(window),
         lambda model: model.generate(window[:, :8], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS),
     ]
-    found = []
-    for model in models:
-        both = []
-        for work in works:
-            turns = []
-            for _ in range(ROUNDS + 1):
-                times = []
-                for one in (dense, model):
-                    start = time.perf_counter()
-                    work(one)
-                    times.append(time.perf_counter() - start)
-                turns.append(times[0] / times[1])
-            both.append(statistics.median(turns[1:]))
-        found.append((both[0], both[1]))
-    return found
+    both = []
+    for work in works:
+        turns = []
+        for _ in range(ROUNDS + 1):
+            times = []
+            for one in (dense, model):
+                start = time.perf_counter()
+                work(one)
+                times.append(time.perf_counter() - start)
+            turns.append(times[0] / times[1])
+        both.append(statistics.median(turns[1:]))
+    return both
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snp_llm.checkpoint.loading import explained, find_model, read_config
 from snp_llm.checkpoint.readers import reader_for
 from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.families.decoders import EXPERT_KEYS, find_family
 from snp_llm.models.registry import auto_class
+from snp_llm.models.size import EXPERTS_A_TOKEN
 from snp_llm.models.task import task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.runtime.errors import SnpError, reason, shown
@@ -64,6 +65,20 @@ def check_values(name: str, config: PretrainedConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             limit = f" to {most:,}" if most < math.inf else " up"
             raise SnpError(f"model {name}: config {key}: expected an integer from {least}{limit}, got {shown(value)}.")
+    _check_experts(name, text_config(config))
+
+
+def _check_experts(name: str, config: PretrainedConfig) -> None:
+    """Refuses routers that are to choose more experts than there are, which fails in the middle of their code."""
+    counts, each = (
+        next(((key, n) for key in keys if isinstance(n := getattr(config, key, None), int)), None)
+        for keys in (EXPERT_KEYS[1], EXPERTS_A_TOKEN)
+    )
+    if counts is not None and each is not None and each[1] > counts[1] > 0:
+        raise SnpError(
+            f"model {name}: config {each[0]}: expected at most as many experts a token as {counts[0]} says that there "
+            f"are, {counts[1]}, got {each[1]}."
+        )
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:

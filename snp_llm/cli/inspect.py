@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.inspect_segments import inspect_segments, print_segments, segment_layout_facts
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
+from snp_llm.models.depth import with_depth
 from snp_llm.models.experts import of_experts
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.outline import ffn_kinds, structure_of
@@ -29,6 +30,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
+from snp_llm.pruning.widths.depth import block_costs
 from snp_llm.pruning.widths.plan import site_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
@@ -44,6 +46,7 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
         "sparsity",
         "head_unit",
         "experts",
+        "depth",
         "num_samples",
         "seq_len",
         "batch_size",
@@ -64,6 +67,10 @@ LAYOUTS: dict[Layout, str] = {
     "padded": "their own, filled up with zeros",
 }
 
+UNITS = ("blocks", "heads", "KV groups", "channels a head", "FFN channels", "channels of every expert", "experts")
+
+SITES = ("block", "attention", "ffn", "experts")
+
 KINDS = ("embeddings", "attention", "FFN", "mixers", "experts", "norms", "head", "other")
 
 
@@ -74,12 +81,17 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         model: a model or its skeleton on the meta device.
         recipe: of the prune whose resources are estimated; not resolved.
     """
-    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
+    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
     if isinstance(anatomy.blocks, Segments):
         return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks
     firsts = {site.kind: site for site in reversed(anatomy.sites)}
-    resolved = resolve(recipe, model)
+    shaped = {
+        layout: resolve(replace(recipe, layout=layout), model)
+        for layout in LAYOUTS
+        if recipe.depth == "never" or layout != "padded"  # which has no place for blocks that are gone
+    }
+    resolved = shaped[recipe.layout]
     size = model_size(model, resolved.seq_len, recipe.experts)
     return {
         "model": recipe.model,
@@ -92,29 +104,28 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "positions": int(getattr(text_config(model.config), "max_position_embeddings", 0)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "units": [block_units(anatomy.sites_of(index)) for index in range(len(blocks))],
-        "sites": {kind: _site_facts(firsts[kind]) for kind in ("attention", "ffn", "experts") if kind in firsts},
+        "sites": {kind: _site_facts(anatomy, firsts[kind]) for kind in SITES if kind in firsts},
         "stays": what_stays(anatomy),
         "parameters": {"all": size.parameters, **parameters_by_kind(anatomy)},
         "bytes": size.bytes,
         "flops_a_token": size.flops,
-        "sparsity": sparsity_facts(anatomy, size, recipe),
-        "layouts": {
-            layout: layout_facts(anatomy, layout, resolve(replace(recipe, layout=layout), model).round_to)
-            for layout in LAYOUTS
-        },
+        "sparsity": sparsity_facts(anatomy, size, shaped),
+        "layouts": {layout: layout_facts(anatomy, layout, one.round_to) for layout, one in shaped.items()},
         "prune": resource_facts(model, resolved),
     }
 
 
 def block_units(sites: Sequence[Site]) -> dict[str, int | None]:
-    """Heads, KV groups and channels of a block, from its sites; None where it has none."""
+    """Heads, KV groups and channels of a block, and what of its experts may go, from its sites; None for the rest."""
     heads = next((site.heads for site in sites if site.heads is not None), None)
+    experts = {site.whole: site.units for site in sites if site.mixture is not None}
     return {
         "heads": None if heads is None else heads.query,
         "kv_groups": None if heads is None else heads.key_value,
         "head_size": None if heads is None else heads.size,
         "channels": next((site.units for site in sites if site.kind == "ffn"), None),
-        "expert_channels": next((site.units for site in sites if site.kind == "experts"), None),
+        "expert_channels": experts.get(False),
+        "experts": experts.get(True),
     }
 
 
@@ -153,22 +164,29 @@ def _kind(name: str, module: nn.Module, prefix: str, inside: dict[str, str]) -> 
     return found or ("FFN" if isinstance(module, Projection) else "other")
 
 
-def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[str, Any]:
+def sparsity_facts(anatomy: Anatomy, size: ModelSize, shaped: dict[Layout, ResolvedRecipe]) -> dict[str, Any]:
     """What sparsity, which is a share of the block-linear parameters, means for this model.
 
+    Args:
+        anatomy: of the dense model.
+        size: of it.
+        shaped: the recipe, resolved for every layout.
+
     Returns:
-        The share of all parameters that these are, what `recipe.sparsity` removes of the whole model, and for each
-        layout the largest sparsity of the FFN alone, of the heads alone and of both.
+        The share of all parameters that these are, what the sparsity asked for removes of the whole model, and for each
+        layout the largest sparsity of the FFN alone, of the heads alone and of both; of whole blocks where these may
+        go.
     """
-    sparsity = recipe.sparsity_of("ffn")
+    sparsity = shaped["compact"].sparsity_of("ffn")
     removed = sparsity * size.block_linear
     largest, sites = {}, anatomy.sites
     costs = sparsity_costs(sites, size.block_linear)
     for layout in ("compact", "uniform"):
-        shaped = resolve(replace(recipe, layout=layout), anatomy.model)
         gone, whole = (dict.fromkeys(("attention", "ffn"), 0.0) for _ in range(2))
-        budgets = site_budgets(anatomy, shaped, [None] * len(sites), costs.sites)
+        budgets = site_budgets(anatomy, shaped[layout], [None] * len(sites), costs.sites)
         for site, budget in zip(sites, budgets, strict=True):
+            if site.whole_block:
+                continue
             kind = "attention" if site.heads is not None else "ffn"  # experts are FFNs
             gone[kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
             whole[kind] += site.parameters
@@ -177,6 +195,9 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, recipe: Recipe) -> dict[st
             "heads": gone["attention"] / (whole["attention"] or 1),
             "both": sum(gone.values()) / size.block_linear,
         }
+        if any(site.whole_block for site in sites):
+            each = block_costs(sites, costs)
+            largest[layout]["blocks"] = (sum(each) - min(each)) / size.block_linear
     return {
         "block_linear": size.block_linear,
         "block_linear_share": size.block_linear / size.parameters,
@@ -241,12 +262,13 @@ def layout_line(layout: str, facts: dict[str, Any]) -> str:
     )
 
 
-def _site_facts(site: Site) -> dict[str, Any]:
+def _site_facts(anatomy: Anatomy, site: Site) -> dict[str, Any]:
+    inside = [s for s in anatomy.sites if site.whole_block and s.block == site.block and s != site]
     return {
         "in_projections": [producer.path for producer in site.producers],
         "out_projection": site.path,
         "unit": site.unit,
-        "parameters_a_unit": site.cost,
+        "parameters_a_unit": site.cost + sum(s.units * s.cost for s in inside),
         "prunable": site.prunable,
         "stay": site.stay,
     }
@@ -290,19 +312,16 @@ def print_inspection(facts: dict[str, Any]) -> None:
         f"{human_bytes(facts['bytes'])} of weights"
     )
     for kind, site in facts["sites"].items():
-        projections = (", ".join(site["in_projections"]), site["out_projection"])
+        projections = [*filter(None, (", ".join(site["in_projections"]), site["out_projection"]))]
+        what = f"{site['unit']} of {' and '.join(projections)}" if projections else site["unit"]
         stays = "" if site["prunable"] else f"; they stay, since {site['stay']}"
-        print(
-            f"{kind} site: {site['unit']} of {' and '.join(filter(None, projections))}, "
-            f"{site['parameters_a_unit']:,} parameters each{stays}"
-        )
+        print(f"{kind} site: {what}, {site['parameters_a_unit']:,} parameters each{stays}")
     for line in facts["stays"]:
         print(line)
     print()
-    names = ("blocks", "heads", "KV groups", "channels a head", "FFN channels", "channels of every expert")
     units = [*_unit_rows(facts)]
-    shown = 6 if any(row[5] != "-" for row in units) else 5
-    print_table(table_of(names[:shown], [row[:shown] for row in units]))
+    shown = [i for i in range(len(UNITS)) if i < 5 or any(row[i] != "-" for row in units)]
+    print_table(table_of([UNITS[i] for i in shown], [[row[i] for i in shown] for row in units]))
     print()
     everything = facts["parameters"]["all"]
     kinds = [(k, n) for k, n in facts["parameters"].items() if n or k == "head"]
@@ -345,7 +364,8 @@ def print_sparsity(facts: dict[str, Any]) -> None:
         shares = {key: f"{math.floor(1000 * share) / 1000:.3f}" for key, share in most.items()}
         ffn = f"of the FFN alone {shares['ffn']}" if most["ffn"] else "FFN channels stay"
         heads = f"of the heads alone {shares['heads']}" if most["heads"] else "heads stay"
-        print(f"Largest sparsity, layout {layout}: {ffn}, {heads}, of both {shares['both']}.")
+        blocks = f", of blocks {shares['blocks']}" if "blocks" in shares else ""
+        print(f"Largest sparsity, layout {layout}: {ffn}, {heads}, of both {shares['both']}{blocks}.")
 
 
 def estimate_line(facts: dict[str, Any], device: str) -> str:
@@ -377,6 +397,5 @@ def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for units, group in itertools.groupby(facts["units"]):
         length = len([*group])
         name = f"{at}" if length == 1 else f"{at} to {at + length - 1}"
-        counts = (units[key] for key in ("heads", "kv_groups", "head_size", "channels", "expert_channels"))
-        yield (name, *("-" if count is None else f"{count:,}" for count in counts))
+        yield (name, *("-" if count is None else f"{count:,}" for count in units.values()))
         at += length

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.experts import Mixture, find_experts
@@ -171,14 +171,18 @@ def _projections(block: nn.Module) -> str:
 
 
 def _check_apart(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
-    """Raises SnpError if two projections are one tensor: cutting one would cut the other."""
+    """Raises SnpError if two projections, or the experts of two blocks, are one tensor: cutting one would cut the
+    other."""
     owners: dict[int, str] = {}
     for site in sites:
-        for path in (*(producer.path for producer in site.producers), *site.consumers):
-            if not isinstance(module := tensor_or_module(blocks[site.block], path), Projection):
+        stacked = () if site.mixture is None else (p for p in site.mixture.stacked if not p.endswith("_bias"))
+        for path in (*(producer.path for producer in site.producers), *site.consumers, *stacked):
+            found = tensor_or_module(blocks[site.block], path)
+            weight = found.weight if isinstance(found, Projection) else found
+            if not isinstance(weight, Tensor) or weight.dim() < 2:
                 continue
             name = f"block {site.block} {path}"
-            if (owner := owners.setdefault(id(module.weight), name)) != name:
+            if (owner := owners.setdefault(id(weight), name)) != name:
                 raise SnpError(
                     f"{name}: shares its weights with {owner}; expected a tensor of its own. Cutting one would cut "
                     "the other. Untie them (copy the weights) and save the model first; a type whose blocks share them "

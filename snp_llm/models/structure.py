@@ -308,10 +308,15 @@ def _is(module: nn.Module, names: AttentionNames) -> bool:
 
 
 def _has(module: nn.Module, *names: str) -> bool:
-    try:
-        return all(isinstance(module.get_submodule(name), Projection) for name in names)
-    except AttributeError:
-        return False
+    return all(isinstance(_child(module, name), Projection) for name in names)
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, or None: asked for of every module of large models, and mostly not there."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def _rows(module: nn.Module, name: str) -> int:

@@ -18,6 +18,7 @@ from snp_llm.models.depth import gone_blocks, with_depth
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
+from snp_llm.pruning.distances import with_distances
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.identity import decided_widths, identity
 from snp_llm.pruning.measured import measures
@@ -203,6 +204,8 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
     if windows is not None and visit_passes(run.recipe, anatomy.sites):
         curves = visit_dense(anatomy, windows.tokens, run)
+        if run.recipe.depth_score != "loss":
+            curves = with_distances(curves, anatomy, windows.tokens, run.phase("distances"))
     return Visited(anatomy, curves)
 
 

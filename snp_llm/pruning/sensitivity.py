@@ -43,6 +43,8 @@ class SiteCurves:
             gone, adds to that loss, or to the relative error; (units,) both, None elsewhere.
         read_gradient: reads F, second moment of the loss gradient at the site's output, (d_out, d_out), summed over as
             many positions as there is a loss for: a token of a text, an image with all of its positions.
+        distances: of a whole block, where another score than the loss is asked for: how far it moves the stream, and it
+            and each of the blocks behind it together; (1,) or as many as there are blocks.
     """
 
     energy: Tensor | None
@@ -50,6 +52,7 @@ class SiteCurves:
     order: Tensor | None
     rises: Tensor | None
     read_gradient: Callable[[], Tensor | None]
+    distances: Tensor | None = None
 
     @property
     def gradient(self) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from snp_llm.recipe.checks import check_repo_id, check_settings
-from snp_llm.recipe.recipe import SPARSITY, Bos, Device, Dtype, Experts, HiddenDevice, Text
+from snp_llm.recipe.recipe import SPARSITY, Bos, Depth, Device, Dtype, Experts, HiddenDevice, Text
 from snp_llm.runtime.errors import SnpError
 
 
@@ -164,7 +164,9 @@ class InspectRecipe:
     head_unit: Literal["kv_group", "query"] = "kv_group"
     """As for prune: which heads go together."""
     experts: Experts = "never"
-    """As for prune: whether experts that only some tokens come by lose channels."""
+    """As for prune: whether experts that only some tokens come by lose channels, or go."""
+    depth: Depth = "never"
+    """As for prune: whether whole blocks may go."""
     num_samples: int = 128
     """As for prune: calibration windows."""
     seq_len: int | None = None

@@ -7,19 +7,9 @@ AMOUNT = ("sparsity", *GOALS, "latency_table")
 SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
-    *("ordering", "metric", "allocation", "measured_cuts", "reference", "reference_weight"),
-    *(
-        "dampening",
-        "refine",
-        "absorb_bias",
-        "norm_statistics",
-        "head_unit",
-        "experts",
-        "expert_score",
-        "depth",
-        "layout",
-        "round_to",
-    ),
+    *("ordering", "metric", "allocation", "measured_cuts", "reference", "reference_weight", "dampening", "refine"),
+    *("absorb_bias", "norm_statistics", "head_unit", "experts", "expert_score", "depth", "depth_score"),
+    *("layout", "round_to"),
 )
 
 # A run knows it by its tokens or pixels, not by its name.

@@ -25,6 +25,8 @@ HiddenDevice = Literal["auto", "cuda", "mps", "cpu", "disk"]
 
 Depth = Literal["never", "auto", "only"]
 
+DepthScore = Literal["loss", "influence", "angular"]
+
 Layout = Literal["uniform", "compact", "padded"]
 
 Bos = Literal["auto", "always", "once", "never"]
@@ -124,6 +126,9 @@ class Recipe:
     depth: Depth = "never"
     """Whether whole blocks may go. never: units of their attentions and FFNs alone. auto: blocks as well, as many as
     the loss curves say is best. only: blocks alone; what stays keeps all units, and is repaired."""
+    depth_score: DepthScore = "loss"
+    """Which blocks go with --depth only: those of least predicted loss; influence: that turn the stream least, one by
+    one; angular: the neighbours that together do."""
     layout: Layout = "compact"
     """How the widths are written down. compact: its own in every block, with a modelling file. uniform: the same in
     every block, a plain config that other engines load. padded: zeros in the dense shape, for comparisons."""
@@ -211,6 +216,8 @@ class Recipe:
         _ = self.budget, self.perplexity_increase  # whether they can be read
         if self.depth != "never":
             self._check_depth()
+        if self.depth_score != "loss" and self.depth != "only":
+            raise SnpError(f"--depth-score {self.depth_score}: expected together with --depth only.")
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
         if self.output is not None:

@@ -100,6 +100,20 @@ def test_what_a_layout_writes_and_what_loads_it_is_said_before(model_type, layou
     assert expected in layout_line(layout, layout_facts(find_anatomy(small_model(model_type)), layout, 8))
 
 
+def test_blocks_that_may_go_are_told_of(opt_folder, capsys):
+    assert inspect_main([str(opt_folder), "--depth", "auto", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    blocks, share = facts["blocks"], facts["sparsity"]["largest"]["compact"]["blocks"]
+    assert share == pytest.approx(1 - 1 / blocks) and "padded" not in facts["layouts"]
+    assert facts["sites"]["block"]["parameters_a_unit"] * blocks == facts["sparsity"]["block_linear"]
+    assert inspect_main([str(opt_folder), "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    # Each block is looked at once more, as wide as the stream; nothing more is cut.
+    assert facts["prune"]["flops"] > without["prune"]["flops"] and "block" not in without["sites"]
+    assert inspect_main([str(opt_folder), "--depth", "only"]) == 0
+    assert "block site: blocks, " in capsys.readouterr().out
+
+
 def test_mistral_is_named_where_it_may_come_to_that():
     odd = find_anatomy(small_model("llama", num_key_value_heads=6))
     assert layout_facts(odd, "uniform", 8)["saved_as"] == ["llama", "mistral"]

@@ -143,6 +143,28 @@ def test_blocks_alone_go_and_what_stays_is_repaired(tokenizer, tmp_path):
     assert torch.equal(text, pruned.model.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=False, do_sample=False))
 
 
+@pytest.mark.parametrize("score", ["influence", "angular"])
+def test_other_scores_take_the_blocks_that_turn_the_stream_least(score, tokenizer):
+    model = small_model("llama", torch.float32, num_hidden_layers=5)
+    for number, block in enumerate(find_blocks(model)):  # first a little, then more, least in the middle
+        for parameter in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+            parameter.data *= (4.0, 0.9, 1.0, 0.2, 3.0)[number]
+    pruned = prune(model, tokenizer, small_recipe(sparsity=0.4, depth="only", depth_score=score, num_samples=4))
+    seen = []  # before every block and behind the last, whose norm transformers has applied to what it returns
+    hooks = [block.register_forward_hook(lambda _m, a, o: seen.append((a[0], o))) for block in find_blocks(model)]
+    with torch.no_grad():
+        model(pruned.calibration.tokens)
+    [hook.remove() for hook in hooks]
+    if score == "influence":
+        turned = [1 - torch.cosine_similarity(x, y, dim=-1).mean() for x, y in seen]
+        expected = sorted(range(5), key=lambda i: turned[i])[:2]
+    else:
+        turned = [torch.cosine_similarity(seen[i][0][:, -1], seen[i + 1][1][:, -1]).acos().mean() for i in range(4)]
+        first = min(range(4), key=lambda i: turned[i])
+        expected = [first, first + 1]
+    assert pruned.gone == sorted(expected)
+
+
 def test_no_sparsity_leaves_every_block_as_it_is(tokenizer):
     model = small_model("opt")
     for depth in ("auto", "only"):
@@ -158,11 +180,12 @@ def test_no_sparsity_leaves_every_block_as_it_is(tokenizer):
         ({"ffn_sparsity": 0.5}, "expected one budget for blocks and what is in them"),
         ({"allocation": "uniform"}, "expected --allocation loss"),
         ({"layout": "padded"}, "a block of zeros is still a block"),
+        ({"depth": "auto", "depth_score": "angular"}, "expected together with --depth only"),
     ],
 )
 def test_settings_that_leave_no_choice_are_refused(settings, said):
     with pytest.raises(SnpError, match=said):
-        small_recipe(depth="only", **settings)
+        small_recipe(**{"depth": "only", **settings})
 
 
 def test_one_block_stays(tokenizer):

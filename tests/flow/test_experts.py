@@ -1,6 +1,8 @@
 """Experts that lose channels, or go: whatever their layout, the others compute what they did."""
 
 import copy
+import json
+import math
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm import SnpError, checkpoint, prune
+from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.experts import (
     activated,
@@ -284,6 +287,53 @@ def test_fewer_experts_than_a_token_comes_by_are_refused():
         check_budget(dense, resolve(recipe, dense))
     with pytest.raises(SnpError, match="--experts whole: expected layout compact or uniform, got padded"):
         check_budget(dense, resolve(small_recipe(experts="whole", layout="padded"), dense))
+
+
+def test_a_router_that_is_to_choose_more_experts_than_there_are_is_refused(tmp_path):
+    differing_model("mixtral").config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": 1}))
+    with pytest.raises(SnpError, match="num_experts_per_tok: expected at most as many .* there are, 1, got 2"):
+        load_skeleton(str(tmp_path))
+
+
+@pytest.mark.parametrize("experts", ["channels", "whole"])
+def test_experts_that_two_blocks_share_are_refused(experts):
+    model = differing_model("mixtral")
+    one, other = (b.mlp.experts for b in (find_blocks(model)[0], find_blocks(model)[1]))
+    other.down_proj = one.down_proj
+    with pytest.raises(SnpError, match=r"block 1 mlp.experts.down_proj: shares its weights with block 0 .*Untie them"):
+        find_anatomy(model, experts=experts)
+    find_anatomy(model)  # where they stay, nothing is cut twice
+
+
+@pytest.mark.parametrize("idle", [(2,), (2, 3)])
+def test_an_expert_that_no_token_came_by_goes_first_as_a_whole(idle, tokenizer):
+    dense = differing_model("gpt_oss", num_local_experts=6)
+    for block in find_blocks(dense):
+        block.mlp.router.bias[[*idle]] = -1e4
+    settings = {"ffn_sparsity": 0.15, "head_sparsity": 0.0, "experts": "whole", "allocation": "uniform"}
+    pruned = prune(dense, tokenizer, small_recipe(**settings, num_samples=4))
+    first = next(result for result in pruned.sites if result.site.kind == "experts")
+    (gone,) = {*range(6)} - {*first.kept.tolist()}
+    assert gone in idle
+    for number, facts in zip(first.kept.tolist(), first.experts, strict=True):
+        assert (facts["tokens"] == 0) == (number in idle) and math.isfinite(facts["dampening"])
+    assert torch.isfinite(pruned.model(TOKENS).logits).all()
+
+
+@pytest.mark.parametrize("experts", ["never", "channels", "whole"])
+def test_blocks_and_experts_go_under_one_budget(experts, tokenizer):
+    dense = differing_model("qwen3_moe", num_experts=6)
+    pruned = prune(
+        dense, tokenizer, small_recipe(sparsity=0.5, depth="auto", experts=experts, num_samples=8, round_to=4)
+    )
+    sizes = [model_size(model, 32, experts).block_linear for model in (dense, pruned.model)]
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.08)
+    shorter = prune(dense, tokenizer, small_recipe(sparsity=0.34, depth="only", experts=experts, num_samples=8))
+    assert len(shorter.gone) == 1 and shorter.model.config.num_hidden_layers == 2
+    with torch.no_grad():
+        assert torch.isfinite(shorter.model(TOKENS).logits).all() and torch.isfinite(pruned.model(TOKENS).logits).all()
 
 
 RELOAD = """

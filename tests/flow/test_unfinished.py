@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from snp_llm.checkpoint.journal import Journal
 from tests.conftest import small_model, write_table
+from tests.differing import differing_model
 from tests.flow.forked import Runner, runner
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,28 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
     assert result["codes"] == [0] and weights(out) == weights(finished)
     assert "block 0 self_attn.o_proj: kept" not in result["stderr"]
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
+
+
+def test_blocks_that_are_gone_stay_gone(prune, dense, tmp_path):
+    depth = ("--depth", "auto", "--sparsity", 0.6)
+    assert prune(dense, *SETTINGS, *depth, "--output", tmp_path / "whole")["codes"] == [0]
+    interrupted(prune, dense, tmp_path / "out", *depth, after=5)
+    assert prune(dense, *SETTINGS, *depth, "--output", tmp_path / "out", "--resume")["codes"] == [0]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] < 6
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("experts", ["channels", "whole"])
+def test_blocks_of_experts(experts, prune, tokenizer, tmp_path):
+    differing_model("qwen3_moe", num_experts=6, num_hidden_layers=6, mlp_only_layers=[]).save_pretrained(
+        tmp_path / "in"
+    )
+    tokenizer.save_pretrained(tmp_path / "in")
+    command = (tmp_path / "in", *SETTINGS, "--depth", "auto", "--experts", experts, "--sparsity", 0.6)
+    assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]
+    kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=2)
 
 
 def test_without_references_there_is_one_stream_to_go_on_with(prune, dense, tmp_path):

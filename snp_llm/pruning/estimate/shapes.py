@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.carried import stream_channels
+from snp_llm.models.depth import with_depth
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.text_part import text_config
@@ -68,6 +69,11 @@ class Shapes:
         return {"disk": "disk", "cpu": "host"}.get(self.recipe.hidden_device, self.device_place)
 
     @property
+    def inside(self) -> list[Site]:
+        """The sites that are cut one by one, not the blocks that go as a whole: those are visited alone."""
+        return [site for site in self.anatomy.sites if not site.whole_block]
+
+    @property
     def widest(self) -> list[Site]:
         """The widest site of every kind, in the order of a block."""
         kinds = dict.fromkeys(site.kind for site in self.anatomy.sites)
@@ -86,7 +92,7 @@ class Shapes:
 
 def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     """The shapes of a prune; weights are not looked at."""
-    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
+    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
     size = model_size(model, recipe.seq_len, recipe.experts)
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in anatomy.blocks]
     channels = max(site.load for site in anatomy.sites)

@@ -7,6 +7,7 @@ import torch
 
 from snp_llm.linalg.gram import drift_flops, multiplied_as, triangle_flops
 from snp_llm.models.anatomy import embedding_rows
+from snp_llm.models.site import Site
 from snp_llm.models.size import linear_weights, mean_positions, routed_weights, token_flops
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.shapes import Shapes
@@ -32,7 +33,8 @@ class Work:
 
 def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     """FLOPs of every step that takes any."""
-    recipe, sites, d, dtype = shapes.recipe, shapes.anatomy.sites, shapes.hidden, shapes.anatomy.model.dtype
+    recipe, d, dtype = shapes.recipe, shapes.hidden, shapes.anatomy.model.dtype
+    visited_sites, sites = shapes.anatomy.sites, shapes.inside
     tokens, referred, visited, gone_back = (
         windows * recipe.seq_len for windows in (recipe.num_samples, shapes.referred, shapes.visited, shapes.gone_back)
     )
@@ -41,25 +43,24 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     attended = sum(s.channels for s in sites if s.heads is not None)
     weights = sum(map(linear_weights, shapes.anatomy.blocks)) + routed_weights(shapes.anatomy.model)
     forward = token_flops(weights, attended, mean_positions(recipe.seq_len))
-    moments = sum(s.passes * triangle_flops(s.channels) for s in sites)
+    looked_at, moments = (sum(s.passes * triangle_flops(s.channels) for s in some) for some in (visited_sites, sites))
     if gone_back:
         # Forwards, forwards once more, and back to a block's input alone; of the head back and forth.
         yield Work("visit: there and back", 3 * forward * gone_back, dtype)
         yield Work(f"visit: {ONCE}", 2 * token_flops(d * embedding_rows(shapes.anatomy.model), 0, 0) * gone_back, dtype)
-        yield Work("visit: sums of gradients", len(sites) * triangle_flops(d) * gone_back, wide)
+        yield Work("visit: sums of gradients", len(visited_sites) * triangle_flops(d) * gone_back, wide)
     if visited:
         yield Work("visit: forwards", forward * visited, dtype)
-        yield Work("visit: sums", moments * visited, wide)
-        curves = [s.parts * factor_flops(d, s.channels, recipe) for s in sites]
-        if gone_back:
-            curves = [flops + s.parts * loss_curve_flops(d, s.channels) for flops, s in zip(curves, sites, strict=True)]
-        yield from _algebra("visit: linear algebra", shapes, curves)
+        yield Work("visit: sums", looked_at * visited, wide)
+        read = [loss_curve_flops(d, s.channels) if gone_back else 0.0 for s in visited_sites]
+        curves = [
+            s.parts * (factor_flops(d, s.channels, recipe) + more) for s, more in zip(visited_sites, read, strict=True)
+        ]
+        yield from _algebra("visit: linear algebra", dtype, visited_sites, curves)
     if shapes.measured:  # each from its block on, and through the head
-        passed, head = (
-            (len(shapes.cuts) / 2 + 1) * forward,
-            (len(shapes.cuts) + 1) * d * embedding_rows(shapes.anatomy.model),
-        )
-        yield Work("visit: measured cuts", (passed + token_flops(head, 0, 0)) * shapes.measured * recipe.seq_len, dtype)
+        tried, head = len(shapes.cuts), token_flops(d * embedding_rows(shapes.anatomy.model), 0, 0)
+        passed = (tried / 2 + 1) * forward + (tried + 1) * head
+        yield Work("visit: measured cuts", passed * shapes.measured * recipe.seq_len, dtype)
     refined = shapes.refined * recipe.seq_len
     if referred or refined:
         yield Work("reference of the dense model", forward * max(referred, refined), dtype)
@@ -71,18 +72,18 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     if referred:
         outputs = sum(drift_flops(d, s.channels) for s in sites if s.mixture is None)
         yield Work("sums of outputs", outputs * (1 + recipe.holds_out), sums)
-    widths = [round((1 - recipe.sparsity_of(s.kind)) * s.units) for s in sites]
+    widths = [s.units if recipe.depth == "only" else round((1 - recipe.sparsity_of(s.kind)) * s.units) for s in sites]
     cuts = [site.parts * cut_flops(d, site, width, recipe) for site, width in zip(sites, widths, strict=True)]
-    yield from _algebra("linear algebra", shapes, cuts)
+    yield from _algebra("linear algebra", dtype, sites, cuts)
     if refined:
         kept = 1 - sum(s.units * s.cost * recipe.sparsity_of(s.kind) for s in sites) / max(shapes.size.block_linear, 1)
         passes = refine_tokens(recipe.refine_steps or 0, shapes.refined, recipe.seq_len)
         yield Work("refinement", kept * forward * passes, sums)
 
 
-def _algebra(what: str, shapes: Shapes, flops: Sequence[float]) -> Iterator[Work]:
+def _algebra(what: str, given: torch.dtype, sites: Sequence[Site], flops: Sequence[float]) -> Iterator[Work]:
     """What is done at every site, by the type that it is done in."""
-    types = [algebra_dtype(site.channels, shapes.anatomy.model.dtype) for site in shapes.anatomy.sites]
+    types = [algebra_dtype(site.channels, given) for site in sites]
     for dtype in sorted(set(types), key=str):
         done = sum(count for count, its in zip(flops, types, strict=True) if its == dtype)
         yield Work(what, done, dtype, algebra=True)

@@ -6,7 +6,6 @@ still asks for is taken from the widths of the others; so many go that both toge
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 from snp_llm.linalg.allocation import ROUNDING
 from snp_llm.models.anatomy import Anatomy, find_blocks
@@ -56,8 +55,25 @@ def lost_with(sites: Sequence[Site], curves: Curves, widths: Sequence[int]) -> l
     ]
 
 
-def blocks_in_order(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[int]:
-    """Numbers of the blocks, first what costs the loss least for what it saves."""
+def blocks_that_go(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[list[int]]:
+    """Numbers of the blocks that go where none does, one, two, and so on up to all but one.
+
+    Those that cost the loss least for what they save; where distances were read, those that move the stream least, or
+    the neighbours that do together.
+    """
+    blocks = [curve for site, curve in zip(sites, curves, strict=True) if site.whole_block]
+    far = [None if curve is None else curve.distances for curve in blocks]
+    if (known := [f for f in far if f is not None]) and len(known[0]) > 1:
+        runs = range(len(known))
+        first = [min(runs[: len(runs) - n + 1], key=lambda start: float(known[start][n - 1])) for n in runs[1:]]
+        return [[], *([*range(start, start + n)] for n, start in enumerate(first, 1))]
+    order = (
+        sorted(range(len(known)), key=lambda block: float(known[block])) if known else _by_loss(sites, curves, costs)
+    )
+    return [order[:n] for n in range(len(order))]
+
+
+def _by_loss(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[int]:
     alone, each = [0] * len(sites), block_costs(sites, costs)
     lost = [loss for site, loss in zip(sites, lost_with(sites, curves, alone), strict=True) if site.whole_block]
     return sorted(range(len(each)), key=lambda block: (lost[block] or 0.0) / max(each[block], 1e-30))
@@ -86,12 +102,12 @@ def depth_plan(
     """
     sites = anatomy.sites
     check_blocks_enough(sites, costs, amount, recipe)
-    order, each = blocks_in_order(sites, curves, costs), block_costs(sites, costs)
-    saved = [0.0, *accumulate(each[block] for block in order[:-1])]
+    going, each = blocks_that_go(sites, curves, costs), block_costs(sites, costs)
+    saved = [sum(each[block] for block in gone) for gone in going]
     if recipe.depth == "only":
         enough = [k for k, s in enumerate(saved) if recipe.budget is None or s >= amount * (1 - ROUNDING)]
         nearest = min(enough, key=lambda k: abs(saved[k] - amount))
-        return [0 if site.block in order[:nearest] else site.units for site in sites]
+        return [0 if site.block in going[nearest] else site.units for site in sites]
     best: tuple[float, list[int]] | None = None
     failed: SnpError | None = None
     behind = 0
@@ -99,7 +115,7 @@ def depth_plan(
         if already > amount * (1 + ROUNDING) or behind > PATIENCE:
             break
         try:
-            widths = _with_widths(anatomy, curves, costs, order[:k], amount - already, rest)
+            widths = _with_widths(anatomy, curves, costs, going[k], amount - already, rest)
         except SnpError as error:  # widths alone do not give as much: more blocks have to go
             failed = error
             continue

@@ -372,6 +372,7 @@ def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
     free = [ffn_key(model, family, kind.facts) is not None for kind in kinds]
     ffn_of = {block: number for number, kind in enumerate(kinds) for block in kind.blocks}
     mixtures = ffn_kinds(structure, "experts")
+    keys_of = [expert_keys(model, kind.facts) for kind in mixtures]
     experts_of = {block: number for number, kind in enumerate(mixtures) for block in kind.blocks}
     heads_of = {block: part_widths(part)[0] for part in structure["parts"] for block in part["of"]}
     heads = sorted({found for found in heads_of.values() if found is not None})
@@ -384,7 +385,7 @@ def _pools(anatomy: Anatomy) -> list[tuple[str, tuple[int, ...] | None]]:
             continue
         if site.mixture is not None:
             number = experts_of[site.block]
-            found.append((f"experts {number}", None if expert_keys(model, mixtures[number].facts)[site.whole] else ()))
+            found.append((f"experts {number}", None if keys_of[number][site.whole] else ()))
             continue
         if site.heads is None:
             found.append((site.kind, None))
