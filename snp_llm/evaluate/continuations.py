@@ -20,6 +20,8 @@ log = logging.getLogger("snp_llm")
 
 WORDS = 12  # of a sentence, that the models are given
 
+PASSAGE = 256  # tokens that a sentence is looked for in
+
 NEW_TOKENS = 24  # that they go on for
 
 ROOM = 0.8  # of the free memory, that a model may take to be run as a whole
@@ -75,7 +77,9 @@ def beginnings(tokenizer: Any, windows: Tensor, count: int) -> list[str]:
     """Beginnings of sentences of a text, from windows that lie as far apart as they can."""
     found: list[str] = []
     for at in range(count):
-        text = tokenizer.decode(windows[at * len(windows) // count], skip_special_tokens=True)
+        first = at * len(windows) // count
+        tokens = windows[first : first + -(-PASSAGE // windows.shape[1])].flatten()
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
         sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n+", text)][
             1:
         ]  # the first is cut off

@@ -159,6 +159,10 @@ def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, 
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     assert report["recipe"]["layout"] == layout and report["recipe"]["round_to"] == 8
     assert report["sparsity"]["achieved"] == pytest.approx(0.22, abs=0.03)
+    words = ["--layout", layout, "--no-eval", *QUICK, "--overwrite", "--quiet"]
+    assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *words]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.startswith(f"{tmp_path / 'llama'} -> ")
     smaller = report["pruned"]["size"]["parameters"] < report["dense"]["size"]["parameters"]
     assert smaller == (layout != "padded")
 

@@ -1,4 +1,5 @@
-"""Every option that the README names, run at least once, through the command line's own parser, on the bundled model.
+"""Every option that the README and the page of the commands name, run at least once, through the command line's own
+parser, on the bundled model.
 
 What would need the Hub, the harness for tasks or a compiler stops where these begin; all else is done as for a user,
 with few tokens and, where the option is about something else, with the settings that cost least.
@@ -21,7 +22,8 @@ from snp_llm.models import blocks
 from snp_llm.pruning.widths import latency
 from tests.quick import without_page, without_reloading
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/commands.md"))
 FOREIGN = {"--num_processes"}  # of accelerate
 MINE = "ordering: variance\nreference: self\ndampening: 0.1\nallocation: uniform\n"  # no visit, nothing held out
 FEW = "--num-samples 4 --seq-len 64 --no-eval --calibration bundled --output {output}"

@@ -96,8 +96,14 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
     out = tmp_path / "out"
     interrupted(prune, dense, out, after=3, by=by, code=code)
     assert done_in(out, "cut") == 3
+    state = out.with_name(f".{out.name}.partial") / "journal/cut/state.json"
+    spent = json.loads(json.loads(state.read_text())["content"])["seconds"]
     result = prune(dense, *SETTINGS, "--output", out, "--resume")
     assert result["codes"] == [0] and weights(out) == weights(finished)
+    seconds = json.loads((out / "prune_report.json").read_text())["seconds"]
+    assert spent["forward passes"] > 0 and all(seconds[phase] > before - 1e-3 for phase, before in spent.items())
+    for said in ("visit/gradients: all done before", "visit/curves: all done before", "cut: goes on, 3 done before"):
+        assert f"--resume: {said}\n" in result["stderr"]
     assert "block 0 self_attn.o_proj: kept" not in result["stderr"]
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
 
