@@ -256,11 +256,8 @@ class Journal:
         self.sums = dict(found["blocks"])
         if self.clock is not None:
             self.clock.earlier = found["seconds"]
-        log.info(
-            "--resume: %s: %s",
-            self.place[1:],
-            "done before" if found["last"] else f"goes on, {found['done']} done before",
-        )
+        where = "all done before" if found["last"] else f"goes on, {found['done']} done before"
+        log.info("--resume: %s: %s", self.place[1:], where)
         pieces: dict[str, list[Tensor]] = {}
         for part in [] if found["last"] else found["parts"]:
             start, stop = max(part["start"], windows.start), min(part["stop"], windows.stop)

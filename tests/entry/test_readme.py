@@ -239,6 +239,12 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]] | None, monkeypatc
     program = words[0]
     if program == "snp-llm" or program in MODULES:
         words = own(words)
+        if words[1] in ("help", "--version"):
+            try:
+                assert call_own(words, monkeypatch) == 0
+            except SystemExit as stop:
+                assert stop.code == 0
+            return None
         if done is None or words[1] not in ("prune", "eval") or PARSED_ONLY & set(words):
             return parse_own(words, monkeypatch)
         offline = substitute(words)
