@@ -160,9 +160,9 @@ def prune(
         model, found = checkpoint.load(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code)
         tokenizer = tokenizer or found
     check_in_memory(model, tokenizer)
-    if loss is not None and not chosen.needs_gradients:
-        raise SnpError("loss: expected allocation='loss', or metric='loss', which alone ask for its gradients.")
     if loss is not None:
+        if not chosen.needs_gradients:
+            raise SnpError("loss: expected allocation='loss', or metric='loss', which alone ask for its gradients.")
         chosen = replace(chosen, measured_cuts=0)  # which are measured by the divergence of logits, whatever the loss
     done, total, tell = 0, None, on_progress or (lambda _done, _total, _line: None)
     if on_progress is not None and chosen.perplexity_increase is None:
