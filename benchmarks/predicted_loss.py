@@ -12,11 +12,11 @@ import copy
 import csv
 import statistics
 import sys
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 from torch import Tensor
@@ -32,7 +32,9 @@ from snp_llm.pruning.run import Run, read_calibration, resolve
 from snp_llm.pruning.sensitivity import sum_up
 from snp_llm.pruning.statistics import empty_sums, held_out
 from snp_llm.pruning.stream import Stream, capture
+from snp_llm.report.figures import SitePoint, prediction_figure
 from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.signs import Signs
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     texts = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)
     clock = Clock(compute_device("auto"))
     windows = read_calibration(tokenizer, recipe, model)
-    run = Run(recipe, clock, Journal(), lambda line: print(line, flush=True))
+    run = Run(recipe, clock, Journal(), Signs(step=partial(print, flush=True)))
     visited = visit(model, windows, run)
     stream = capture(visited.anatomy, windows.tokens, run)
     shares = [float(s) for s in args.shares.split(",")]
@@ -166,35 +168,13 @@ def markdown(rows: list[dict[str, Any]], caption: str) -> str:
 
 def plot(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
     """One point a cut; on the line where they agree, below it the prediction was too dark."""
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
-    depth = max(row["block"] for row in rows) + 1
-    for kind, marker in (("attention", "s"), ("ffn", "o")):
-        group = [row for row in rows if row["kind"] == kind and row["measured"] > 0]
-        points = axes.scatter(
-            [r["predicted"] for r in group],
-            [r["measured"] for r in group],
-            c=[r["block"] for r in group],
-            marker=marker,
-            vmin=0,
-            vmax=depth - 1,
-            label=kind,
-        )
-    shown = [r for r in rows if r["measured"] > 0]
-    low = max(1e-6, min(min(r["predicted"], r["measured"]) for r in shown))
-    high = max(max(r["predicted"], r["measured"]) for r in shown)
-    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted rise of the mean loss")
-    axes.set_ylabel("measured")
-    axes.set_xlim(low / 2, 2 * high)
-    axes.set_ylim(low / 2, 2 * high)
-    axes.set_title(
-        f"{caption}; {len(rows) - len(shown)} cuts that lowered the loss are not shown", fontsize=8, wrap=True
-    )
-    axes.legend()
-    figure.colorbar(points, label="block")
-    figure.savefig(path, dpi=120)
+    shown = [row for row in rows if row["measured"] > 0]
+    points = [[SitePoint(r["block"], r["kind"], r[key]) for r in shown] for key in ("predicted", "measured")]
+    names = ("predicted rise of the mean loss", "measured rise")
+    figure = prediction_figure(*points, names=names, size=(6, 4.5))
+    said = f"{caption}\n{len(rows) - len(shown)} cuts that lowered the loss have no place here"
+    figure.axes[0].set_title(said, fontsize=9)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

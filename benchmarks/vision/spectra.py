@@ -67,7 +67,7 @@ def of_model(name: str, args: argparse.Namespace) -> list[tuple[str, dict[str, T
     recipe = resolve(
         Recipe(name, calibration=args.calibration, num_samples=args.num_samples, **settings), model, processor
     )
-    run, anatomy = Run(recipe, Clock(DEVICE), Journal(), lambda _line: None), find_anatomy(model)
+    run, anatomy = Run(recipe, Clock(DEVICE), Journal()), find_anatomy(model)
     stream = capture(anatomy, read_calibration(processor, recipe, model).tokens, run)
     own = {kind: [site for site in anatomy.sites if site.kind == kind] for kind in KINDS}
     chosen, found = [sites[len(sites) // 2] for sites in own.values() if sites], []

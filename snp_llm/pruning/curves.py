@@ -31,6 +31,7 @@ def read_curves(visit: Visit, gradients: Journal) -> None:
     """
     blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     first, state = journal.last_state(windows, len(visit.tokens))
+    visit.run.signs.skip(first)
     if first == len(blocks):
         return
     stream = visit.start()
@@ -67,7 +68,7 @@ def read_curves(visit: Visit, gradients: Journal) -> None:
             if done % ranks.rank_count() == 0 or done == len(blocks):  # a block for each rank, all at a time
                 _factorise(visit, summed, gradients, known)
                 journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
-        visit.run.on_step(f"block {index}: curves of the dense model")
+        visit.run.signs.step(f"block {index}: curves of the dense model")
 
 
 def _apart(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:

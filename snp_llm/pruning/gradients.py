@@ -27,6 +27,7 @@ def read_gradients(visit: Visit) -> None:
     blocks, clock, journal, windows = visit.anatomy.blocks, visit.run.clock, visit.run.journal, visit.windows
     device = clock.device
     done, state = journal.last_state(windows, len(visit.tokens))
+    visit.run.signs.skip(done)
     if done == len(blocks):
         return
     stream = visit.start()
@@ -66,7 +67,7 @@ def read_gradients(visit: Visit) -> None:
                 moments.update({f"{s.path} whole": _per_loss(m, count, s) for s, m in whole.items()})
                 journal.put(index, moments)
         journal.save_state(len(blocks) - index, {"gradients": back_again.hidden}, windows, last=index == 0)
-        visit.run.on_step(f"block {index}: gradients of the dense model")
+        visit.run.signs.step(f"block {index}: gradients of the dense model")
     ranks.wait()
 
 
@@ -79,7 +80,7 @@ def _to_loss_gradients(visit: Visit, hidden: Tensor) -> None:
         with rest_on_device(model, blocks, device):
             while left:  # window by window: logits are large
                 tokens, states = left[-1]
-                states.copy_(loss_gradient(model, blocks, tokens.to(device), states.to(device)))
+                states.copy_(loss_gradient(model, blocks, tokens.to(device), states.to(device), visit.run.loss))
                 left.pop()
 
     where_it_fits("logits of a window", visit.run.clock.device, go_on)

@@ -108,6 +108,7 @@ def measure(visit: Visit, cuts: Journal) -> None:
     anatomy, run = visit.anatomy, visit.run
     here = range(len(visit.tokens))
     if run.journal.last_state(here, len(here))[0]:
+        run.signs.skip(len(anatomy.blocks))
         return
     stream = capture(anatomy, visit.tokens, run, everywhere=True)
     mine = [cut for cut in all_cuts(anatomy, run.recipe) if ranks.owner(cut[0].block) == ranks.rank()]
@@ -120,7 +121,7 @@ def measure(visit: Visit, cuts: Journal) -> None:
                 _pass(_with_cut(block, site, width, cuts), stream.hidden, hidden, begun * len(here), stream)
                 begun += 1
             advance(block, stream)
-        run.on_step(f"block {index}: measured cuts of the dense model")
+        run.signs.step(f"block {index}: measured cuts of the dense model")
     with run.clock.phase(ONCE):
         found = _divergences(visit, stream.hidden, hidden.unflatten(0, (len(mine), len(here))))
     by_site: dict[str, list[tuple[float, float]]] = {}

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 TOKENS = 64  # that are tried
 
 # In names of what two blocks may differ in: their number, and widths, which their weights' shapes prove.
-MAY_DIFFER = ("idx", "index", "layer_id", "intermediate", "head", "groups", "ffn", "inner")
+MAY_DIFFER = ("idx", "index", "layer_id", "intermediate", "head", "groups", "ffn", "inner", "features", "nx", "nf")
 
 # Largest difference of what arrives at a consumer, relative to the largest value. Fewer rows may take another kernel.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -56,6 +56,7 @@ RANGES = {
     "batch_size": COUNT,
     "seed": Range(int, 0, 2**63 - 1),
     "shown_images": Range(int, 0, 64),
+    "shown_texts": Range(int, 0, 64),
     "save_every": Range(float, 0, 10**9),
     "stride": COUNT,
     "max_windows": COUNT,

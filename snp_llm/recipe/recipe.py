@@ -186,6 +186,9 @@ class Recipe:
     shown_images: int = 8
     """Evaluation images that report.html shows with what both models say of them, where models classify images. They go
     wherever the folder goes; 0: none."""
+    shown_texts: int = 3
+    """Beginnings of sentences of the evaluation text that report.html shows with how both models go on. They go
+    wherever the folder goes; 0: none."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""
     push_to_hub: Annotated[str | None, tyro.conf.arg(metavar="USER/NAME")] = None

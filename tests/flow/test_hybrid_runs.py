@@ -21,6 +21,7 @@ def hybrid(request, tokenizer, tmp_path):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_it_goes_on_after_a_kill_to_the_same_bits(prune, hybrid, tmp_path):  # noqa: F811
     command = (hybrid, *SETTINGS, "--sparsity", 0.15)
     assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]

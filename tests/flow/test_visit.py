@@ -21,7 +21,7 @@ TOKENS = torch.randint(3, 2048, (5, 24), generator=torch.Generator().manual_seed
 def visit(model, **overrides):
     recipe = resolve(small_recipe(**overrides), model)
     anatomy = find_anatomy(model)
-    run = Run(recipe, Clock(torch.device("cpu")), Journal(), lambda _line: None)
+    run = Run(recipe, Clock(torch.device("cpu")), Journal())
     return anatomy.sites, visit_dense(anatomy, TOKENS, run)
 
 
