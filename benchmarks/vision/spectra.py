@@ -24,9 +24,9 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.site import Site, site_weight
+from snp_llm.pruning.curves import sum_up
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.run import Run, read_calibration, resolve
-from snp_llm.pruning.sensitivity import sum_up
 from snp_llm.pruning.shared import weight_sums
 from snp_llm.pruning.statistics import Statistics, empty_sums
 from snp_llm.pruning.stream import capture
