@@ -152,7 +152,7 @@ def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, 
     options = ["--layout", layout, "--head-sparsity", "0.16", "--ffn-sparsity", "0.25", "--no-eval"]
     assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *options, *QUICK]) == 0
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"layout {layout}: ") and ("llama or mistral" in printed.err) == (layout == "uniform")
+    assert f"layout {layout}: " in printed.err and ("llama or mistral" in printed.err) == (layout == "uniform")
     assert printed.out.startswith(f"{tmp_path / 'llama'} -> ")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["model_type"] == {"uniform": "mistral", "padded": "llama"}[layout]
@@ -162,7 +162,8 @@ def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, 
     words = ["--layout", layout, "--no-eval", *QUICK, "--overwrite", "--quiet"]
     assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *words]) == 0
     printed = capsys.readouterr()
-    assert printed.err == "" and printed.out.startswith(f"{tmp_path / 'llama'} -> ")
+    assert not any(said in printed.err for said in ("layout", "block", "saving", "speed"))
+    assert printed.out.startswith(f"{tmp_path / 'llama'} -> ")
     smaller = report["pruned"]["size"]["parameters"] < report["dense"]["size"]["parameters"]
     assert smaller == (layout != "padded")
 

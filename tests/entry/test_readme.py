@@ -118,6 +118,7 @@ class ParsedError(Exception):
 
 
 EVERYTHING = "\n".join(block.text for block in BLOCKS)
+PRUNED = set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", EVERYTHING))  # folders that are read
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,9 @@ def files(tmp_path_factory, tokenizer):
     for block in BLOCKS:
         if block.language == "yaml" and (named := re.match(r"# ([\w-]+\.yaml)\n", block.text)):
             (folder / named[1]).write_text(block.text)
+    for name in PRUNED:
+        (folder / name).mkdir()
+        shutil.copy(ROOT / "recipes/tiny-opt-demo.yaml", folder / name / "recipe.yaml")
     return folder
 
 
@@ -144,8 +148,8 @@ def folder(files):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert parse.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
-    for name in set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", EVERYTHING)):
-        shutil.copytree(folder / "pruned", folder / name)
+    for name in PRUNED:
+        shutil.copytree(folder / "pruned", folder / name, dirs_exist_ok=True)
     return folder
 
 
