@@ -116,7 +116,14 @@ def outside(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("run", RUNS)
+# What other tests in this folder type as well.
+ELSEWHERE = ("--dtype", "--target-size", "--target-flops", "--max-perplexity", "--config", "--depth", "--target-params")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(r, marks=pytest.mark.exhaustive) if any(o in r for o in ELSEWHERE) else r for r in RUNS],
+)
 def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     output = tmp_path / "output"

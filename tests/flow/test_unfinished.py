@@ -78,7 +78,8 @@ def kill_at_random(prune: Runner, out: Path, expected: Path, *command: object, k
     return found
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kills", [3, 25])
 def test_killed_at_many_moments_it_comes_to_the_same_bits(kills, prune, dense, finished, tmp_path):
     found = kill_at_random(prune, tmp_path / "out", finished, dense, *SETTINGS, kills=kills, seed=kills)
     assert kills < 25 or "cut" in found  # some of them had something to go on from
