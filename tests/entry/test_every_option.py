@@ -30,7 +30,7 @@ FEW = "--num-samples 4 --seq-len 64 --no-eval --calibration bundled --output {ou
 CHEAP = "--refine none --ordering variance --reference self --dampening 0.1 --allocation uniform"
 RUNS = (
     "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --reference dense "
-    f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded --refine 2 {FEW}",
+    f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded --refine 2 --measured-cuts 2 {FEW}",
     f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x --experts channels --refine none {FEW}",
