@@ -123,7 +123,7 @@ def measure(
 ) -> dict[str, float]:
     """Perplexity above dense, mean divergence and agreement of the likeliest tokens on every text, and CPU seconds."""
     resolved = decide(dense, resolve(recipe, dense, tokenizer))
-    run = Run(resolved, Clock(compute_device("auto")), Journal(), lambda _line: None)
+    run = Run(resolved, Clock(compute_device("auto")), Journal())
     key = replace(recipe, **{name: getattr(Recipe(model="tiny-opt"), name) for name in AFTER_THE_VISIT})
     start = time.process_time()
     if key not in visited:

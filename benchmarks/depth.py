@@ -64,7 +64,7 @@ def main() -> None:
         args.model, calibration=args.calibration, num_samples=args.num_samples, seq_len=args.seq_len, refine=refine
     )
     recipe = decide(dense, resolve(asked, dense, tokenizer))
-    run = Run(replace(recipe, depth="auto"), Clock(compute_device("auto")), Journal(), lambda _line: None)
+    run = Run(replace(recipe, depth="auto"), Clock(compute_device("auto")), Journal())
     windows = read_calibration(tokenizer, recipe, dense)
     visited, tokens = visit(dense, windows, run), windows.tokens
     tested = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)

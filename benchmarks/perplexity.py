@@ -168,17 +168,18 @@ def markdown(rows: list[dict[str, Any]], names: list[str], caption: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], names: list[str], caption: str, path: Path) -> None:
-    """Excess perplexity over dense, logarithmic above 1, one line a combination."""
-    dense = rows[0]["dense"]
-    lines = []
+    """Excess perplexity over dense, logarithmic above 1, one line a combination, and a panel for each of the last
+    setting that varies where more than one does."""
+    dense, panels = rows[0]["dense"], dict[str, list[Line]]()
     for key, curve in cells(rows, names).items():
+        *first, last = key
         sparsities = sorted(curve)
         excess = [statistics.mean(curve[s]) - dense for s in sparsities]
-        lines.append(Line(", ".join(key), [100 * s for s in sparsities], excess))
-    panel = Panel(
-        caption, "block-linear parameters removed, %", "perplexity above dense", lines, baseline=0, symlog=True
-    )
-    quality_figure([panel], size=(9, 6)).savefig(path, dpi=120)
+        line = Line(", ".join(first) if first else last, [100 * s for s in sparsities], excess)
+        panels.setdefault(f"{names[-1]} {last}" if first else caption, []).append(line)
+    axes = ("block-linear parameters removed, %", "perplexity above dense")
+    drawn = [Panel(title, *axes, lines, baseline=0, symlog=True) for title, lines in panels.items()]
+    quality_figure(drawn, size=(9 / len(drawn), 4.5)).savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,29 @@
-"""Predicted against measured loss, site by site: where the two disagree, widths are chosen wrongly.
+"""Predicted loss against measured divergence, site by site: where the two disagree, widths are chosen wrongly.
 
-    python benchmarks/predicted_loss.py MODEL --calibration TEXT --evaluation TEXT
+    python benchmarks/predicted_loss.py MODEL --calibration TEXT
 
-One site at a time is cut to each share of its units and repaired, in an otherwise dense model, and the mean negative
-log-likelihood on the evaluation text is compared with what the allocation believed before. CSV, a table of ratios, and
-a plot with both axes logarithmic.
+What the allocation corrects its predictions by, with more cuts of every site: each alone is cut to some of its units
+and repaired in the dense model, and the mean divergence of the next token from the dense model's, on held-out
+calibration windows, is compared with what was predicted. CSV, a table of ratios, and a plot with both axes logarithmic.
 """
 
 import argparse
-import copy
 import csv
 import statistics
 import sys
-from math import log
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
-from torch import Tensor
 
-from snp_llm import Recipe, checkpoint, perplexity
+from snp_llm import Recipe, checkpoint
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.data.sources import Dataset
-from snp_llm.data.windows import evaluation_windows
-from snp_llm.models.site import Site, site_bias, site_weight
-from snp_llm.pruning.cut import cut
-from snp_llm.pruning.pipeline import Visited, visit
+from snp_llm.models.anatomy import find_anatomy
 from snp_llm.pruning.run import Run, read_calibration, resolve
-from snp_llm.pruning.sensitivity import sum_up
-from snp_llm.pruning.statistics import empty_sums, held_out
-from snp_llm.pruning.stream import Stream, capture
+from snp_llm.pruning.sensitivity import visit_dense
+from snp_llm.report.figures import SitePoint, prediction_figure
 from snp_llm.runtime.device import Clock, compute_device
 
 
@@ -46,27 +38,30 @@ def main() -> None:
         num_samples=args.num_samples,
         seq_len=args.seq_len,
         batch_size=args.batch_size,
-        reference="self",
         round_to=1,
+        measured_cuts=args.cuts,
     )
     recipe = resolve(recipe, model)
-    texts = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)
-    clock = Clock(compute_device("auto"))
     windows = read_calibration(tokenizer, recipe, model)
-    run = Run(recipe, clock, Journal(), lambda line: print(line, flush=True))
-    visited = visit(model, windows, run)
-    stream = capture(visited.anatomy, windows.tokens, run)
-    shares = [float(s) for s in args.shares.split(",")]
-    rows = measure(visited, stream, texts.tokens, shares, args.every, run)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe, Clock(compute_device("auto")), Journal(Path(folder)))
+        anatomy = find_anatomy(model)
+        visit_dense(anatomy, windows.tokens, run)
+        predicted, measured = (run.journal.phase(name) for name in ("curves", "measured"))
+        rows: list[dict[str, Any]] = []
+        for site in anatomy.sites:
+            loss, cuts = predicted.get(site.block, f"{site.path} loss"), measured.get(0, site.name)
+            assert loss is not None and cuts is not None
+            for width, divergence in cuts.tolist():
+                row = {"site": site.name, "kind": site.kind, "block": site.block, "width": int(width)}
+                row |= {"units": site.units, "predicted": float(loss[int(width)]), "measured": divergence}
+                rows.append(row)
     args.output.mkdir(parents=True, exist_ok=True)
     with open(args.output / f"{args.name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    caption = (
-        f"{Path(args.model).name}, {args.num_samples} calibration windows of {args.seq_len} tokens, measured on "
-        f"{texts.description}"
-    )
+    caption = f"{Path(args.model).name}, {windows.description}"
     text = markdown(rows, caption)
     (args.output / f"{args.name}.md").write_text(text)
     plot(rows, caption, args.output / f"{args.name}.png")
@@ -77,60 +72,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", default="wikitext2")
-    parser.add_argument("--evaluation", default="wikitext2")
-    parser.add_argument("--shares", default="0.9,0.7,0.5", help="of its units that a site keeps")
-    parser.add_argument("--every", type=int, default=1, help="one block of so many")
+    parser.add_argument("--cuts", type=int, default=3, help="of every site")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--max-windows", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="predicted_loss")
     return parser.parse_args()
-
-
-def measure(
-    visited: Visited, stream: Stream, tokens: Tensor, shares: list[float], every: int, run: Run
-) -> list[dict[str, Any]]:
-    """One row for every site and share: predicted and measured rise of the mean loss."""
-    anatomy, recipe, clock = visited.anatomy, run.recipe, run.clock
-    model, blocks = anatomy.model, anatomy.blocks
-
-    def mean_loss() -> float:
-        return log(perplexity(model, tokens, batch_size=recipe.batch_size, device=clock.device))
-
-    base, rows, held = mean_loss(), [], held_out(stream.total)
-    for index, block in enumerate(blocks):
-        here = anatomy.sites_of(index)
-        weights = [site_weight(block, site) for site in here]
-        sums = [
-            empty_sums(s.name, W, clock.device, stream.storage, drifting=False, holding_out=True)
-            for s, W in zip(here, weights, strict=True)
-        ]
-        sums = sum_up(block, here, sums, stream.before(index), held, clock)
-        for site, W, site_sums in zip(here, weights, sums, strict=True):
-            if index % every:
-                continue
-            curves = visited.curves[anatomy.sites.index(site)]
-            assert curves is not None and curves.loss is not None
-            found = site_sums.statistics(W, site_bias(block, site), curves.gradient)
-            for width in widths(site, shares):
-                narrow = copy.deepcopy(block)
-                cut(narrow, site, found, width, run)
-                blocks[index] = narrow
-                rise = mean_loss() - base
-                blocks[index] = block
-                row = {"site": site.name, "kind": site.kind, "block": index, "width": width, "units": site.units}
-                rows.append({**row, "predicted": float(curves.loss[width]), "measured": rise})
-                print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-    return rows
-
-
-def widths(site: Site, shares: list[float]) -> list[int]:
-    """Widths at these shares of the units, whole units of every group, each once and never all."""
-    found = {max(site.step, round(share * site.units / site.step) * site.step) for share in shares}
-    return sorted(w for w in found if w < site.units)
 
 
 def markdown(rows: list[dict[str, Any]], caption: str) -> str:
@@ -142,8 +91,8 @@ def markdown(rows: list[dict[str, Any]], caption: str) -> str:
         "",
         f"    python benchmarks/{' '.join(command)}",
         "",
-        f"{caption}. Rise of the mean negative log-likelihood when one site is cut: median of measured over predicted, "
-        "and the range of both.",
+        f"{caption}. Mean divergence from the dense model when one site is cut, in nats: median of measured over "
+        "predicted, and the range of both.",
         "",
         "| sites | count | measured / predicted | predicted | measured |",
         "|---|---:|---:|---:|---:|",
@@ -166,35 +115,12 @@ def markdown(rows: list[dict[str, Any]], caption: str) -> str:
 
 def plot(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
     """One point a cut; on the line where they agree, below it the prediction was too dark."""
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
-    depth = max(row["block"] for row in rows) + 1
-    for kind, marker in (("attention", "s"), ("ffn", "o")):
-        group = [row for row in rows if row["kind"] == kind and row["measured"] > 0]
-        points = axes.scatter(
-            [r["predicted"] for r in group],
-            [r["measured"] for r in group],
-            c=[r["block"] for r in group],
-            marker=marker,
-            vmin=0,
-            vmax=depth - 1,
-            label=kind,
-        )
-    shown = [r for r in rows if r["measured"] > 0]
-    low = max(1e-6, min(min(r["predicted"], r["measured"]) for r in shown))
-    high = max(max(r["predicted"], r["measured"]) for r in shown)
-    axes.plot([low, high], [low, high], color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted rise of the mean loss")
-    axes.set_ylabel("measured")
-    axes.set_xlim(low / 2, 2 * high)
-    axes.set_ylim(low / 2, 2 * high)
-    axes.set_title(
-        f"{caption}; {len(rows) - len(shown)} cuts that lowered the loss are not shown", fontsize=8, wrap=True
-    )
-    axes.legend()
-    figure.colorbar(points, label="block")
-    figure.savefig(path, dpi=120)
+    shown = [row for row in rows if row["measured"] > 0 and row["predicted"] > 0]
+    points = [[SitePoint(r["block"], r["kind"], r[key]) for r in shown] for key in ("predicted", "measured")]
+    names = ("predicted rise of the mean loss", "measured divergence")
+    figure = prediction_figure(*points, names=names, size=(6, 4.5))
+    figure.axes[0].set_title(caption, fontsize=9)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import transformers
 
 from snp_llm import checkpoint
 from snp_llm.engines import gguf
+from snp_llm.models.calls import with_cache
 
 KINDS = {
     "f32": None,
@@ -154,7 +155,7 @@ class Torch:
         out = self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
         for _ in range(count):
             token = out.logits[:, -1:].argmax(-1)
-            out = self.model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = self.model(token, **with_cache(self.model, out.past_key_values))
 
 
 def perplexity(logits: list[torch.Tensor], texts: list[list[int]]) -> float:

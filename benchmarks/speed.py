@@ -30,7 +30,8 @@ from snp_llm import checkpoint, perplexity
 from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import calibration_windows, evaluation_windows
 from snp_llm.evaluate.cells import Cell
-from snp_llm.evaluate.speed import quartiles, random_tokens, timed
+from snp_llm.evaluate.speed import random_tokens, seconds_of
+from snp_llm.evaluate.turns import quartiles
 from snp_llm.report.figures import Line, Panel, quality_figure
 from snp_llm.runtime.device import compute_device
 
@@ -140,10 +141,10 @@ def speed_up(dense: PreTrainedModel, pruned: PreTrainedModel, cell: Cell, repeat
     tokens = random_tokens(dense, cell, device)
     pair = (dense, pruned)
     for model in pair:  # warms up
-        timed(model, tokens, cell, device)
+        seconds_of(model, tokens, cell, device)
     ratios = []
     for turn in range(repeats):
-        seconds = {at: timed(pair[at], tokens, cell, device) for at in ((0, 1) if turn % 2 == 0 else (1, 0))}
+        seconds = {at: seconds_of(pair[at], tokens, cell, device) for at in ((0, 1) if turn % 2 == 0 else (1, 0))}
         ratios.append(seconds[0] / seconds[1])
     return quartiles(ratios)
 

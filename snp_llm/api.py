@@ -26,6 +26,7 @@ from snp_llm.report.folder import describe
 from snp_llm.report.words import asked
 from snp_llm.runtime.device import compute_device, hand_back, place_for_another
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import Signs
 
 OF_COMMANDS = {*EVALUATION, *ONCE, "save_every"} - {"trust_remote_code"}
 
@@ -105,6 +106,7 @@ def prune(
     recipe: Recipe | None = None,
     *,
     data: Any = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     measure: Callable[[PreTrainedModel], float] | None = None,
     on_progress: Callable[[int, int | None, str], None] | None = None,
     **settings: Any,
@@ -123,10 +125,13 @@ def prune(
             (`[{"role": ..., "content": ...}, ...]`), or of records with a column `text`, `messages` or `input_ids` (a
             `datasets.Dataset`, a `DataLoader`); for models of images pixels, Pillow's images, files or records of
             them. A text is the name of a dataset. None: what `calibration` says, WikiText-2 if nothing does.
+        loss: of a window, whose gradients weigh what a cut may spoil, in place of the negative log-likelihood: from
+            logits, (1, T, vocabulary), and token ids, (1, T), or (1, classes) and pixels, to a tensor of one number;
+            summed over tokens, not averaged, for predictions to be of its size.
         measure: with `max_perplexity_increase`: figure of a model, smaller is better, of which that is the permitted
             rise; None: perplexity on held-out calibration text.
-        on_progress: called after every step with how many are done, how many there are (None where a search decides),
-            and a line about the last one.
+        on_progress: called after every step, and when something begins that is none, with how many are done, how many
+            there are (None where a search decides), and a line about it.
         settings: those of `Recipe`, such as `sparsity`, `layout`, `num_samples`, `seq_len`, `device`.
 
     Returns:
@@ -155,18 +160,22 @@ def prune(
         model, found = checkpoint.load(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code)
         tokenizer = tokenizer or found
     check_in_memory(model, tokenizer)
-    done, total = 0, None
+    if loss is not None:
+        if not chosen.needs_gradients:
+            raise SnpError("loss: expected allocation='loss', or metric='loss', which alone ask for its gradients.")
+        chosen = replace(chosen, measured_cuts=0)  # which are measured by the divergence of logits, whatever the loss
+    done, total, tell = 0, None, on_progress or (lambda _done, _total, _line: None)
     if on_progress is not None and chosen.perplexity_increase is None:
         total = pipeline.steps(decide(model, resolve(chosen, model, tokenizer)), model)
 
-    def on_step(line: str) -> None:
+    def step(line: str) -> None:
         nonlocal done
         done += 1
-        if on_progress is not None:
-            on_progress(done, total, line)
+        tell(done, total, line)
 
+    signs = Signs(step, begin=lambda line: tell(done, total, line))
     with at_rest(model):
-        result = pipeline.prune(model, tokenizer, chosen, data=data, measure=measure, on_step=on_step)
+        result = pipeline.prune(model, tokenizer, chosen, given=pipeline.Given(data, measure, loss), signs=signs)
     return PrunedModel(**vars(result), dense=model)
 
 

@@ -106,7 +106,7 @@ KNOWN = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("first", [FIRST[2], *(pytest.param(f, marks=pytest.mark.exhaustive) for f in FIRST)])
 def test_pruned_models_are_known_whatever_is_imported_first(first, before):
     code = f"import snp_llm; {first}; {KNOWN}" if before else f"{first}; import snp_llm; {KNOWN}"

@@ -49,7 +49,7 @@ def make_methods(
         if not torch.equal(windows.tokens, tokens):
             raise SnpError("expected the package to calibrate on the windows that its peers get, got others.")
         clock = Clock(compute_device(recipe.device))
-        run = Run(recipe, clock, Journal(), lambda _line: None)
+        run = Run(recipe, clock, Journal())
         visited = visit(dense, windows, run)  # what no sparsity changes
 
         def prune(sparsity: float) -> Pruned:

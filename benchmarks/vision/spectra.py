@@ -24,9 +24,9 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.ldl import energy_curve
 from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.site import Site, site_weight
+from snp_llm.pruning.curves import sum_up
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.run import Run, read_calibration, resolve
-from snp_llm.pruning.sensitivity import sum_up
 from snp_llm.pruning.shared import weight_sums
 from snp_llm.pruning.statistics import Statistics, empty_sums
 from snp_llm.pruning.stream import capture
@@ -67,7 +67,7 @@ def of_model(name: str, args: argparse.Namespace) -> list[tuple[str, dict[str, T
     recipe = resolve(
         Recipe(name, calibration=args.calibration, num_samples=args.num_samples, **settings), model, processor
     )
-    run, anatomy = Run(recipe, Clock(DEVICE), Journal(), lambda _line: None), find_anatomy(model)
+    run, anatomy = Run(recipe, Clock(DEVICE), Journal()), find_anatomy(model)
     stream = capture(anatomy, read_calibration(processor, recipe, model).tokens, run)
     own = {kind: [site for site in anatomy.sites if site.kind == kind] for kind in KINDS}
     chosen, found = [sites[len(sites) // 2] for sites in own.values() if sites], []

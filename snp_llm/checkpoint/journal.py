@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from snp_llm.runtime import ranks
+from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.files import checksum, flush_to_disk, write_tensors, write_text
 
@@ -62,6 +63,7 @@ class Journal:
         saved: when hidden states were written last, and how long it took.
         writing: what is being written, while the run goes on.
         flushed: names of files that a power cut leaves on the disk.
+        clock: of the run, so that what an interrupted one has spent is counted; None: nobody asks for it.
     """
 
     folder: Path | None = None
@@ -74,6 +76,7 @@ class Journal:
     saved: tuple[float, float] = field(default_factory=lambda: (time.monotonic(), 0.0))
     writing: list[Future[None]] = field(default_factory=list)
     flushed: set[str] = field(default_factory=set)
+    clock: Clock | None = None
 
     def belongs_to(self, identify: Callable[[], dict[str, Any]]) -> None:
         """Writes down what run this is the journal of, or checks that it is the same as before.
@@ -91,7 +94,7 @@ class Journal:
     def phase(self, name: str) -> "Journal":
         """The journal of a phase."""
         folder = None if self.folder is None else self.folder / name
-        return Journal(folder, self.every, self.run, f"{self.place}/{name}", behind=self.behind)
+        return Journal(folder, self.every, self.run, f"{self.place}/{name}", behind=self.behind, clock=self.clock)
 
     def remembered(self, name: str, decide: Callable[[], Any]) -> Any:
         """What an earlier run of the phase has decided, else what `decide` returns, as JSON can hold it; on rank 0.
@@ -194,7 +197,9 @@ class Journal:
         for _, sums in everything:
             self.sums |= sums
         if ranks.rank() == 0:
-            self._write(self.folder / STATE, {"done": done, "last": last, "parts": parts, "blocks": self.sums})
+            spent = {} if self.clock is None else self.clock.seconds
+            found = {"done": done, "last": last, "parts": parts, "blocks": self.sums, "seconds": spent}
+            self._write(self.folder / STATE, found)
             current = {part["file"] for part in parts}
             for old in self.folder.glob("state-*.safetensors"):
                 if old.name not in current:
@@ -249,6 +254,10 @@ class Journal:
         if found is None or (not found["last"] and max(part["stop"] for part in found["parts"]) != total):
             return 0, {}
         self.sums = dict(found["blocks"])
+        if self.clock is not None:
+            self.clock.earlier = found["seconds"]
+        where = "all done before" if found["last"] else f"goes on, {found['done']} done before"
+        log.info("--resume: %s: %s", self.place[1:], where)
         pieces: dict[str, list[Tensor]] = {}
         for part in [] if found["last"] else found["parts"]:
             start, stop = max(part["start"], windows.start), min(part["stop"], windows.stop)

@@ -18,8 +18,8 @@ def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
         check_own_folder("--save", recipe.pruned)
         bench_report.check_folder(Path(recipe.pruned))
     typed = shlex.join(command)
-    with progress(len(speed.cells(recipe)) + recipe.memory, "loading") as on_step:
-        result = speed.bench(recipe, typed, on_step)
+    with progress(len(speed.cells(recipe)) + 2 * recipe.memory, "looking at both models") as signs:
+        result = speed.bench(recipe, typed, signs)
     if talk.json:
         print_json(result)
     else:

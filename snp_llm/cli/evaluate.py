@@ -18,7 +18,7 @@ from snp_llm.evaluate.side_by_side import Evaluated
 from snp_llm.models.task import task_of
 from snp_llm.recipe.commands import EvaluationRecipe, Talk
 from snp_llm.report import evaluation as evaluation_report
-from snp_llm.runtime.terminal import print_json, print_table, progress, table_of
+from snp_llm.runtime.terminal import print_json, print_table, table_of, watching
 
 log = logging.getLogger("snp_llm")
 
@@ -77,8 +77,7 @@ def run_classified(recipe: EvaluationRecipe, talk: Talk) -> None:
     own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
-    with progress(len(recipe.models), "evaluating") as on_step:
-        results = classify(recipe, on_step)
+    results = classify(recipe, watching)
     if talk.json:
         print_json({"models": [asdict(result) for result in results]})
     else:
@@ -106,8 +105,7 @@ def run_texts(recipe: EvaluationRecipe, talk: Talk) -> None:
         check_own_folder("--save", recipe.models[0])
     for name in own if recipe.save else []:
         evaluation_report.check_folder(Path(name))
-    with progress(len(recipe.models) * (recipe.perplexity + (recipe.tasks is not None)), "evaluating") as on_step:
-        results = side_by_side.evaluate(recipe, on_step)
+    results = side_by_side.evaluate(recipe, watching)
     if talk.json:
         print_json(as_json(results))
     elif len(results) == 1 and recipe.tasks is None:

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
-from snp_llm.recipe.checks import kinds_of
+from snp_llm.recipe.checks import flag, kinds_of
 from snp_llm.recipe.commands import Talk
 from snp_llm.recipe.groups import GROUPS
 from snp_llm.recipe.recipe import Recipe
@@ -36,11 +37,10 @@ ConfigFile = Annotated[
 
 # What tyro says of a wrong argument, and the same in the words of this program.
 SAYINGS = (
-    (r"Unrecognized options: (\S+?),? .*?Perhaps you meant: (--[\w-]+).*", r"unknown option \1. Did you mean \2?"),
-    (r"Unrecognized options: (--[\w-]+).*", r"unknown option \1."),
     (r"Unrecognized options: (.*)", r"expected no further argument, got \1."),
     (r"Missing from \S+ \S+: (--\S+) .*", r"expected \1, got none."),
     (r"Missing from \S+ \S+: (.*?) [A-Z][a-z].*", r"expected \1, got none."),
+    (r"Missing value for argument '[\w-]+\.(\S+)'.*", r"expected \1, got none."),
     (r"Missing value for argument '(\S+)'.*", r"\1: expected a value, got none."),
     (
         r"(?:Invalid choice )?invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*?),?\).*",
@@ -120,8 +120,13 @@ def taken_apart(kind: Callable[..., T], parsed: Any) -> tuple[T, Talk]:
     return kind(**values), talk
 
 
-def in_words(text: str, kind: type) -> str:
-    """What tyro says of wrong arguments, in one sentence."""
+def in_words(text: str, kind: type, arguments: Sequence[str]) -> str:
+    """What tyro says of wrong arguments, in one sentence: of an option that there is not, whatever else it leads to."""
+    known = [flag(f.name) for group in groups_of(kind).values() for f in fields(group)] + ["--config", "--help"]
+    for word in (word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")):
+        if word != "--" and f"--{word.removeprefix('--no-')}" not in known and word not in known:
+            near = get_close_matches(word, [*known, *(f"--no-{name[2:]}" for name in known)], n=1)
+            return f"unknown option {word}.{f' Did you mean {near[0]}?' if near else ''}"
     text = text.split(" For full helptext")[0]
     for pattern, words in SAYINGS:
         if (found := re.fullmatch(pattern, text)) is not None:

@@ -209,7 +209,7 @@ def _tyro(kind: type, program: str, arguments: Sequence[str], default: Any) -> A
             line for line in captured.getvalue().splitlines() if not line.startswith("╭")
         ]  # that is the box's title
         text = re.sub(r"[─╰╯│]+|-{3,}", " ", " ".join(body))
-        raise SnpError(f"{in_words(' '.join(text.split()), kind)} See {program} --help.") from None
+        raise SnpError(f"{in_words(' '.join(text.split()), kind, arguments)} See {program} --help.") from None
 
 
 def _interrupt(number: int, _frame: object) -> None:

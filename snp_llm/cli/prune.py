@@ -4,13 +4,13 @@ import logging
 import os
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
@@ -24,7 +24,7 @@ from snp_llm.cli.report import write_page
 from snp_llm.data.sources import BUNDLED
 from snp_llm.evaluate.material import Figures, material_of
 from snp_llm.models import size as model_sizes
-from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.layouts import possible_types
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
@@ -38,10 +38,11 @@ from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.report import facts
 from snp_llm.report.folder import describe
 from snp_llm.report.rows import closing_table, measured_by
-from snp_llm.report.words import asked
+from snp_llm.report.words import asked, sample_lines
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import Clock, compute_device, describe_device, hand_back, place_for_another
-from snp_llm.runtime.terminal import print_json, progress
+from snp_llm.runtime.numbers import human_bytes
+from snp_llm.runtime.terminal import print_json, print_table, progress, watching
 
 log = logging.getLogger("snp_llm")
 
@@ -128,8 +129,8 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         fresh = start() if device.type == "cuda" and ranks.rank() == 0 else None
         # A search's end is not known.
         steps = pipeline.steps(resolved, dense) if resolved.perplexity_increase is None else None
-        with progress(steps) as on_step:
-            pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, on_step=on_step)
+        with progress(steps, "starting") as signs:
+            pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, signs=signs)
         hand_back(device)
         compared, models = material.compared(pruned.calibration), (dense, pruned.model)
         sizes = [model_sizes.model_size(m, resolved.seq_len, resolved.experts) for m in models]
@@ -145,24 +146,26 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
             assert fresh is not None
             return checkpoint.compare(dense, pruned.model, partial, compared, fresh, pruned.gone)
 
-        with clock.phase("saving"):
+        with clock.phase("saving"), watching(f"saving {human_bytes(sizes[1].bytes)}"):
             ranks.from_rank(0, save)
         if evaluation is not None:  # while the other process loads
-            figures, measured_on = evaluation.measure(models, device)
-            if shown := evaluation.shown(models, device):
-                more["samples"] = shown
-        with clock.phase("saving"):
+            figures, measured_on = evaluation.measure(models, device, watching)
+            with watching("examples of what both models say"):
+                if shown := evaluation.shown(models, device):
+                    more["samples"] = shown
+        with clock.phase("saving"), watching("reloading in a fresh process, and comparing"):
             difference = ranks.from_rank(0, compare)
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}
-    speeds = material.speed(models, pruned.calibration, device)
+    speeds = material.speed(models, pruned.calibration, device, watching)
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (
         facts.Measured(size, disk, speed=speed, **found)
-        for size, disk, speed, found in zip(sizes, disks, speeds, figures, strict=True)
+        for size, disk, speed, found in zip(sizes, disks, speeds.per_second, figures, strict=True)
     )
     more |= {"largest_logit_difference": difference, "device": describe_device(device)}
+    more["speed_up"] = asdict(speeds.ratio)
     if measured_on is not None:
         more["evaluation"] = measured_on
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
@@ -181,10 +184,12 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
         return
     achieved = summary["sparsity"]["achieved"]
     print(f"{recipe.model} -> {folder}: sparsity {achieved:.4f}, {asked(recipe.as_dict())} asked for")
-    Console().print(closing_table(summary))
+    print_table(closing_table(summary))
     if "evaluation" in summary:
         print(f"{' and '.join(measured_by(summary))} on {summary['evaluation']}")
     print(f"calibrated on {summary['calibration']['text']}")
+    for line in sample_lines(summary):
+        print(line)
     difference = summary["largest_logit_difference"]
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")
     if (folder / contents.PAGE).exists():
@@ -198,8 +203,8 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     dense, tokenizer = load_on_disk(recipe, scratch)
     resolved = decide(dense, run.resolve(recipe, dense, tokenizer))
     takes = announce(dense, resolved, folder.absolute().parent, talk)
-    with progress(len(find_blocks(dense))) as on_step:
-        plan = pipeline.plan(dense, tokenizer, resolved, on_step=on_step)
+    with progress(pipeline.steps(resolved, dense, cut=False), "starting") as signs:
+        plan = pipeline.plan(dense, tokenizer, resolved, signs=signs)
     if talk.json:
         print_json({"estimate": takes, **plan_facts(dense, plan, resolved)})
     else:
@@ -233,7 +238,8 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     if ranks.rank():
         return {}
     device = compute_device(recipe.device)
-    say = log.info if talk.json else partial(print, flush=True)
+    # Of a rehearsal it is the result.
+    say: Callable[[str], Any] = partial(print, flush=True) if recipe.dry_run and not talk.json else log.info
     anatomy = find_anatomy(dense, recipe.head_unit, recipe.experts)
     written = inspect_command.layout_facts(anatomy, recipe.layout, recipe.round_to)
     if recipe.depth == "only":

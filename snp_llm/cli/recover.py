@@ -22,6 +22,7 @@ from snp_llm.data.windows import Windows
 from snp_llm.evaluate.material import Evaluation, Figures, material_of
 from snp_llm.evaluate.samples import Sample
 from snp_llm.models.offload import fingerprint
+from snp_llm.models.size import model_size
 from snp_llm.models.task import task_of
 from snp_llm.pruning.identity import identity
 from snp_llm.pruning.run import resolve
@@ -36,7 +37,8 @@ from snp_llm.report.facts import write_report
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import compute_device, describe_device
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.terminal import print_json, print_table, progress
+from snp_llm.runtime.numbers import human_bytes
+from snp_llm.runtime.terminal import print_json, print_table, progress, watching
 
 log = logging.getLogger("snp_llm")
 
@@ -159,6 +161,7 @@ def recover_into(
     device, scratch = compute_device(recipe.device), partial / contents.DENSE / str(ranks.rank())
     loaded = load_pruned(recipe, texts, scratch)
     dense, _ = checkpoint.load(dense_model, "auto", on_disk=scratch / "dense")
+    log.info("hashing the weights of both models")
     depends = {
         **identity(loaded.model, loaded.reader, loaded.windows, loaded.texts),
         "recovery": recipe.identity(),
@@ -170,8 +173,8 @@ def recover_into(
     precise = in_float32(recipe, device)
     trained, _ = checkpoint.load(recipe.folder, "float32" if precise or recipe.train == "blocks" else "auto")
     windows, item = (loaded.windows.tokens, loaded.held_out), task_of(loaded.model.config).item
-    with progress(CHECKS + 1, "loading") as on_step:
-        tools = Tools(device, journal.phase("recovery"), on_step, partial / contents.DENSE / "logits", taught)
+    with progress(CHECKS + 1, "loading") as signs:
+        tools = Tools(device, journal.phase("recovery"), signs.step, partial / contents.DENSE / "logits", taught)
         recovered = recover(
             trained,
             lambda: checkpoint.load(dense_model, "float32" if precise else "auto")[0],
@@ -188,7 +191,7 @@ def recover_into(
     measured: str | None = None
     shown: list[Sample] = []
     if loaded.evaluation is not None:
-        figures, measured = loaded.evaluation.measure([dense, loaded.model, saved], device)
+        figures, measured = loaded.evaluation.measure([dense, loaded.model, saved], device, watching)
         shown = loaded.evaluation.shown([dense, saved], device)
     if ranks.rank():
         return {}
@@ -216,10 +219,12 @@ def save_verified(saved: PreTrainedModel, loaded: Loaded, source: str, partial: 
     compared = material_of(saved.config).compared(loaded.windows)
     with ExitStack() as stack:
         fresh = stack.enter_context(checkpoint.fresh_process(loaded.model))
-        checkpoint.save(saved, loaded.reader, partial, tokenizer_of=source)
-        fresh.load(partial, compared)
-        checkpoint.check_kept(loaded.model, partial)
-        return checkpoint.compare(loaded.model, saved, partial, compared, fresh)
+        with watching(f"saving {human_bytes(model_size(saved, 1).bytes)}"):
+            checkpoint.save(saved, loaded.reader, partial, tokenizer_of=source)
+        with watching("reloading in a fresh process, and comparing"):
+            fresh.load(partial, compared)
+            checkpoint.check_kept(loaded.model, partial)
+            return checkpoint.compare(loaded.model, saved, partial, compared, fresh)
 
 
 def write_down(summary: dict[str, Any], made: dict[str, Any], saved: PreTrainedModel, partial: Path) -> None:

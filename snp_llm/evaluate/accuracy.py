@@ -1,18 +1,18 @@
 """How many images a model classifies rightly, and how many a second. Knows nothing of pruning."""
 
-import statistics
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from snp_llm.evaluate.turns import in_turns, timed
 from snp_llm.models.blocks import on_device
-from snp_llm.runtime.device import synchronize
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import UNWATCHED, Signs
 
 TOP5_FROM = 20  # classes, from which on the first five are counted as well
 
@@ -34,7 +34,10 @@ class Accuracy:
 
 @torch.no_grad()
 def accuracy(
-    models: Sequence[PreTrainedModel], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+    models: Sequence[PreTrainedModel],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    signs: Signs = UNWATCHED,
 ) -> list[Accuracy]:
     """Accuracy of each model on the same images, which are read once.
 
@@ -42,6 +45,7 @@ def accuracy(
         models: classifiers; left where they are. All of them fit on the device together.
         batches: pixels, (batch, channels, height, width), and classes, (batch,), int64.
         device: to compute on.
+        signs: told how many images are done; how many there are is known at their end.
 
     Raises:
         SnpError: no images; logits that are not finite.
@@ -53,6 +57,7 @@ def accuracy(
             stack.enter_context(on_device(model.eval(), device))
         for pixels, classes in batches:
             count += len(classes)
+            signs.step(f"{count:,} images")
             for model, found in zip(models, right, strict=True):
                 logits = model(pixels.to(device, model.dtype)).logits.float().cpu()
                 if not torch.isfinite(logits).all():
@@ -67,27 +72,22 @@ def accuracy(
 
 
 @torch.no_grad()
-def image_speed(
-    models: Sequence[PreTrainedModel], pixels: Tensor, *, device: torch.device | str = "cpu", repeats: int = 5
-) -> list[float]:
-    """Images a second that each model classifies, the models taking turns so that drift of the machine cancels.
+def image_times(
+    models: Sequence[PreTrainedModel], pixels: Tensor, *, device: torch.device | str = "cpu", turns: int = 7
+) -> list[list[float]]:
+    """Seconds that each model takes to classify a batch, in every turn, the models taking turns.
 
     Args:
         models: classifiers; left where they are.
         pixels: one batch, (batch, channels, height, width).
         device: to compute on.
-        repeats: timed passes of each, after a warm-up; the median counts.
+        turns: timed passes of each, after a warm-up.
     """
     device = torch.device(device)
-    given, times = pixels.to(device), [[] for _ in models]  # type: ignore[var-annotated]
+    given = pixels.to(device)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(on_device(model.eval(), device))
-        for _ in range(1 + repeats):
-            for model, its_times in zip(models, times, strict=True):
-                synchronize(device)
-                start = time.perf_counter()
-                model(given.to(model.dtype))
-                synchronize(device)
-                its_times.append(time.perf_counter() - start)
-    return [len(pixels) / statistics.median(its_times[1:]) for its_times in times]
+        passes = [partial(timed, partial(model, given.to(model.dtype)), device) for model in models]
+        in_turns(passes, 1)  # warms up
+        return in_turns(passes, turns)

@@ -1,19 +1,20 @@
 """Several classifiers of images by one protocol: accuracy, size, speed, side by side. Knows nothing of pruning."""
 
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_reader, load_skeleton
 from snp_llm.data.images import Pictures, check_pictures, labelled_batches
-from snp_llm.evaluate.accuracy import accuracy, image_speed
+from snp_llm.evaluate.accuracy import accuracy, image_times
 from snp_llm.evaluate.material import SPEED_IMAGES, form_of
 from snp_llm.models.size import model_size
 from snp_llm.models.task import IMAGES, task_of
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import Watch
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Classified:
     speed: float
 
 
-def classify(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[Classified]:
+def classify(recipe: EvaluationRecipe, watch: Watch) -> list[Classified]:
     """Evaluates every model of a recipe, with one in memory at a time.
+
+    Args:
+        recipe: all settings.
+        watch: opens the signs of a piece of work by what it is.
 
     Raises:
         SnpError: a model or images that cannot be used; a setting that only texts have.
@@ -65,12 +70,15 @@ def classify(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[C
         model, processor = checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
         form, size = form_of(model.config, processor, model.dtype), max(recipe.batch_size, SPEED_IMAGES)
         batches, label = labelled_batches(form, pictures, batch_size=size, most=recipe.max_windows)
-        (found,) = accuracy([model], batches, device)
+        with watch(f"{name}: accuracy") as signs:
+            (found,) = accuracy([model], batches, device, signs)
         batches, _ = labelled_batches(form, pictures, batch_size=SPEED_IMAGES, most=SPEED_IMAGES)
-        (speed,) = image_speed([model], next(iter(batches))[0], device=device)
+        pixels = next(iter(batches))[0]
+        with watch(f"{name}: speed"):
+            (times,) = image_times([model], pixels, device=device)
         sizes = model_size(model, 1)
         stored = checkpoint.folder_bytes(Path(name)) or sizes.bytes
         text = f"{label}, {found.images:,} images"
+        speed = len(pixels) / statistics.median(times)
         results.append(Classified(name, found.top1, found.top5, text, sizes.parameters, stored, sizes.flops, speed))
-        on_step(f"{name}: top-1 {found.top1:.2f} %")
     return results

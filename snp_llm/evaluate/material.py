@@ -24,10 +24,12 @@ from snp_llm.data.images import (
 )
 from snp_llm.data.sources import Dataset, Purpose, check_dataset
 from snp_llm.data.windows import Windows, evaluation_windows, mixed_windows
-from snp_llm.evaluate.accuracy import accuracy, image_speed
+from snp_llm.evaluate.accuracy import accuracy, image_times
+from snp_llm.evaluate.continuations import continuations
 from snp_llm.evaluate.perplexity import perplexity
-from snp_llm.evaluate.prefill import prefill_speed
+from snp_llm.evaluate.prefill import prefill_times
 from snp_llm.evaluate.samples import LOOKED_AT, Sample, samples
+from snp_llm.evaluate.turns import Speeds, speeds_of
 from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.positions import positions, site_positions
 from snp_llm.models.segments import Segments, find_segments
@@ -36,6 +38,7 @@ from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bo
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import Watch
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ SPEED_IMAGES = 32  # that are classified at a time where their number a second i
 
 Figures = dict[str, float | None]
 
+NAMES = {2: ("dense", "pruned"), 3: ("dense", "pruned", "recovered")}  # of models, by how many are measured
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -54,11 +59,11 @@ class Evaluation:
 
     Attributes:
         measure: figures of each of some models by their names, and what they were measured on, for people.
-        shown: what a report shows of two models besides figures; nothing of models of texts.
+        shown: what a report shows of two models besides figures: sentences that they continue, or images.
     """
 
-    measure: Callable[[Sequence[PreTrainedModel], torch.device], tuple[list[Figures], str]]
-    shown: Callable[[Sequence[PreTrainedModel], torch.device], list[Sample]] = lambda _models, _device: []
+    measure: Callable[[Sequence[PreTrainedModel], torch.device, Watch], tuple[list[Figures], str]]
+    shown: Callable[[Sequence[PreTrainedModel], torch.device], list[Sample]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Material:
         evaluation: what a recipe measures by; what is wrong with that is said now.
         remark: says what is to be known of so many windows before they are pruned on.
         compared: of what was drawn, that on which the reloaded model is compared.
-        speed: tokens or images a second of models, from what was drawn.
+        speed: tokens or images a second of a dense and a pruned model, from what was drawn.
     """
 
     settings: Callable[[Recipe, PreTrainedModel, Any], dict[str, Any]]
@@ -83,7 +88,7 @@ class Material:
     evaluation: Callable[[Any, ResolvedRecipe, PreTrainedModel], Evaluation]
     remark: Callable[[PreTrainedModel, int, ResolvedRecipe], None]
     compared: Callable[[Windows], Tensor]
-    speed: Callable[[Sequence[PreTrainedModel], Windows, torch.device], list[float]]
+    speed: Callable[[Sequence[PreTrainedModel], Windows, torch.device, Watch], Speeds]
 
 
 def text_settings(recipe: Recipe, model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
@@ -141,11 +146,20 @@ def by_perplexity(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel
     windows = evaluation_windows(tokenizer, dataset, seq_len=recipe.seq_len, bos=recipe.bos)
     check_tokens(windows, model)
 
-    def measure(models: Sequence[PreTrainedModel], device: torch.device) -> tuple[list[Figures], str]:
-        values = [perplexity(m, windows.tokens, batch_size=recipe.batch_size, device=device) for m in models]
-        return [{"perplexity": value} for value in values], windows.description
+    def measure(models: Sequence[PreTrainedModel], device: torch.device, watch: Watch) -> tuple[list[Figures], str]:
+        found: list[Figures] = []
+        for name, model in zip(NAMES[len(models)], models, strict=True):
+            with watch(f"perplexity of the {name} model") as signs:
+                value = perplexity(
+                    model, windows.tokens, batch_size=recipe.batch_size, device=device, on_share=signs.share
+                )
+                found.append({"perplexity": value})
+        return found, windows.description
 
-    return Evaluation(measure)
+    def shown(models: Sequence[PreTrainedModel], device: torch.device) -> list[Sample]:
+        return continuations(models, tokenizer, windows.tokens, recipe.shown_texts, device)
+
+    return Evaluation(measure, shown)
 
 
 def image_settings(recipe: Recipe, model: PreTrainedModel, _processor: Any) -> dict[str, Any]:
@@ -240,9 +254,10 @@ def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) 
     form, pictures = form_of(model.config, processor, model.dtype), pictures_of(recipe, "evaluation")
     next(labelled_batches(form, pictures, batch_size=1)[0], None)
 
-    def measure(models: Sequence[PreTrainedModel], device: torch.device) -> tuple[list[Figures], str]:
+    def measure(models: Sequence[PreTrainedModel], device: torch.device, watch: Watch) -> tuple[list[Figures], str]:
         batches, label = labelled_batches(form, pictures, batch_size=max(recipe.batch_size, SPEED_IMAGES))
-        found = accuracy(models, batches, device)
+        with watch(f"accuracy of the {' and the '.join(NAMES[len(models)])} model") as signs:
+            found = accuracy(models, batches, device, signs)
         return [{"top1": f.top1, "top5": f.top5} for f in found], f"{label}, {found[0].images:,} images"
 
     def shown(models: Sequence[PreTrainedModel], device: torch.device) -> list[Sample]:
@@ -254,6 +269,20 @@ def by_accuracy(processor: Any, recipe: ResolvedRecipe, model: PreTrainedModel) 
     return Evaluation(measure, shown)
 
 
+def prefill_speeds(models: Sequence[PreTrainedModel], windows: Windows, device: torch.device, watch: Watch) -> Speeds:
+    """Tokens a second that a dense and a pruned model read of the first window."""
+    tokens = windows.tokens[:1]
+    with watch("speed of both models") as signs:
+        return speeds_of(tokens.numel(), prefill_times(models, tokens, device=device, on_share=signs.share))
+
+
+def image_speeds(models: Sequence[PreTrainedModel], images: Windows, device: torch.device, watch: Watch) -> Speeds:
+    """Images a second that a dense and a pruned model classify of the first ones."""
+    pixels = images.tokens[:SPEED_IMAGES]
+    with watch("speed of both models"):
+        return speeds_of(len(pixels), image_times(models, pixels, device=device))
+
+
 TEXTS = Material(
     text_settings,
     check_text,
@@ -262,7 +291,7 @@ TEXTS = Material(
     by_perplexity,
     remark=lambda _model, _windows, _recipe: None,
     compared=lambda windows: windows.tokens[:1, :LONGEST_COMPARISON],
-    speed=lambda models, windows, device: prefill_speed(models, windows.tokens[:1], device=device),
+    speed=prefill_speeds,
 )
 IMAGES = Material(
     image_settings,
@@ -272,7 +301,7 @@ IMAGES = Material(
     by_accuracy,
     remark=say_what_is_short,
     compared=lambda images: images.tokens[:2],
-    speed=lambda models, images, device: image_speed(models, images.tokens[:SPEED_IMAGES], device=device),
+    speed=image_speeds,
 )
 MATERIALS = {"text": TEXTS, "images": IMAGES}
 

@@ -1,6 +1,7 @@
 """Perplexity, over whole windows and with a stride. Knows nothing of pruning."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,17 @@ from transformers import PreTrainedModel
 from snp_llm.models.logits import logits_by_window
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import unheard
 
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, batch_size: int = 8, device: torch.device | str = "cpu"
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    on_share: Callable[[float], None] = unheard,
 ) -> float:
     """`exp` of the mean negative log-likelihood of tokens 2..T of every window.
 
@@ -27,13 +34,15 @@ def perplexity(
         windows: (windows, T), int64.
         batch_size: windows at a time; has no influence on the result beyond rounding.
         device: to compute on.
+        on_share: told the share of the work that is done, in [0, 1].
 
     Raises:
         SnpError: the likelihood is not finite.
     """
     total = torch.zeros((), dtype=torch.float64)
     mine = ranks.share(len(windows))
-    for logits, tokens in logits_by_window(model, windows[mine.start : mine.stop], batch_size, torch.device(device)):
+    own, place = windows[mine.start : mine.stop], torch.device(device)
+    for logits, tokens in logits_by_window(model, own, batch_size, place, on_share=on_share):
         # In float32 window by window: a whole batch of logits in float32 would be the largest tensor of the run.
         total += functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum").item()
     ranks.add_up([total])
@@ -71,7 +80,13 @@ class Sliding:
 
 @torch.no_grad()
 def strided_perplexity(
-    model: PreTrainedModel, text: Tensor, sliding: Sliding, *, batch_size: int = 8, device: torch.device | str = "cpu"
+    model: PreTrainedModel,
+    text: Tensor,
+    sliding: Sliding,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    on_share: Callable[[float], None] = unheard,
 ) -> tuple[float, int]:
     """`exp` of the mean negative log-likelihood of all tokens but the first, each given a long stretch before it.
 
@@ -87,6 +102,7 @@ def strided_perplexity(
         sliding: windows.
         batch_size: windows at a time; has no influence on the result beyond rounding.
         device: to compute on.
+        on_share: told the share of the work that is done, in [0, 1].
 
     Returns:
         Perplexity and the number of tokens counted.
@@ -102,10 +118,11 @@ def strided_perplexity(
     for begins in (full, starts[len(full) :]):  # the last may be shorter than all others
         if not begins:
             continue
+        told = on_share if begins is full else unheard
         windows = torch.stack([text[start : start + room] for start in begins])
         if bos is not None:
             windows = torch.cat([torch.full((len(begins), 1), bos), windows], dim=1)
-        passes = logits_by_window(model, windows, batch_size, torch.device(device))
+        passes = logits_by_window(model, windows, batch_size, torch.device(device), on_share=told)
         for start, (logits, window) in zip(begins, passes, strict=True):
             new = max(1, seq_len - stride) if start else 1  # the first position that counts
             total += functional.cross_entropy(logits[0, new - 1 : -1].float(), window[0, new:], reduction="sum").item()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.recipe.recipe import usual_text
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import Watch
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class Evaluated:
     tasks: dict[str, dict[str, float]]
 
 
-def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[Evaluated]:
+def evaluate(recipe: EvaluationRecipe, watch: Watch) -> list[Evaluated]:
     """Evaluates every model of a recipe, with one in memory at a time.
+
+    Args:
+        recipe: all settings.
+        watch: opens the signs of a piece of work by what it is.
 
     Raises:
         SnpError: a model, dataset or task that cannot be used.
@@ -74,12 +80,12 @@ def evaluate(recipe: EvaluationRecipe, on_step: Callable[[str], None]) -> list[E
         model, tokenizer = checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
         value, text, digest = None, "", ""
         if recipe.perplexity:
-            value, text, digest = measure_perplexity(model, tokenizer, recipe, seq_len, device)
-            on_step(f"{name}: perplexity {value:.4f}")
+            with watch(f"{name}: perplexity") as signs:
+                value, text, digest = measure_perplexity(model, tokenizer, recipe, seq_len, device, signs.share)
         found: dict[str, dict[str, float]] = {}
         if tasks is not None:
-            found = run_tasks(model, tokenizer, tasks, manager, batch_size=recipe.batch_size, device=device)
-            on_step(f"{name}: {', '.join(found)}")
+            with watch(f"{name}: {', '.join(tasks.names)}"):
+                found = run_tasks(model, tokenizer, tasks, manager, batch_size=recipe.batch_size, device=device)
         size = model_size(model, seq_len)
         stored = checkpoint.folder_bytes(Path(name)) or size.bytes
         results.append(Evaluated(name, value, text, digest, size.parameters, stored, found))
@@ -97,14 +103,16 @@ def measure_perplexity(
     recipe: EvaluationRecipe,
     seq_len: int,
     device: torch.device,
+    on_share: Callable[[float], None],
 ) -> tuple[float, str, str]:
     """Perplexity, the exact protocol for people, and the hash of the tokens."""
     dataset = dataset_of(recipe)
     bos = resolve_bos(recipe.bos, model, tokenizer)
+    where: dict[str, Any] = {"batch_size": recipe.batch_size, "device": device, "on_share": on_share}
     if recipe.stride is None:
         windows = evaluation_windows(tokenizer, dataset, seq_len=seq_len, max_windows=recipe.max_windows, bos=bos)
         check_tokens(windows, model)
-        value = perplexity(model, windows.tokens, batch_size=recipe.batch_size, device=device)
+        value = perplexity(model, windows.tokens, **where)
         return value, f"{windows.description}, {windows.tokens.numel():,} tokens", windows.digest
     if bos == "always" and recipe.stride == seq_len:
         raise SnpError(f"--stride: expected at most the {seq_len - 1:,} tokens after a window's BOS, got {seq_len:,}.")
@@ -112,7 +120,7 @@ def measure_perplexity(
     check_tokens(text, model)
     before = tokenizer.bos_token_id if bos == "always" else None
     sliding = Sliding(seq_len, recipe.stride, before, recipe.max_windows)
-    value, counted = strided_perplexity(model, text.tokens[0], sliding, batch_size=recipe.batch_size, device=device)
+    value, counted = strided_perplexity(model, text.tokens[0], sliding, **where)
     protocol = (
         f"{text.description}, windows of {seq_len:,} that begin every {recipe.stride:,}{BOS_REMARKS[bos]}, "
         f"{counted:,} tokens counted once each, given {seq_len - recipe.stride:,} to {seq_len - 1:,} before them "

@@ -1,14 +1,12 @@
 """How fast two models are and what they take, measured in turns so that drift cancels. Knows nothing of pruning."""
 
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +16,19 @@ from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_reader, load_config, load_skeleton
 from snp_llm.evaluate.cells import MODELS, Cell, Comparison, Timing
 from snp_llm.evaluate.memory import peak_memory
+from snp_llm.evaluate.turns import in_turns, quartiles, ratio_of, speed_words, timed
 from snp_llm.evaluate.work import bytes_read, cell_flops
 from snp_llm.models.anatomy import embedding_rows, find_anatomy
+from snp_llm.models.calls import with_cache
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.models.size import model_size
 from snp_llm.models.task import image_shape, task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.commands import BenchRecipe
-from snp_llm.runtime.device import compute_device, synchronize, versions
+from snp_llm.runtime.device import compute_device, versions
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import Signs
 from snp_llm.runtime.version import __version__
 
 
@@ -58,13 +59,13 @@ def image_cells(recipe: BenchRecipe) -> list[Cell]:
 CELLS = {"text": text_cells, "images": image_cells}
 
 
-def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> dict[str, Any]:
+def bench(recipe: BenchRecipe, command: str, signs: Signs) -> dict[str, Any]:
     """Everything that `snp-llm bench` measures, ready for JSON.
 
     Args:
         recipe: all settings.
         command: that was typed.
-        on_step: called with a line a measurement.
+        signs: told of every measurement.
 
     Raises:
         SnpError: a model that cannot be loaded, prompts longer than its positions, too little memory, no compiler.
@@ -79,9 +80,12 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
         check_positions(name, skeleton.config, wanted)
         check_reader(name, skeleton.config)
     # Before anything is loaded here, so that there is memory for them.
-    memory = [peak_memory(name, wanted, device, recipe) if recipe.memory else None for name in names]
-    if recipe.memory:
-        on_step("peak memory measured")
+    memory = []
+    for which, name in zip(MODELS, names, strict=True) if recipe.memory else ():
+        signs.begin(f"memory of the {which} model, in a process of its own")
+        memory.append(peak_memory(name, wanted, device, recipe))
+        signs.step(f"memory of the {which} model: measured")
+    signs.begin("loading both models")
     models = [checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)[0] for name in names]
     disks = [disk_bytes(name, model) for name, model in zip(names, models, strict=True)]
     sizes = [model_size(model, 1) for model in models]
@@ -91,8 +95,10 @@ def bench(recipe: BenchRecipe, command: str, on_step: Callable[[str], None]) -> 
             module.to(device)
         results = []
         for cell in wanted:
-            results.append(compare(models, cell, device, recipe))
-            on_step(f"{cell.name}: {results[-1].speedup:.2f} times as fast")
+            signs.begin(cell.name)
+            found = compare(models, cell, device, recipe)
+            signs.step(f"{cell.name}: {speed_words(found.speedup, found.speedup_low, found.speedup_high)}")
+            results.append(found)
     except torch.OutOfMemoryError as error:
         raise SnpError(
             f"bench: both models do not fit on {device} together ({str(error).splitlines()[0]}). Use smaller "
@@ -140,9 +146,9 @@ def disk_bytes(name: str, model: PreTrainedModel) -> int:
 def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device, recipe: BenchRecipe) -> Comparison:
     """Times both models in turns, starting with the other one every time."""
     inputs = [INPUTS[cell.kind](model, cell, device) for model in models]
-    forwards: list[Callable[..., Any]] = [compiled(model) if recipe.compile else model for model in models]
+    forwards: list[nn.Module] = [compiled(model) if recipe.compile else model for model in models]
     passes: list[Callable[[], float]] = [
-        partial(timed, forward, given, cell, device) for forward, given in zip(forwards, inputs, strict=True)
+        partial(seconds_of, forward, given, cell, device) for forward, given in zip(forwards, inputs, strict=True)
     ]
     try:
         for once in passes:  # the first warms up, and compiles
@@ -158,12 +164,8 @@ def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device,
             f"--compile: torch.compile failed on {cell.name}: {first_line[:200]}. On the CPU it needs a C++ compiler; "
             "leave out --compile."
         ) from error
-    times: list[list[float]] = [[], []]
-    for turn in range(recipe.repeats):
-        for at in (0, 1) if turn % 2 == 0 else (1, 0):
-            times[at].append(passes[at]())
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    low, middle, high = quartiles(ratios)
+    times = in_turns(passes, recipe.repeats)
+    than = ratio_of(times)
     flops = [cell_flops(model, cell) for model in models]
     read = [bytes_read(model, cell) for model in models]
     steps = cell.new_tokens if cell.kind == "decode" else 1
@@ -171,23 +173,16 @@ def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device,
     for seconds in times:
         least, median, most = (value / steps for value in quartiles(seconds))
         timings.append(Timing(median, least, most, cell.items / steps / median))
-    return Comparison(cell, timings[0], timings[1], middle, low, high, flops[0] / flops[1], read[0] / read[1])
+    work = flops[0] / flops[1], read[0] / read[1]
+    return Comparison(cell, timings[0], timings[1], than.ratio, than.low, than.high, *work)
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
-
-
-def compiled(model: PreTrainedModel) -> Callable[..., Any]:
+def compiled(model: PreTrainedModel) -> nn.Module:
     """The model through torch.compile, with nothing of earlier shapes left over."""
     torch.compiler.reset()
     # Past that limit torch goes on without compiling and says so in a log only.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(model)
+    return cast(nn.Module, torch.compile(model))
 
 
 def random_tokens(model: PreTrainedModel, cell: Cell, device: torch.device) -> Tensor:
@@ -210,15 +205,11 @@ INPUTS: dict[str, Callable[[PreTrainedModel, Cell, torch.device], Tensor]] = {
 }
 
 
-def timed(forward: Callable[..., Any], inputs: Tensor, cell: Cell, device: torch.device) -> float:
+def seconds_of(forward: nn.Module, inputs: Tensor, cell: Cell, device: torch.device) -> float:
     """Seconds of one pass; of decoding, without the prefill before it."""
     if cell.kind == "decode":
         return decode(forward, inputs, cell.new_tokens, device)
-    synchronize(device)
-    start = time.perf_counter()
-    PASSES[cell.kind](forward, inputs)
-    synchronize(device)
-    return time.perf_counter() - start
+    return timed(partial(PASSES[cell.kind], forward, inputs), device)
 
 
 @torch.inference_mode()
@@ -237,16 +228,17 @@ PASSES: dict[str, Callable[[Callable[..., Any], Tensor], Any]] = {"prefill": pre
 
 
 @torch.inference_mode()
-def decode(forward: Callable[..., Any], tokens: Tensor, new_tokens: int, device: torch.device) -> float:
+def decode(forward: nn.Module, tokens: Tensor, new_tokens: int, device: torch.device) -> float:
     """Seconds of `new_tokens` steps after a prefill of the tokens before them.
 
     The tokens are given, so that both models do the same whatever they would say.
     """
     length = tokens.shape[1] - new_tokens
     cache = prefill(forward, tokens[:, :length])
-    synchronize(device)
-    start = time.perf_counter()
-    for at in range(length, length + new_tokens):
-        cache = forward(tokens[:, at : at + 1], past_key_values=cache, use_cache=True).past_key_values
-    synchronize(device)
-    return time.perf_counter() - start
+
+    def go_on() -> None:
+        nonlocal cache
+        for at in range(length, length + new_tokens):
+            cache = forward(tokens[:, at : at + 1], **with_cache(forward, cache)).past_key_values
+
+    return timed(go_on, device)

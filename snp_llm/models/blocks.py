@@ -17,8 +17,8 @@ from snp_llm.models.calls import BlockCall, call_of, for_windows, in_dtype, move
 from snp_llm.models.carried import lay_out, like
 from snp_llm.models.experts import Arrived, Mixture, watch_arrivals
 from snp_llm.models.segments import Segments
-from snp_llm.models.task import task_of
-from snp_llm.runtime.errors import SnpError
+from snp_llm.models.task import Loss, task_of
+from snp_llm.runtime.errors import SnpError, shown
 
 T = TypeVar("T")
 
@@ -125,23 +125,33 @@ def logits_of(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hid
     return logits
 
 
-def loss_gradient(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of the summed negative log-likelihood, the task's, with respect to what the last block puts out.
+def loss_gradient(
+    model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor, loss_of: Loss | None = None
+) -> Tensor:
+    """Gradient of a loss with respect to what the last block puts out.
 
     Args:
         model: its embeddings, last norm and head are where `hidden` is.
         blocks: its decoder blocks; none is run.
         tokens: (batch, T), int64, on the same device.
         hidden: output of the last block, (batch, T, d).
+        loss_of: the loss of one window; None: the task's summed negative log-likelihood.
 
     Returns:
         (batch, T, d), in the dtype of `hidden`.
+
+    Raises:
+        SnpError: what should be the loss is no number that the logits have a gradient of.
     """
-    gradients = []
+    gradients, loss_of = [], loss_of or task_of(model.config).loss
     for window, states in zip(tokens.split(1), hidden.split(1), strict=True):  # one at a time: logits are large
         leaf = states.detach().requires_grad_()
         with torch.enable_grad():
-            loss = task_of(model.config).loss(logits_of(model, blocks, window, leaf), window)
+            loss = loss_of(logits_of(model, blocks, window, leaf), window)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                raise SnpError(
+                    f"loss: expected a tensor of one number, computed from the logits, got {shown(loss)[:60]}."
+                )
             gradients.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(gradients)
 

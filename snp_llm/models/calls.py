@@ -120,6 +120,12 @@ def without_cache(model: PreTrainedModel) -> dict[str, bool]:
     return {"use_cache": False} if any("use_cache" in signature(m.forward).parameters for m in takers) else {}
 
 
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """What a model is called with to go on from a cache, by the name that its version of transformers has for it."""
+    known = signature(getattr(model, "_orig_mod", model).forward).parameters  # of a compiled one that of the model
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+
+
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in a module's output, which is a tensor or a tuple that starts with it."""
     return output if isinstance(output, Tensor) else output[0]

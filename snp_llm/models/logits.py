@@ -1,6 +1,6 @@
 """Logits of a model whose blocks are run one at a time, wherever its weights are."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.models.window import capture_window
 from snp_llm.runtime.batches import BatchSize, in_batches
 from snp_llm.runtime.device import free_bytes, has_room
+from snp_llm.runtime.signs import unheard
 
 HIDDEN_BYTES = 2**29  # of hidden states that are held in host memory while perplexity is measured
 
@@ -45,10 +46,19 @@ def logits_by_window(
     batch_size: int,
     device: torch.device,
     others: nn.ModuleList | None = None,
+    on_share: Callable[[float], None] = unheard,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Window by window, logits (1, T, vocabulary) and tokens (1, T), on the device or, where that lacks room, the CPU.
 
     Hidden states stay on a GPU if there is room for them, so that weights are read once; else they wait on the CPU.
+
+    Args:
+        model: of a supported family.
+        windows: (windows, T), int64.
+        batch_size: windows at a time.
+        device: to compute on.
+        others: blocks to run in the place of the model's own.
+        on_share: told the share of the work that is done.
     """
     model.eval()
     blocks, length = find_blocks(model), windows.shape[1]
@@ -56,7 +66,10 @@ def logits_by_window(
     room = DEVICE_SHARE * free_bytes(device)
     waiting = device if device.type == "cuda" and room >= batch_size * window_bytes else CPU
     at_once = max(batch_size, int(HIDDEN_BYTES if waiting is CPU else room) // window_bytes)
-    batch = BatchSize(batch_size)
+    batch, done = BatchSize(batch_size), 0.0
+    # Of a window, in blocks: the head is one more, or several where the vocabulary is large.
+    head = embedding_rows(model) * text_config(model.config).hidden_size / max(1, _parameters(blocks) / len(blocks))
+    whole = len(windows) * (len(blocks) + head)
     for chunk in windows.split(at_once):
         with rest_on_device(model, blocks, device):
             calls = capture_window(model, blocks, chunk[:1])[1]
@@ -64,6 +77,8 @@ def logits_by_window(
         for block, call in zip(others or blocks, calls, strict=True):
             with on_device(block, device):
                 _advance(block, hidden, call, batch)
+            done += len(chunk)
+            on_share(done / whole)
         # Logits and what is computed from them, in float32.
         wanted = length * embedding_rows(model) * (model.dtype.itemsize + 2 * 4)
         place = device if has_room(device, wanted) else CPU
@@ -71,6 +86,12 @@ def logits_by_window(
             for tokens, states in zip(chunk.split(1), hidden.split(1), strict=True):
                 tokens = tokens.to(place)
                 yield logits_of(model, blocks, tokens, states.to(place)), tokens
+                done += head
+                on_share(min(1.0, done / whole))
+
+
+def _parameters(blocks: nn.ModuleList) -> int:
+    return sum(parameter.numel() for parameter in blocks.parameters())
 
 
 def _advance(block: nn.Module, hidden: Tensor, call: BlockCall, batch: BatchSize) -> None:

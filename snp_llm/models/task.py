@@ -15,6 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snp_llm.models.anatomy import text_model
 from snp_llm.models.registry import auto_class
 
+# Summed over what it is a loss of, from logits and the inputs that they are of: token ids (windows, T), or pixels.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 USUAL_SIZE = 224  # pixels, of images for models that take any
 
 
@@ -40,7 +43,7 @@ class Task:
     work: str
     windows: str
     smallest: Callable[[PreTrainedModel, bool], object]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
     losses: Callable[[Tensor], int]
     causal: bool
 

@@ -18,14 +18,16 @@ from snp_llm.models.depth import gone_blocks, with_depth
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
+from snp_llm.models.task import Loss
 from snp_llm.pruning.distances import with_distances
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.identity import decided_widths, identity
+from snp_llm.pruning.measured import measures
 from snp_llm.pruning.padded import padded_blocks
 from snp_llm.pruning.result import SiteResult
-from snp_llm.pruning.run import OnStep, Run, announce_experts, announce_heads, check_weights, read_calibration, resolve
+from snp_llm.pruning.run import Run, announce_experts, announce_heads, check_weights, read_calibration, resolve
 from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
-from snp_llm.pruning.sequential import prune_blocks
+from snp_llm.pruning.sequential import prune_blocks, steps_a_block
 from snp_llm.pruning.shared import narrowed_blocks, with_order
 from snp_llm.pruning.stream import capture
 from snp_llm.pruning.trial_cut import try_cuts, try_without
@@ -35,10 +37,29 @@ from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import UNWATCHED, Signs
 
 log = logging.getLogger(__name__)
 
 Measure = Callable[[PreTrainedModel], float]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a program that prunes has of its own, in place of what a recipe names.
+
+    Attributes:
+        data: in memory, to calibrate on in place of the text that the recipe names; see `data.given`.
+        measure: what a permitted rise is of, the smaller the better; None: perplexity on held-out calibration text.
+        loss: whose gradients weigh errors; None: the task's own.
+    """
+
+    data: Any = None
+    measure: Measure | None = None
+    loss: Loss | None = None
+
+
+NOTHING = Given()
 
 
 @dataclass(frozen=True)
@@ -78,10 +99,9 @@ def prune(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
-    data: Any = None,
-    measure: Measure | None = None,
+    given: Given = NOTHING,
     journal: Journal | None = None,
-    on_step: OnStep = lambda _line: None,
+    signs: Signs = UNWATCHED,
 ) -> PrunedModel:
     """Remove units from every attention and FFN site and repair the out-projections by least squares.
 
@@ -89,22 +109,23 @@ def prune(
         model: dense model of a supported family; left as it was.
         tokenizer: its tokenizer.
         recipe: all settings. Everything about files and evaluation is ignored here.
-        data: in memory, to calibrate on in place of the text that the recipe names; see `data.given`.
-        measure: what a permitted rise is of, the smaller the better; None: perplexity on held-out calibration text.
+        given: what the caller has of its own.
         journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
-        on_step: called with a line of text after each site, and after each block of the dense model's visit.
+        signs: told of each site, of each block of the dense model's visit, and of what begins.
 
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
     """
-    resolved, journal = decide(model, resolve(recipe, model, tokenizer)), journal or Journal()
+    resolved = decide(model, resolve(recipe, model, tokenizer))
     clock = Clock(compute_device(resolved.device))
-    run = Run(resolved, clock, journal, on_step)
+    journal = replace(journal or Journal(), clock=clock)
+    run = Run(resolved, clock, journal, signs, given.loss)
     allowed = resolved.perplexity_increase
+    signs.begin(f"reading {resolved.calibration}")
     if allowed is not None:
-        drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS, data)
+        drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS, given.data)
         windows, unseen = split_windows(drawn, HELD_OUT_WINDOWS)
-        journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
+        begin_journal(journal, partial(identity, model, tokenizer, windows, resolved), signs)
         visited = visit(model, windows, run.phase("visit"))
 
         def held_out(model: PreTrainedModel) -> float:
@@ -117,20 +138,28 @@ def prune(
         def predicted(sparsity: float) -> float | None:
             return predicted_rise(visited, replace(resolved, sparsity=sparsity, max_perplexity_increase=None))
 
-        found = largest_sparsity(model, allowed, measure or held_out, attempt, predicted)
+        found = largest_sparsity(model, allowed, given.measure or held_out, attempt, predicted)
         facts = (windows, clock.seconds, found.sparsity, what_stays(visited.anatomy), found.trials)
         return PrunedModel(found.model, tokenizer, resolved, found.results, *facts)
-    windows = read_calibration(tokenizer, resolved, model, data=data)
-    journal.belongs_to(partial(identity, model, tokenizer, windows, resolved))
+    windows = read_calibration(tokenizer, resolved, model, data=given.data)
+    begin_journal(journal, partial(identity, model, tokenizer, windows, resolved), signs)
     visited = visit(model, windows, run.phase("visit"))
     pruned, results = cut_once(visited, windows.tokens, run.phase("cut"))
     sparsity, stays = None if resolved.separate else resolved.sparsity, what_stays(visited.anatomy)
     return PrunedModel(pruned, tokenizer, resolved, results, windows, clock.seconds, sparsity, stays)
 
 
-def steps(recipe: Recipe, model: PreTrainedModel) -> int:
-    """How often `prune` calls `on_step`."""
-    return (2 + visit_passes(recipe) + bool(recipe.refine_steps)) * len(find_blocks(model))
+def begin_journal(journal: Journal, identify: Callable[[], dict[str, Any]], signs: Signs) -> None:
+    """Checks that a journal is that of this run; said before, since it reads all weights."""
+    if journal.folder is not None:
+        signs.begin("hashing the weights")
+    journal.belongs_to(identify)
+
+
+def steps(recipe: Recipe, model: PreTrainedModel, *, cut: bool = True) -> int:
+    """How many steps `prune` tells of; without `cut` those of its visit to the dense model, which are all of `plan`."""
+    measured = measures(find_anatomy(model, recipe.head_unit, recipe.experts), recipe)
+    return (visit_passes(recipe) + measured + cut * steps_a_block(recipe)) * len(find_blocks(model))
 
 
 def plan(
@@ -138,7 +167,7 @@ def plan(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
-    on_step: OnStep = lambda _line: None,
+    signs: Signs = UNWATCHED,
 ) -> list[tuple[Site, int]]:
     """The width of every site that `prune` would choose, without pruning.
 
@@ -152,8 +181,9 @@ def plan(
         )
     resolved = decide(model, resolve(recipe, model, tokenizer))
     clock = Clock(compute_device(resolved.device))
+    signs.begin(f"reading {resolved.calibration}")
     windows = read_calibration(tokenizer, resolved, model) if resolved.allocation in NEEDS_CURVES else None
-    visited = visit(model, windows, Run(resolved, clock, Journal(), on_step))
+    visited = visit(model, windows, Run(resolved, clock, Journal(), signs))
     return list(zip(visited.anatomy.sites, visited.widths(resolved), strict=True))
 
 
@@ -190,9 +220,11 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     anatomy = with_depth(
         find_anatomy(model, run.recipe.head_unit, run.recipe.experts), run.recipe.depth, run.recipe.experts
     )
+    run.signs.begin("checking the weights")
     with run.clock.phase("loading"):
         check_weights(anatomy, run.clock.device)
     if windows is not None and not anatomy.family.alike:
+        run.signs.begin("trying a cut of every kind")
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
         try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
     announce_heads(anatomy.sites, run.recipe)
@@ -201,6 +233,7 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         log.warning("%s", line)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
     if windows is not None and visit_passes(run.recipe, anatomy.sites):
+        run.signs.begin("visiting the dense model")
         curves = visit_dense(anatomy, windows.tokens, run)
         if run.recipe.depth_score != "loss":
             curves = with_distances(curves, anatomy, windows.tokens, run.phase("distances"))
@@ -210,6 +243,7 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
 def cut_once(visited: Visited, tokens: Tensor, run: Run) -> tuple[PreTrainedModel, list[SiteResult]]:
     """The pruned model and what happened at every site, calibrated on tokens, (windows, T)."""
     anatomy = visited.anatomy
+    run.signs.begin("choosing widths")
     widths = decided_widths(lambda: visited.widths(run.recipe), run.recipe, run.journal)
     try_without(anatomy, tokens, gone_blocks(anatomy.sites, widths))
     stream = capture(anatomy, tokens, run)

@@ -1,7 +1,7 @@
 """A recipe made definite by a model, and that model and its calibration text checked before the first block."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +16,14 @@ from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
+from snp_llm.models.task import Loss
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.signs import UNWATCHED, Signs
 
 log = logging.getLogger(__name__)
-OnStep = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,16 @@ class Run:
         recipe: all settings.
         clock: of the compute device.
         journal: of the phase that is on: keeps what it has done, and knows what an interrupted one has.
-        on_step: called with a line of text after each site and each block of the dense model.
+        signs: told of each site, each block of the dense model, and what begins.
+        loss: what gradients are of, from logits and the inputs that they are of; None: the task's own.
         batch: the most windows that are known to fit; all phases share it.
     """
 
     recipe: ResolvedRecipe
     clock: Clock
     journal: Journal
-    on_step: OnStep
+    signs: Signs = UNWATCHED
+    loss: Loss | None = None
     batch: BatchSize = field(default_factory=BatchSize)
 
     def phase(self, name: str) -> "Run":

@@ -32,6 +32,7 @@ from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, o
 from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.pruning.whole_experts import cut_whole
+from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
 from snp_llm.runtime.storage import store
@@ -55,6 +56,7 @@ def prune_blocks(
     clock, journal, blocks = run.clock, run.journal, anatomy.blocks
     dense = DenseStream.beside(stream, anatomy, run)
     first, state = journal.last_state(stream.windows, stream.total)
+    run.signs.skip(first * steps_a_block(run.recipe))
     if state:
         stream.go_on(state["hidden"])
         dense.go_on(state)
@@ -80,6 +82,11 @@ def prune_blocks(
             state = {"hidden": stream.hidden, **dense.state()}
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
+
+
+def steps_a_block(recipe: Recipe) -> int:
+    """How often a block is spoken of: once for each of its sites, and once more where it is refined."""
+    return 2 + bool(recipe.refine_steps)
 
 
 @dataclass
@@ -161,14 +168,14 @@ def prune_block(
                 again = partial(gather_arrivals, block, stream=stream, fixed=fixed, run=run)
                 result = cut_whole(*given, again) if site.whole else cut_experts(*given)
             mixed.append(replace(result, seconds=time.perf_counter() - start))
-            run.on_step(str(mixed[-1]))
+            run.signs.step(str(mixed[-1]))
         for site in plain:
             number = anatomy.sites.index(site)
             with run.clock.phase("Gram matrices"):
                 summed = over_all_ranks(sums.pop(0))
             result = cut_site(block, site, summed, widths[number], partial(gradients, number), run)
             results.append(replace(result, seconds=time.perf_counter() - start))
-            run.on_step(str(results[-1]))
+            run.signs.step(str(results[-1]))
             form, seen = forms.pop(0), inputs.pop(0)
             if seen is not None:
                 fixed.append(fix(block, result, form, seen, stream))
@@ -184,7 +191,7 @@ def prune_block(
         results[-1:] = [replace(last, refinement=refinement) for last in results[-1:]]  # some blocks have no site
         if refinement < 1:
             fixed.clear()  # what they put out is no longer what the block does
-        run.on_step(f"block {stream.index}: refined, error {refinement:.3f} of what it was")
+        run.signs.step(f"block {stream.index}: refined, error {refinement:.3f} of what it was")
 
     def run_on(at: slice) -> Tensor:
         with _fixing(fixed, at, run.clock.device):

@@ -92,13 +92,32 @@ class Stream:
         return replace(self, hidden=hidden.copy_(self.hidden[: len(mine)]), windows=mine, total=min(self.total, count))
 
 
-def capture(anatomy: Anatomy, tokens: Tensor, run: Run) -> Stream:
+@dataclass(frozen=True)
+class Visit:
+    """One pass through the dense model: through which, with which tokens and tools."""
+
+    anatomy: Anatomy
+    tokens: Tensor
+    run: Run
+
+    @property
+    def windows(self) -> range:
+        """Windows of this rank."""
+        return ranks.share(len(self.tokens))
+
+    def start(self) -> Stream:
+        """The tokens before the first block."""
+        return capture(self.anatomy, self.tokens, self.run)
+
+
+def capture(anatomy: Anatomy, tokens: Tensor, run: Run, *, everywhere: bool = False) -> Stream:
     """Embeds this rank's share of the calibration tokens and records how the model calls its blocks.
 
     Args:
         anatomy: of the model, dense or pruned before.
         tokens: all calibration windows, (windows, T), int64.
         run: of this phase; its journal's folder takes hidden states on disk, or the system's for temporary files.
+        everywhere: every rank takes all of them.
     """
     place = run.recipe.hidden_device
     if place == "auto":  # nobody has looked for room
@@ -107,12 +126,13 @@ def capture(anatomy: Anatomy, tokens: Tensor, run: Run) -> Stream:
     storage = Storage(
         None if place == "disk" else torch.device(place), run.journal.folder, pinned=on_gpu and place == "cpu"
     )
-    if len(tokens) < ranks.rank_count():
+    if len(tokens) < ranks.rank_count() and not everywhere:
         raise SnpError(
             f"calibration: expected a window or more for each of {ranks.rank_count()} ranks, got {len(tokens)}. Use "
             "more --num-samples or fewer ranks."
         )
-    mine, model, blocks = ranks.share(len(tokens)), anatomy.model, anatomy.blocks
+    mine = range(len(tokens)) if everywhere else ranks.share(len(tokens))
+    model, blocks = anatomy.model, anatomy.blocks
     run.batch.windows = min(run.batch.windows, run.recipe.batch_size)
     size = run.recipe.batch_size
     with run.clock.phase(ONCE), rest_on_device(model, blocks, torch.device("cpu")):

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 TOKENS = 64  # that are tried
 
+# In names of what two blocks may differ in: their number, and widths, which their weights' shapes prove.
+MAY_DIFFER = ("idx", "index", "layer_id", "intermediate", "head", "groups", "ffn", "inner", "features", "nx", "nf")
+
 # Largest difference of what arrives at a consumer, relative to the largest value. Fewer rows may take another kernel.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -114,13 +117,13 @@ def try_without(anatomy: Anatomy, tokens: Tensor, gone: Sequence[int]) -> None:
 
 
 def _unlike(old: nn.Module, new: nn.Module) -> str:
-    """The first number, flag or word in which two blocks differ, but for their own number; empty where none does."""
+    """The first number, flag or word in which two blocks differ that should not; empty where none does."""
     others = dict(new.named_modules())
     for path, module in old.named_modules():
         values = vars(others[path])
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str) and key != "training" and not key.startswith("_")
-            if plain and not any(word in key for word in ("idx", "index", "layer_id")) and values.get(key) != value:
+            if plain and not any(word in key for word in MAY_DIFFER) and values.get(key) != value:
                 return f"{path}.{key}".strip(".")
     return ""
 

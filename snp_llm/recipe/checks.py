@@ -50,11 +50,13 @@ RANGES = {
     "dampening": Range(float, 0, 10**6),  # beyond, nothing of the statistics is left
     "round_to": COUNT,
     "refine": Range(int, 1, 10**6),
+    "measured_cuts": Range(int, 0, 8),
     "num_samples": COUNT,
     "seq_len": Range(int, 2, COUNT.most),
     "batch_size": COUNT,
     "seed": Range(int, 0, 2**63 - 1),
     "shown_images": Range(int, 0, 64),
+    "shown_texts": Range(int, 0, 64),
     "save_every": Range(float, 0, 10**9),
     "stride": COUNT,
     "max_windows": COUNT,

@@ -7,18 +7,9 @@ AMOUNT = ("sparsity", *GOALS, "latency_table")
 SPLIT = ("ffn_sparsity", "head_sparsity")
 
 METHOD = (
-    *("ordering", "metric", "allocation", "reference", "reference_weight", "dampening", "refine"),
-    *(
-        "absorb_bias",
-        "norm_statistics",
-        "head_unit",
-        "experts",
-        "expert_score",
-        "depth",
-        "depth_score",
-        "layout",
-        "round_to",
-    ),
+    *("ordering", "metric", "allocation", "measured_cuts", "reference", "reference_weight", "dampening", "refine"),
+    *("absorb_bias", "norm_statistics", "head_unit", "experts", "expert_score", "depth", "depth_score"),
+    *("layout", "round_to"),
 )
 
 # A run knows it by its tokens or pixels, not by its name.
@@ -30,7 +21,7 @@ ROUNDING = ("dtype", "batch_size", "device")  # sums in another order or type di
 
 PLACES = ("model", "hidden_device", "save_every")  # of weights and hidden states, whose bits are the same anywhere
 
-EVALUATION = ("eval", "eval_dataset", "eval_split", "shown_images")
+EVALUATION = ("eval", "eval_dataset", "eval_split", "shown_images", "shown_texts")
 
 # Of one run, not of its result. Kept, they would overwrite, upload or trust by surprise when it is repeated.
 ONCE = ("output", "trust_remote_code", "push_to_hub", "private", "overwrite", "resume", "dry_run")

@@ -105,6 +105,9 @@ class Recipe:
     allocation: Literal["uniform", "variance", "loss"] = "loss"
     """How many units each site keeps. loss: the widths of least predicted loss. variance: one threshold on the share of
     latent energy for all sites, the paper's. uniform: the same fraction everywhere."""
+    measured_cuts: int = 1
+    """Cuts of every site, one site at a time, whose divergence from the dense model is measured to correct the losses
+    that allocation loss predicts. 0: none."""
     reference: Literal["self", "dense", "residual"] = "residual"
     """What an out-projection is repaired to give on the inputs it now gets. self: what it gave on them before the cut.
     dense: the dense model's output. residual: whatever makes the stream after it that of the dense model."""
@@ -182,6 +185,9 @@ class Recipe:
     """Default: the test split."""
     shown_images: int = 8
     """Evaluation images that report.html shows with what both models say of them, where models classify images. They go
+    wherever the folder goes; 0: none."""
+    shown_texts: int = 3
+    """Beginnings of sentences of the evaluation text that report.html shows with how both models go on. They go
     wherever the folder goes; 0: none."""
     trust_remote_code: bool = False
     """Allow Python code in MODEL's repository to run."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from snp_llm.checkpoint.contents import BENCH, read_card, read_report
 from snp_llm.evaluate.cells import MODELS, Cell
+from snp_llm.evaluate.turns import speed_words
 from snp_llm.models.layouts import KERNEL_MULTIPLE
 from snp_llm.report.card import update_card
 from snp_llm.runtime.errors import SnpError
@@ -27,7 +28,7 @@ def bench_table(result: dict[str, Any]) -> Table:
             timing = cell[model]
             spread = 50 * (timing["high"] - timing["low"]) / timing["seconds"]
             shown.append(f"{1000 * timing['seconds']:,.1f} ms ± {spread:.0f} %, {timing['per_second']:,.0f}/s")
-        ratio = f"{cell['speedup']:.2f} ({cell['speedup_low']:.2f} to {cell['speedup_high']:.2f})"
+        ratio = speed_words(cell["speedup"], cell["speedup_low"], cell["speedup_high"])
         rows.append((named.name, *shown, ratio, f"{cell['flops_ratio']:.2f}", f"{cell['bytes_ratio']:.2f}"))
 
     def row(name: str, values: Sequence[float], form: str) -> None:

@@ -1,17 +1,24 @@
 """The model card of an output folder. Knows results, computes nothing."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PretrainedConfig
 
+from snp_llm.checkpoint.base_card import inherited
 from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card
 from snp_llm.checkpoint.tokenizer import reader_of
+from snp_llm.data.sources import NAMED
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
+from snp_llm.report.limits import limits
 from snp_llm.report.rows import markdown_table, measured_by, what_went
+from snp_llm.report.words import sample_lines
 from snp_llm.runtime.files import write_text
 
 # By the Auto class of a model, where the Hub calls what it does something else than the generation of text.
@@ -21,10 +28,32 @@ PIPELINES = {
     "AutoModelForImageClassification": "image-classification",
 }
 
+FILES = (".txt", ".jsonl", ".parquet")  # endings of what is a file on some machine, and no dataset's id
+
+CITATION = """@article{offergeld2024subspace,
+  title   = {Subspace Node Pruning},
+  author  = {Offergeld, Joshua and van Gerven, Marcel and Ahmad, Nasir},
+  journal = {arXiv preprint arXiv:2405.17506},
+  year    = {2024}
+}"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a pruned model comes from.
+
+    Attributes:
+        base_model: the dense one on the Hub, if it is there.
+        inherited: what its card says that holds here too: license, languages.
+    """
+
+    base_model: str | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+
 
 def model_card(
     report: dict[str, Any],
-    base_model: str | None,
+    origin: Origin,
     *,
     model_type: str,
     has_code: bool,
@@ -34,13 +63,68 @@ def model_card(
 
     Args:
         report: as in `prune_report.json`.
-        base_model: on the Hub, if it is there.
+        origin: of the model.
         model_type: of the config.
         has_code: whether the folder needs `trust_remote_code`.
         classes: Auto classes that load the model and what reads its inputs.
     """
-    auto, reader = classes
-    trust = ", trust_remote_code=True" if has_code else ""
+    made = f" Made with `{report['command']}`." if "command" in report else ""
+    removed, (gone, repaired) = 100 * report["sparsity"]["achieved"], what_went(report)
+    without = "" if report.get("recovery") else ", without training"
+    lines = [
+        *("---", front_matter(report, origin, has_code=has_code, auto=classes[0]), "---", ""),
+        f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
+        "",
+        f"Whole {gone} were removed in one shot{without}, and the {repaired}",
+        f"repaired by least squares, with snp-llm {report['snp_llm']}.",
+        *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
+        "",
+        *markdown_table(report),
+        "",
+        *(_measured_on(report), ""),
+        *_continued(report),
+        *_usage(classes, model_type, has_code=has_code),
+        "## Limits",
+        "",
+        *(f"- {sentence}" for sentence in limits(report)),
+        "- What the dense model is not fit for, this one is not either; what it knew rarely goes first.",
+        "",
+        "## How it was made",
+        "",
+        f"Calibrated on {report['calibration']['text']}.{made}",
+        f"Every setting, kept unit and error is in `{REPORT}`; `{PAGE}` shows them in pictures.",
+        "",
+        "```bibtex",
+        CITATION,
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _continued(report: Mapping[str, Any]) -> list[str]:
+    """A sentence as both models go on with it."""
+    said = sample_lines(report)
+    return ["```text", *said, "```", ""] if said else []
+
+
+def _usage(classes: tuple[str, str], model_type: str, *, has_code: bool) -> list[str]:
+    """How to load the model and, where it writes, let it."""
+    (auto, reader), trust = classes, ", trust_remote_code=True" if has_code else ""
+    name = reader.removeprefix("Auto").lower()
+    lines = [
+        "```python",
+        f"from transformers import {auto}, {reader}",
+        "",
+        'folder = "path/to/this/folder"  # or user/name on the Hub',
+        f"model = {auto}.from_pretrained(folder{trust})",
+        f"{name} = {reader}.from_pretrained(folder{trust})",
+    ]
+    if auto == "AutoModelForCausalLM":
+        lines += [
+            'tokens = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=32)[0], skip_special_tokens=True))",
+        ]
     if has_code:
         loads = [
             "Blocks differ in width, which the stock config cannot express; the folder carries a short modelling file,",
@@ -53,58 +137,46 @@ def model_card(
             f"A plain `{model_type}` config and safetensors, without any code: it loads in transformers, and in every",
             f"other engine that reads `{model_type}` checkpoints.",
         ]
-    made = f" Made with `{report['command']}`." if "command" in report else ""
-    removed, (gone, repaired) = 100 * report["sparsity"]["achieved"], what_went(report)
-    without = "" if report.get("recovery") else ", without training"
-    lines = [
-        *("---", front_matter(report, base_model, has_code=has_code, auto=auto), "---", ""),
-        f"# {Path(report['recipe']['model']).name}, {removed:.1f} % of its block-linear parameters removed",
-        "",
-        f"Whole {gone} were removed in one shot{without}, and the {repaired}",
-        f"repaired by least squares, with snp-llm {report['snp_llm']}.",
-        *(f"{line[0].upper()}{line[1:]}." for line in report["stays"]),
-        "",
-        *markdown_table(report),
-        "",
-        *(_measured_on(report), ""),
-        "```python",
-        f"from transformers import {auto}, {reader}",
-        "",
-        'folder = "path/to/this/folder"  # or user/name on the Hub',
-        f"model = {auto}.from_pretrained(folder{trust})",
-        f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained(folder{trust})",
-        "```",
-        "",
-        *(*loads, ""),
-        f"Calibrated on {report['calibration']['text']}.{made}",
-        f"Every setting, kept unit and error is in `{REPORT}`; `{PAGE}` shows them in pictures.",
-        "",
-    ]
-    return "\n".join(lines)
+    return [*lines, "```", "", *loads, ""]
 
 
-def front_matter(report: dict[str, Any], base_model: str | None, *, has_code: bool, auto: str) -> str:
-    """What the Hub reads of a card: tags, the dense model, and perplexity where it was measured; YAML."""
+def front_matter(report: dict[str, Any], origin: Origin, *, has_code: bool, auto: str) -> str:
+    """What the Hub reads of a card: tags, license, the dense model, datasets, and what was measured; YAML."""
     name = f"{Path(report['recipe']['model']).name} pruned"
     pipeline, measured = PIPELINES.get(auto, "text-generation"), _has_figures(report)
     key, metric = ("top1", "accuracy") if report["pruned"].get("top1") is not None else ("perplexity", "perplexity")
+    of = dataset_of(str(report["recipe"]["eval_dataset"]))
     result = EvalResult(
         task_type="text-generation" if key == "perplexity" else pipeline,
-        dataset_type=str(report["recipe"]["eval_dataset"]),
+        dataset_type=of[0] if of else "custom",
+        dataset_config=of[1] if of else None,
         dataset_name=str(report.get("evaluation")),
         metric_type=metric,
         metric_value=report["pruned"][key],
     )
+    calibration = dataset_of(str(report["recipe"]["calibration"]))
     data = ModelCardData(
-        base_model=base_model,
+        base_model=origin.base_model,
+        datasets=[calibration[0]] if calibration else None,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
         metrics=[metric] if measured else None,
         model_name=name if measured else None,
         eval_results=[result] if measured else None,
+        **origin.inherited,
     )
     return str(data.to_yaml())
+
+
+def dataset_of(name: str) -> tuple[str, str | None] | None:
+    """A dataset's id on the Hub and its configuration, or None where it is not there: a file, a mixture, noise."""
+    if name in NAMED:
+        return NAMED[name].path, NAMED[name].options.get("name")
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name)
+    if found is None or name.startswith(".") or os.path.exists(name) or Path(name).suffix in FILES:
+        return None
+    return found[1], found[2]
 
 
 def _has_figures(report: dict[str, Any]) -> bool:
@@ -125,7 +197,8 @@ def _measured_on(report: dict[str, Any]) -> str:
 def write_card(report: dict[str, Any], config: PretrainedConfig, base_model: str | None, folder: Path) -> None:
     """Writes the model card of a pruned model of a config into its folder."""
     classes = auto_class(config).__name__, reader_of(folder)
-    card = model_card(report, base_model, model_type=config.model_type, has_code=needs_code(config), classes=classes)
+    origin = Origin(base_model, inherited(str(report["recipe"]["model"])))
+    card = model_card(report, origin, model_type=config.model_type, has_code=needs_code(config), classes=classes)
     write_text(folder / CARD, card)
 
 

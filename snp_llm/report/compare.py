@@ -7,7 +7,7 @@ from snp_llm.recipe.groups import LINE
 from snp_llm.report import figures
 from snp_llm.report.figures import Line, Panel
 from snp_llm.report.parts import Picture, as_picture
-from snp_llm.report.read import SAME_PERPLEXITY, Run, model_name, speed_up_of
+from snp_llm.report.read import SAME_PERPLEXITY, Run, model_name, speed_of, speed_up_of
 from snp_llm.report.rows import QUALITIES, words_of
 from snp_llm.report.words import percent, setting_words
 from snp_llm.runtime.errors import SnpError
@@ -44,7 +44,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
             "parameters": run.report["pruned"]["size"]["parameters"],
             "quality": run.report["pruned"].get(key),
             "dense": run.report["dense"].get(key),
-            "speed": speed_up_of(run.report),
+            "speed": speed_of(run.report),
         }
         for run in ordered
     ]

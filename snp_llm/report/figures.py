@@ -177,14 +177,22 @@ def error_figure(
         return figure
 
 
-def prediction_figure(predicted: Sequence[SitePoint], measured: Sequence[SitePoint]) -> "Figure":
-    """Measured against predicted reconstruction error, a point a site, logarithmic, with the diagonal.
+def prediction_figure(
+    predicted: Sequence[SitePoint],
+    measured: Sequence[SitePoint],
+    names: tuple[str, str] = ("predicted error", "measured error"),
+    size: tuple[float, float] = SIZE,
+) -> "Figure":
+    """Measured against predicted errors, a point a site, logarithmic, with the diagonal.
 
     Args:
         predicted, measured: of the same sites; those that are not positive have no place on such an axis.
+        names: of both.
+        size: inches.
     """
     with drawing_style():
-        figure, axes = draw_axes("predicted error", "measured error")
+        figure, axes = draw_axes(*names)
+        figure.set_size_inches(*size)
         pairs = [(p, m) for p, m in zip(predicted, measured, strict=True) if p.value > 0 and m.value > 0]
         low, high = make_room(point.value for pair in pairs for point in pair)
         axes.plot([low, high], [low, high], color=COLOURS["soft"], linewidth=0.9, zorder=1)

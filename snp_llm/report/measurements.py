@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from snp_llm.evaluate.turns import speed_words
 from snp_llm.report.parts import Table
 from snp_llm.report.words import count, flattened, setting_words, title_of
 
@@ -20,17 +21,17 @@ def bench_measurements(value: Any) -> Measurements | None:
     if not isinstance(value, dict) or not isinstance(cells := value.get("cells"), list):
         return measurements(value)
     rest = measurements({name: inner for name, inner in value.items() if name != "cells"})
-    columns = ["", "dense, a second", "pruned", "times as fast", "quartiles", "FLOPs", "weights"]
+    columns = ["", "dense, a second", "pruned", "times as fast", "FLOPs", "weights"]
     rows = []
     for c in cells:
         what, shape = c["cell"]["kind"], f"{c['cell']['batch']} \N{MULTIPLICATION SIGN} {count(c['cell']['length'])}"
         speeds = [count(c[model]["per_second"]) for model in ("dense", "pruned")]
-        quartiles = f"{c['speedup_low']:.2f} to {c['speedup_high']:.2f}"
+        faster = speed_words(c["speedup"], c["speedup_low"], c["speedup_high"])
         ratios = [f"{c[ratio]:.3f}" for ratio in ("flops_ratio", "bytes_ratio")]
-        rows.append([f"{what}, {shape}", *speeds, f"{c['speedup']:.2f}", quartiles, *ratios])
+        rows.append([f"{what}, {shape}", *speeds, faster, *ratios])
     caption = (
-        "Batch and prompt length, tokens a second, or images; FLOPs and weights of the dense model over those of the "
-        "pruned one"
+        "Batch and prompt length, tokens a second, or images; medians and quartiles of ratios; FLOPs and weights of "
+        "the dense model over those of the pruned one"
     )
     return Measurements(rest.lines if rest else [], [Table(caption, columns, rows)])
 

@@ -12,12 +12,12 @@ from typing import Any
 import jinja2
 
 from snp_llm.checkpoint.contents import BENCH, PAGE, REPORT
-from snp_llm.pruning.widths.plan import FARTHEST_FROM_BUDGET
 from snp_llm.report import pictures
 from snp_llm.report.compare import compare
+from snp_llm.report.limits import limits
 from snp_llm.report.measurements import bench_measurements, measurements, recovery_measurements
-from snp_llm.report.read import Run, model_name, read_run
-from snp_llm.report.rows import measured_by, summary, what_went, words_of
+from snp_llm.report.read import Run, model_name, read_run, speed_of, speed_up_of
+from snp_llm.report.rows import summary, what_went, words_of
 from snp_llm.report.words import asked, brief, brief_count, change_words, count, percent, said_of, setting_words
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.files import write_text
@@ -69,7 +69,8 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "arguments": str(report.get("command", "")).split(),
             "quoted": json.dumps(f"path/to/{run.name}", ensure_ascii=False),
             "gone": what_went(report)[0],
-            "samples": report.get("samples", []),
+            "continued": [sample for sample in report.get("samples", []) if "prompt" in sample],
+            "samples": [sample for sample in report.get("samples", []) if "picture" in sample],
             "widths": pictures.widths(report),
             "predictions": pictures.predictions(report),
             "curves": pictures.curves(report),
@@ -82,7 +83,7 @@ def make_page(run: Run, others: Sequence[Run] = ()) -> str:
             "tasks": measurements(report.get("tasks")),
             "recoveries": recovery_measurements(report.get("recovery")),
             "compared": compared,
-            "limits": limits(run),
+            "limits": limits(report, benched=run.bench is not None),
         }
         return _environment().get_template("report.html").render(context)
     except SnpError:
@@ -125,51 +126,15 @@ def tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "-", "\N{MINUS SIGN}"
         )
         found.append(("top-1, %", f"{pruned['top1']:,.2f}", points))
-    if pruned["speed"] and dense["speed"]:
-        found.append(
-            (
-                words_of(report).speed.split(",")[0].replace("prefill", "prefill speed"),
-                f"\N{MULTIPLICATION SIGN}{pruned['speed'] / dense['speed']:.2f}",
-                "of the dense model's",
-            )
-        )
+    speed = speed_of(report)
+    if speed_up_of(report) is not None:
+        value, _, spread = speed.partition(" ")
+        beside = f", {spread.strip('()')}" if spread else ""
+        name = words_of(report).speed.split(",")[0].replace("prefill", "prefill speed")
+        found.append((name, value, f"of the dense model's{beside}"))
     else:
         ratio = pruned["size"]["flops"] / dense["size"]["flops"]
-        found.append(
-            (f"FLOPs {words_of(report).work}", change_words(ratio), "of the dense model's; speed not measured")
-        )
-    return found
-
-
-def limits(run: Run) -> list[str]:
-    """What the numbers do not say, in sentences."""
-    report, recipe, words = run.report, run.report["recipe"], words_of(run.report)
-    dense, pruned, sparsity = report["dense"], report["pruned"], report["sparsity"]
-    fewer = 1 - pruned["size"]["parameters"] / dense["size"]["parameters"]
-    found = [f"{words.counted} whole model has {percent(fewer)} fewer parameters."]
-    target = sparsity.get("target")
-    if target is not None and abs(target - sparsity["achieved"]) > FARTHEST_FROM_BUDGET:
-        found.append(
-            f"{percent(target)} were asked for and {percent(sparsity['achieved'])} removed: heads come in whole "
-            f"numbers and FFN widths in multiples of {recipe.get('round_to')}."
-        )
-    if recipe.get("layout") == "padded":
-        found.append("The padded layout fills removed units up with zeros: it is for comparisons and saves nothing.")
-    if not measured_by(report):
-        found.append(f"{words.quality.split()[0]} was not measured.")
-    else:
-        found.append(words.quality + ("." if report.get("tasks") else ", none of which was measured."))
-    if pruned["speed"] is None:
-        found.append("Speed was not measured.")
-    elif run.bench is None:
-        found.append(
-            words.reading
-            + (f" ({report['device']})" if report.get("device") else "")
-            + ". Generation, larger batches and other engines were not measured."
-        )
-    found.append(words.samples)
-    if any(s.get("predicted_loss") is None for s in report["sites"]):
-        found.append("No loss was predicted for some sites: that needs the loss gradients, which these settings spare.")
+        found.append((f"FLOPs {words_of(report).work}", change_words(ratio), f"of the dense model's; speed {speed}"))
     return found
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from snp_llm.checkpoint.contents import BENCH, REPORT, read_report
 from snp_llm.checkpoint.tokenizer import reader_of
+from snp_llm.evaluate.turns import TOO_NOISY, says_something
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.modeling_snp import auto_classes
+from snp_llm.report.rows import NOT_MEASURED
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 
@@ -77,6 +79,23 @@ def model_name(report: Mapping[str, Any]) -> str:
 
 
 def speed_up_of(report: Mapping[str, Any]) -> float | None:
-    """How many times as fast the pruned model reads as the dense one, or None where that was not measured."""
+    """How many times as fast the pruned model reads as the dense one, or None where that was not measured, or says
+    nothing."""
     dense, pruned = report["dense"]["speed"], report["pruned"]["speed"]
-    return pruned / dense if dense and pruned else None
+    if not dense or not pruned:
+        return None
+    found = report.get("speed_up")
+    if found is None:  # of an older version
+        return pruned / dense
+    return found["ratio"] if says_something(**found) else None
+
+
+def speed_of(report: Mapping[str, Any]) -> str:
+    """That in words, with its spread."""
+    if not report["dense"]["speed"] or not report["pruned"]["speed"]:
+        return NOT_MEASURED
+    ratio = speed_up_of(report)
+    if ratio is None:
+        return TOO_NOISY
+    found = report.get("speed_up")
+    return f"\N{MULTIPLICATION SIGN}{ratio:.2f}" + (f" ({found['low']:.2f} to {found['high']:.2f})" if found else "")

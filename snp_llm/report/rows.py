@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from snp_llm.evaluate.turns import TOO_NOISY, speed_words
+
 
 @dataclass(frozen=True)
 class Row:
@@ -16,6 +18,8 @@ class Row:
     pruned: str
     ratio: str
 
+
+NOT_MEASURED = "not measured"
 
 QUALITIES = {"perplexity": "perplexity", "top1": "top-1, %", "top5": "top-5, %"}  # keys of what models are measured by
 
@@ -79,7 +83,7 @@ def measured_by(report: Mapping[str, Any]) -> list[str]:
 
 
 def summary(report: Mapping[str, Any]) -> list[Row]:
-    """Rows of dense and pruned side by side, from a report; what was not measured is left out."""
+    """Rows of dense and pruned side by side, from a report."""
     dense, pruned, words = report["dense"], report["pruned"], words_of(report)
     attention, ffn = ([s for s in report["sites"] if s["kind"] == kind] for kind in ("attention", "ffn"))
     heads = [s["heads"] for s in attention if s.get("heads")]
@@ -104,13 +108,27 @@ def summary(report: Mapping[str, Any]) -> list[Row]:
         ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
         (f"MFLOPs {words.work}", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),
         *((name, dense.get(key), pruned.get(key), ",.2f") for key, name in QUALITIES.items()),
-        (words.speed, dense["speed"], pruned["speed"], ",.0f"),
     ]
-    return [
+    found = [
         Row(name, format(before, form), format(after, form), f"{after / before:.3f}" if before else "")
         for name, before, after, form in rows
         if before is not None and after is not None
     ]
+    if not measured_by(report):
+        found.append(Row(QUALITIES[words.key], "", "", NOT_MEASURED))
+    return [*found, speed_row(report)]
+
+
+def speed_row(report: Mapping[str, Any]) -> Row:
+    """Speeds of both with the spread of their ratio, where that was measured and says something."""
+    name, speeds = words_of(report).speed, [report[which]["speed"] for which in ("dense", "pruned")]
+    if not all(speeds):
+        return Row(name, "", "", NOT_MEASURED)
+    if (found := report.get("speed_up")) is None:  # a report of an older version
+        return Row(name, f"{speeds[0]:,.0f}", f"{speeds[1]:,.0f}", f"{speeds[1] / speeds[0]:.2f}")
+    if (said := speed_words(**found)) == TOO_NOISY:
+        return Row(name, "", "", said)
+    return Row(name, f"{speeds[0]:,.0f}", f"{speeds[1]:,.0f}", said)
 
 
 def _units(sites: list[dict[str, Any]]) -> tuple[int, int]:

@@ -24,6 +24,15 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def sample_lines(report: Mapping[str, Any]) -> list[str]:
+    """The first sentence of a report that both models go on with, in three lines; none where there is none."""
+    for sample in report.get("samples", []):
+        if "prompt" in sample:
+            ways = [" ".join(sample[name].split()) for name in ("dense", "pruned")]
+            return [f"{sample['prompt']} ...", f"  dense:  ... {ways[0]}", f"  pruned: ... {ways[1]}"]
+    return []
+
+
 def title_of(path: Sequence[str]) -> str:
     """Title of a value in nested JSON, from the keys on the way to it."""
     return ", ".join(path).replace("_", " ")

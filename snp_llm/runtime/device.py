@@ -168,11 +168,24 @@ def matmul_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[to
 
 @dataclass
 class Clock:
-    """Seconds by phase; time in a phase within another counts for the inner one alone."""
+    """Seconds by phase; time in a phase within another counts for the inner one alone.
+
+    Attributes:
+        device: whose work is waited for.
+        own: of this process.
+        earlier: of an interrupted one that this goes on from, up to where it does.
+        within: of inner phases of the one that is on.
+    """
 
     device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    own: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    earlier: dict[str, float] = field(default_factory=dict)
     within: float = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of both."""
+        return {name: seconds + self.earlier.get(name, 0.0) for name, seconds in self.own.items()}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -184,7 +197,7 @@ class Clock:
             synchronize(self.device)
         finally:
             elapsed = time.perf_counter() - start
-            self.seconds[name] += elapsed - self.within
+            self.own[name] += elapsed - self.within
             self.within = before + elapsed
 
 

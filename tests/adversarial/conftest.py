@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from snp_llm.cli import inspect
-from snp_llm.evaluate import prefill
+from snp_llm.evaluate import material
 from tests.adversarial.fresh import loader
 from tests.adversarial.trials import Trials
 from tests.conftest import save_model, small_model
@@ -39,7 +39,7 @@ def fresh() -> Iterator[Callable[[Path], str]]:
 @pytest.fixture
 def trials(tmp_path, fresh, quick_prunes, monkeypatch) -> Iterator[Trials]:
     monkeypatch.setattr(inspect, "matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e9))
-    monkeypatch.setattr(prefill, "prefill_speed", lambda models, *_, **__: [1.0 for _ in models])
+    monkeypatch.setattr(material, "prefill_times", lambda models, *_, **__: [[1.0] for _ in models])
     before = os.getcwd()
     yield Trials(tmp_path / "place", fresh)
     os.chdir(before)

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -109,7 +110,9 @@ def test_a_model_in_training_is_pruned_without_its_dropout_and_trains_on(tokeniz
     for one, other in zip(*(model.parameters() for model in found), strict=True):
         assert torch.equal(one, other)
     assert training.training and all(p.requires_grad for p in training.parameters())
-    assert [done for done, _, _ in seen[: len(seen) // 2]] == list(range(1, seen[0][1] + 1))
+    half, total = seen[: len(seen) // 2], seen[0][1]
+    assert sorted({done for done, _, _ in half}) == list(range(total + 1)) and half[-1][0] == total
+    assert "reading data of the program" in [line for _, _, line in half]
 
 
 def test_a_rise_of_ones_own_measure(tokenizer):
@@ -183,3 +186,30 @@ def test_everything_public_is_there():
 def test_the_module_that_is_run_is_the_function_when_it_is_imported():
     code = "import snp_llm.prune, snp_llm; from snp_llm.api import prune; assert snp_llm.prune is prune"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_loss_of_ones_own_weighs_errors_by_its_gradients(tokenizer):
+    """The task's own loss given by hand changes no bit; another one changes what is kept; what is none is refused."""
+    model, few = small_opt(), {"data": TEXTS, "sparsity": 0.4, "refine": "none", "measured_cuts": 0, **FEW}
+
+    def likelihood(logits, tokens):
+        return torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
+
+    def first_half(logits, tokens):
+        return likelihood(logits[:, : tokens.shape[1] // 2], tokens[:, : tokens.shape[1] // 2])
+
+    usual, same, other = (snp_llm.prune(model, tokenizer, loss=loss, **few) for loss in (None, likelihood, first_half))
+    for one, two in zip(usual.model.parameters(), same.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    losses = [[site.predicted_loss for site in run.sites] for run in (usual, other)]
+    assert losses[0] != losses[1]
+    with pytest.raises(SnpError, match="loss: expected a tensor of one number, computed from the logits, got 1.0"):
+        snp_llm.prune(model, tokenizer, loss=lambda _logits, _tokens: 1.0, **few)
+    with pytest.raises(SnpError, match="loss: expected allocation='loss'"):
+        snp_llm.prune(model, tokenizer, loss=likelihood, allocation="uniform", metric="error", **few)
+
+
+def test_everything_public_is_listed_and_on_the_page_of_the_interface():
+    page = (Path(__file__).parent.parent.parent / "docs/api.md").read_text()
+    for name in set(snp_llm.__all__) - {"__version__"}:
+        assert getattr(snp_llm, name).__doc__ and f"::: snp_llm.{name}\n" in page

@@ -70,14 +70,13 @@ def test_cost_prints_the_ratio(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_predicted_loss_compares_every_cut_with_what_was_believed(tmp_path):
-    options = ["--num-samples", "8", "--seq-len", "64", "--max-windows", "4", "--shares", "0.8,0.4", "--every", "2"]
-    texts = ["--calibration", "bundled", "--evaluation", "bundled"]
-    out = run("predicted_loss.py", *options, *texts, "--output", str(tmp_path))
+    options = ["--num-samples", "8", "--seq-len", "64", "--cuts", "2", "--calibration", "bundled"]
+    out = run("predicted_loss.py", *options, "--output", str(tmp_path))
     rows = list(csv.DictReader((tmp_path / "predicted_loss.csv").open()))
-    assert {int(r["block"]) for r in rows} == {0, 2, 4} and len(rows) == 12
+    assert {int(r["block"]) for r in rows} == set(range(6)) and len(rows) == 24
     for narrow, wide in zip(rows[::2], rows[1::2], strict=True):
         assert float(narrow["predicted"]) > float(wide["predicted"]) > 0
-    assert "Rank correlation over all 12 cuts" in out and "tmp" not in (tmp_path / "predicted_loss.md").read_text()
+    assert "Rank correlation over all 24 cuts" in out and "tmp" not in (tmp_path / "predicted_loss.md").read_text()
     assert (tmp_path / "predicted_loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -21,9 +21,10 @@ QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples
 def refuse(capsys, arguments, message, command=prune_main):
     """Runs a command that must fail: exit code 2, one or two lines, no traceback."""
     assert command(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("block ")]  # progress
-    error = "\n".join(lines)
-    assert lines[0].startswith("snp-llm: error: ") and len(lines) <= 2 and "Traceback" not in error
+    lines = capsys.readouterr().err.splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("snp-llm: error: "))  # after signs of life
+    error = "\n".join(lines[first:])
+    assert len(lines) - first <= 2 and "Traceback" not in "\n".join(lines)
     assert re.search(message, error), error
 
 
@@ -150,13 +151,19 @@ def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, 
     save_model(small_model("llama", torch.float32, num_key_value_heads=6), tokenizer, tmp_path / "llama")
     options = ["--layout", layout, "--head-sparsity", "0.16", "--ffn-sparsity", "0.25", "--no-eval"]
     assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *options, *QUICK]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"layout {layout}: ") and ("llama or mistral" in printed) == (layout == "uniform")
+    printed = capsys.readouterr()
+    assert f"layout {layout}: " in printed.err and ("llama or mistral" in printed.err) == (layout == "uniform")
+    assert printed.out.startswith(f"{tmp_path / 'llama'} -> ")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["model_type"] == {"uniform": "mistral", "padded": "llama"}[layout]
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     assert report["recipe"]["layout"] == layout and report["recipe"]["round_to"] == 8
     assert report["sparsity"]["achieved"] == pytest.approx(0.22, abs=0.03)
+    words = ["--layout", layout, "--no-eval", *QUICK, "--overwrite", "--quiet"]
+    assert prune_main([str(tmp_path / "llama"), "--output", str(tmp_path / "out"), *words]) == 0
+    printed = capsys.readouterr()
+    assert not any(said in printed.err for said in ("layout", "block", "saving", "speed"))
+    assert printed.out.startswith(f"{tmp_path / 'llama'} -> ")
     smaller = report["pruned"]["size"]["parameters"] < report["dense"]["size"]["parameters"]
     assert smaller == (layout != "padded")
 

@@ -1,4 +1,5 @@
-"""Every option that the README names, run at least once, through the command line's own parser, on the bundled model.
+"""Every option that the README and the page of the commands name, run at least once, through the command line's own
+parser, on the bundled model.
 
 What would need the Hub, the harness for tasks or a compiler stops where these begin; all else is done as for a user,
 with few tokens and, where the option is about something else, with the settings that cost least.
@@ -21,19 +22,20 @@ from snp_llm.models import blocks
 from snp_llm.pruning.widths import latency
 from tests.quick import without_page, without_reloading
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+README = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/commands.md"))
 FOREIGN = {"--num_processes"}  # of accelerate
 MINE = "ordering: variance\nreference: self\ndampening: 0.1\nallocation: uniform\n"  # no visit, nothing held out
 FEW = "--num-samples 4 --seq-len 64 --no-eval --calibration bundled --output {output}"
-CHEAP = "--ordering variance --reference self --dampening 0.1 --allocation uniform"
+CHEAP = "--refine none --ordering variance --reference self --dampening 0.1 --allocation uniform"
 RUNS = (
     "prune tiny-opt --sparsity 0.2 --ordering obs --metric error --allocation variance --reference dense "
-    f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded --refine 2 {FEW}",
+    f"--reference-weight 0.5 --dampening 0.1 --head-unit query --layout padded --refine 2 --measured-cuts 2 {FEW}",
     f"prune tiny-opt --bos once --ffn-sparsity 0.5 --head-sparsity 0.0 --layout uniform --round-to 32 {CHEAP} {FEW}",
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
-    f"prune tiny-opt --target-params 0.8x --experts channels {FEW}",
+    f"prune tiny-opt --target-params 0.8x --experts channels --refine none {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
-    f"prune tiny-opt --depth only {FEW}",
+    f"prune tiny-opt --depth only --refine none {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",
     f"prune tiny-opt --target-latency 0.8x --latency-table latency.json {CHEAP} {FEW}",
     f"prune tiny-opt --max-perplexity-increase 50% {CHEAP} {FEW}",
@@ -114,7 +116,14 @@ def outside(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("run", RUNS)
+# What other tests in this folder type as well.
+ELSEWHERE = ("--dtype", "--target-size", "--target-flops", "--max-perplexity", "--config", "--depth", "--target-params")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(r, marks=pytest.mark.exhaustive) if any(o in r for o in ELSEWHERE) else r for r in RUNS],
+)
 def test_an_option_does_what_it_says(run, folder, ticks, outside, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     output = tmp_path / "output"

@@ -148,7 +148,13 @@ def inspected(model_type, folder, capsys, **overrides):
     return facts
 
 
-@pytest.mark.parametrize("model_type", SHORT)
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        name if name in ("granitemoehybrid", "gemma3") else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in SHORT
+    ],
+)
 def test_a_few_blocks_of_each(model_type, tmp_path, capsys):
     facts = inspected(model_type, tmp_path, capsys, **SHORT[model_type])
     assert bool(facts["stays"]) == (model_type != "gemma3") and len(facts["units"]) == facts["blocks"]

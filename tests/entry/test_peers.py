@@ -55,7 +55,7 @@ def channels_without(units, unit_size, gone):
     return unit_channels(torch.tensor([u for u in range(units) if u not in gone]), unit_size)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["opt", pytest.param("llama", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", [name for name in (*NAMES, "ours") if not re.search("influence|middle", name)])
 def test_a_method_removes_what_was_asked_for_and_leaves_the_dense_model_alone(name, model_type, tokenizer):
     dense = MODELS[model_type]()

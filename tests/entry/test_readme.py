@@ -9,6 +9,8 @@ without hub and GPU, in a temporary folder, with these in place of what they nam
 - datasets of the hub: `bundled`; local texts: files with the bundled text; budgets: ones that a small model can meet;
 - 8 windows of 32 tokens.
 
+Those of other pages than the README are only parsed unless exhaustive tests are asked for, which run them as well.
+
 What needs write access to the hub or several processes, or measures times, is parsed by the programs' own parsers and
 goes no further.
 """
@@ -21,11 +23,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ import yaml
 from markdown_it import MarkdownIt
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import snp_llm
 from snp_llm.cli import bench, evaluate, export, families, inspect, main, parse, prune, push, recover, report
 from snp_llm.data.sources import BUNDLED
 from snp_llm.linalg.allocation import SiteBudget
@@ -68,6 +72,7 @@ GIVEN = {
     "Family": Family,
     "OrderingProblem": OrderingProblem,
     "SiteBudget": SiteBudget,
+    "quick_prune": lambda *given, **settings: quick_prune(*given, **settings),
     "Sequence": Sequence,
     "Tensor": torch.Tensor,
 }
@@ -112,26 +117,39 @@ class ParsedError(Exception):
     """Raised where a program has understood its arguments, in place of what it would do next."""
 
 
+EVERYTHING = "\n".join(block.text for block in BLOCKS)
+PRUNED = set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", EVERYTHING))  # folders that are read
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """Where blocks run: models, texts and recipes under the names that the docs give them."""
+def files(tmp_path_factory, tokenizer):
+    """Where blocks are read: a model, texts and recipes under the names that the docs give them."""
     folder = tmp_path_factory.mktemp("docs")
-    everything = "\n".join(block.text for block in BLOCKS)
     save_model(small_opt(), tokenizer, folder / "small-opt")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     text = (BUNDLED / "calibration.txt").read_text()[:20_000]
-    for name in {"notes.txt", *re.findall(r"[\w-]+\.(?:txt|jsonl)", everything)}:
+    for name in {"notes.txt", *re.findall(r"[\w-]+\.(?:txt|jsonl)", EVERYTHING)}:
         rows = json.dumps({"text": text, "body": text}) + "\n"
         (folder / name).write_text(text if name.endswith(".txt") else rows)
     for block in BLOCKS:
         if block.language == "yaml" and (named := re.match(r"# ([\w-]+\.yaml)\n", block.text)):
             (folder / named[1]).write_text(block.text)
+    for name in PRUNED:
+        (folder / name).mkdir()
+        shutil.copy(ROOT / "recipes/tiny-opt-demo.yaml", folder / name / "recipe.yaml")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(files):
+    """Where blocks run: pruned models besides."""
+    folder = files
     options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert parse.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
-    for name in set(re.findall(r"[\w.-]+-snp-\w+\b(?!\.)", everything)):
-        shutil.copytree(folder / "pruned", folder / name)
+    for name in PRUNED:
+        shutil.copytree(folder / "pruned", folder / name, dirs_exist_ok=True)
     return folder
 
 
@@ -150,15 +168,37 @@ def done() -> set[tuple[str, ...]]:
     return set()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
+ELSEWHERE = [block for block in BLOCKS if block.page != ROOT / "README.md"]
+
+
+@pytest.mark.parametrize(
+    "block", [b if b not in ELSEWHERE else pytest.param(b, marks=pytest.mark.exhaustive) for b in BLOCKS], ids=str
+)
 def test_a_block_does_what_it_says(block, here, done, monkeypatch):
     if block.language == "python":
         run_python(block)
-    elif block.language == "yaml":
+    else:
+        understand(block, here, monkeypatch, lambda words: run_or_parse(words, done, monkeypatch))
+
+
+@pytest.mark.parametrize("block", ELSEWHERE, ids=str)
+def test_a_block_is_understood(block, files, monkeypatch):
+    if block.language == "python":
+        compile(block.text, str(block), "exec")
+    else:
+        understand(block, files, monkeypatch, lambda words: run_or_parse(words, None, monkeypatch))
+
+
+def understand(
+    block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], None]
+) -> None:
+    """What is no Python: commands by a function that takes their words, everything else here."""
+    monkeypatch.chdir(folder)
+    if block.language == "yaml":
         assert read_settings(re.match(r"# (.*)\n", block.text)[1])
     elif block.language == "":
         for words in commands(block):
-            run_or_parse(words, done, monkeypatch)
+            command(words)
     elif block.language == "diff":
         named, *added = block.text.splitlines()
         lines = (ROOT / named.removeprefix("--- a/")).read_text().splitlines()
@@ -171,15 +211,20 @@ def test_a_block_does_what_it_says(block, here, done, monkeypatch):
 
 def run_python(block: Block) -> None:
     code = block.text.replace('"facebook/opt-1.3b"', '"small-opt"').replace('"wikitext2"', '"bundled"')
-    code = code.replace("sparsity=0.3,", "sparsity=0.3, num_samples=8, seq_len=32,")
+    code = code.replace("snp_llm.prune(", "quick_prune(")
     compiled = compile(code, str(block), "exec")
     if "torch.onnx" in code and find_spec("onnxscript") is None:
         return
     exec(compiled, dict(GIVEN))
 
 
-def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One command, by the program that it calls."""
+def quick_prune(*given: Any, **settings: Any) -> snp_llm.PrunedModel:
+    """`snp_llm.prune` on few tokens."""
+    return snp_llm.prune(*given, **{"seq_len": 32, "round_to": 4, "refine": "none", **settings, "num_samples": 8})
+
+
+def run_or_parse(words: list[str], done: set[tuple[str, ...]] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command, by the program that it calls; parsed, where nothing is to be done."""
     if words[0] == "accelerate":
         launcher = pytest.importorskip("accelerate.commands.launch").launch_command_parser()
         launched = launcher.parse_args(words[2:])
@@ -198,7 +243,13 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]], monkeypatch: pyte
     program = words[0]
     if program == "snp-llm" or program in MODULES:
         words = own(words)
-        if words[1] not in ("prune", "eval") or PARSED_ONLY & set(words):
+        if words[1] in ("help", "--version"):
+            try:
+                assert call_own(words, monkeypatch) == 0
+            except SystemExit as stop:
+                assert stop.code == 0
+            return None
+        if done is None or words[1] not in ("prune", "eval") or PARSED_ONLY & set(words):
             return parse_own(words, monkeypatch)
         offline = substitute(words)
         if tuple(offline) not in done:
@@ -328,9 +379,9 @@ RECOVERED = (
     *("command", "recipe", "versions", "dense", "text", "sha256", "held_out", "item", "items", "steps", "seconds"),
     *("divergence", "kept", "history", "figures", "device"),
 )
-SAMPLES = {"samples", *(f"samples[].{name}" for name in ("picture", "label"))}  # of classifiers of images
+SAMPLES = {f"samples[].{name}" for name in ("picture", "label")}  # of classifiers of images
 RECOVERIES = {"recovery", *(f"recovery[].{name}" for name in RECOVERED)}  # of `snp-llm recover`
-SAMPLES |= {f"samples[].{model}{of}" for model in ("dense", "pruned") for of in ("", "_chance")}
+SAMPLES |= {f"samples[].{model}_chance" for model in ("dense", "pruned")}
 
 
 def test_every_key_of_a_report_is_explained(folder):

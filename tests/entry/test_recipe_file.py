@@ -95,7 +95,10 @@ def test_the_demo_recipe_end_to_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [("tiny-opt", []), ("./small-opt", ["--target-params", "0.9x", "--seed", "3", "--ordering", "random"])],
+    [
+        pytest.param("tiny-opt", [], marks=pytest.mark.exhaustive),
+        ("./small-opt", ["--target-params", "0.9x", "--seed", "3", "--ordering", "random"]),
+    ],
 )
 def test_a_saved_recipe_makes_the_same_model_to_the_bit(model, options, opt_folder, tmp_path, monkeypatch):
     without_reloading(monkeypatch.setattr)  # tested elsewhere, and a process each

@@ -107,8 +107,15 @@ def test_the_largest_sparsity(model_type):
         assert most - 0.001 <= named <= most
 
 
-@pytest.mark.parametrize("allocation", ["loss", "variance", "uniform"])
-@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize(
+    ("layout", "allocation"),
+    [
+        ("compact", "loss"),
+        ("uniform", "variance"),
+        *(pytest.param("compact", a, marks=pytest.mark.exhaustive) for a in ("variance", "uniform")),
+        *(pytest.param("uniform", a, marks=pytest.mark.exhaustive) for a in ("loss", "uniform")),
+    ],
+)
 def test_what_passes_the_check_is_pruned(layout, allocation, tokenizer):
     """At the very ends, and a step within."""
     dense, small = smallest("llama")
@@ -357,7 +364,7 @@ def test_broken_reports_are_noticed_before_anything_is_measured(content, copy, c
     assert before == {file.name: file.read_bytes() for file in copy.iterdir()}
 
 
-@pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("every", [397, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_report_with_a_value_of_another_kind_is_a_page_or_one_line(every, copy, capsys):
     for key, odd in [*odd_reports(json.loads((copy / REPORT).read_text()))][::every]:
         (copy / REPORT).write_text(json.dumps(odd))
@@ -448,7 +455,16 @@ def test_a_broken_table_of_latencies_is_noticed_before_weights_are_read(content,
 
 
 @pytest.mark.usefixtures("quick_prunes")
-@pytest.mark.parametrize(("here", "model"), [(".", "."), (".", "../model"), ("inside", ".."), ("inside/deep", "../..")])
+@pytest.mark.parametrize(
+    ("here", "model"),
+    [
+        ("inside", ".."),
+        *(
+            pytest.param(*w, marks=pytest.mark.exhaustive)
+            for w in ((".", "."), (".", "../model"), ("inside/deep", "../.."))
+        ),
+    ],
+)
 def test_inside_the_model_the_result_goes_beside_it(here, model, tmp_path, tokenizer, monkeypatch, capsys):
     folder = save_model(small_opt(), tokenizer, tmp_path / "model")
     (folder / "inside/deep").mkdir(parents=True)

@@ -17,7 +17,7 @@ from snp_llm.cli.parse import evaluate_main, prune_main
 from snp_llm.models.families.decoders import find_family
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import OPT_VARIANTS, save_model, small_model, small_opt, small_recipe
-from tests.families import FAMILY_CONFIGS, SAMPLE, VARIANTS
+from tests.families import FAMILY_CONFIGS, VARIANTS
 
 
 @pytest.mark.slow
@@ -74,6 +74,7 @@ def test_verification_notices_changed_weights(tokenizer, tmp_path):
         checkpoint.verify(dense, pruned.model, tmp_path, pruned.calibration.tokens[:1])
 
 
+@pytest.mark.exhaustive
 def test_verification_notices_a_folder_that_does_not_load(tokenizer, tmp_path):
     dense = small_opt()
     pruned = prune(dense, tokenizer, small_recipe(allocation="variance"))
@@ -154,7 +155,10 @@ def test_a_pruned_folder_is_an_input_like_any_other(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("types", [SAMPLE, pytest.param((*FAMILY_CONFIGS, *VARIANTS), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "types",
+    [("opt", "gemma3_text", "falcon"), pytest.param((*FAMILY_CONFIGS, *VARIANTS), marks=pytest.mark.exhaustive)],
+)
 def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types, tokenizer, tmp_path, record_property):
     """One process loads all folders, so that transformers is imported once."""
     tokens = torch.randint(3, 2048, (2, 20), generator=torch.Generator().manual_seed(0))

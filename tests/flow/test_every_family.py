@@ -7,6 +7,7 @@ import torch
 
 from snp_llm import prune
 from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.models.calls import with_cache
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_widths
@@ -118,7 +119,7 @@ def test_generation_with_a_cache_equals_logits_without(model_type, layout, token
     logits = model(cached, use_cache=False).logits
     cache = model(cached[:, :9], use_cache=True).past_key_values
     for at in range(9, cached.shape[1]):
-        step = model(cached[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+        step = model(cached[:, at : at + 1], **with_cache(model, cache)).logits
         torch.testing.assert_close(step[:, 0], logits[:, at], **CLOSE)
     logits[..., 2] = -torch.inf  # min_new_tokens forbids the end of text
     assert torch.equal(logits[:, 9:-1].argmax(-1), cached[:, 10:])

@@ -368,7 +368,7 @@ def reloads(names, tokenizer, folder) -> None:
         torch.testing.assert_close(torch.load(folder / name / "logits.pt"), logits, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_fresh_process_reads_the_same(tokenizer, tmp_path):
     reloads(("gpt_oss",), tokenizer, tmp_path)
 

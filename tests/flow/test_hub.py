@@ -341,7 +341,7 @@ def test_bad_names(server, folder, capsys, name):
 # --- prune --push-to-hub ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_prune_and_push_in_a_real_process(server, opt_folder, tmp_path):
     """Through the environment alone: HF_ENDPOINT and HF_TOKEN."""
     out = tmp_path / "out"

@@ -21,6 +21,7 @@ def hybrid(request, tokenizer, tmp_path):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_it_goes_on_after_a_kill_to_the_same_bits(prune, hybrid, tmp_path):  # noqa: F811
     command = (hybrid, *SETTINGS, "--sparsity", 0.15)
     assert prune(*command, "--output", tmp_path / "whole")["codes"] == [0]
@@ -33,6 +34,7 @@ def test_it_goes_on_after_a_kill_to_the_same_bits(prune, hybrid, tmp_path):  # n
         assert weights(out) == weights(tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 def test_two_ranks_prune_it_as_one_does(prune, hybrid, tmp_path):  # noqa: F811
     for count in (1, 2):
         result = prune(hybrid, *MANY, "--sparsity", 0.15, "--output", tmp_path / f"{count}", ranks=count)

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,10 @@ from tests.images import (
     small_processor,
 )
 
+UNLIKE = (("bottleneck", "compact"),)  # of the families whose blocks are told least by a stock config
+
+exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)
+
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
 
 
@@ -70,8 +75,14 @@ def test_no_sparsity_changes_no_bit(kind):
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in pruned.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["compact", "uniform"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        pytest.param(kind, layout, marks=() if (kind, layout) in UNLIKE else pytest.mark.exhaustive)
+        for kind in KINDS
+        for layout in ("compact", "uniform")
+    ],
+)
 def test_saved_models_load_in_a_process_without_this_package(kind, layout, tmp_path):
     dense = small_classifier(kind)
     pruned = prune(dense, small_processor(), image_recipe(layout=layout))
@@ -156,8 +167,8 @@ def test_costs_are_what_the_pruned_model_has(kind):
     assert 0.68 < share <= 0.7  # a unit of so small a network is a hundredth of it
 
 
-@pytest.mark.parametrize("layout", ["compact", "uniform"])
-@pytest.mark.parametrize("kind", ["resnet-50", "vgg-16", "deit-small"])
+@pytest.mark.parametrize("layout", ["compact", pytest.param("uniform", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kind", ["vgg-16", *map(exhaustive, ("resnet-50", "deit-small"))])
 def test_budgets_of_flops_are_met_within_a_hundredth_of_models_of_full_size(kind, layout):
     model_type, values = {
         "resnet-50": ("resnet", {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]}),
@@ -240,7 +251,7 @@ def test_gradients_of_a_network_begin_at_its_logits():
     assert sum(map(linear_weights, blocks)) == model_size(model, 1).block_linear
 
 
-@pytest.mark.parametrize("kind", ["deit", "bottleneck", "vgg_bn"])
+@pytest.mark.parametrize("kind", ["bottleneck", *map(exhaustive, ("deit", "vgg_bn"))])
 def test_the_commands_run_on_a_folder_of_images(kind, tmp_path, capsys):
     folder, images = saved_classifier(kind, tmp_path / "dense"), image_folder(tmp_path / "images")
     out = str(tmp_path / "out")

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from snp_llm import perplexity, prune
-from snp_llm.evaluate.prefill import prefill_speed
+from snp_llm.evaluate.prefill import prefill_times
 from snp_llm.models.size import model_size
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import OPT_VARIANTS, small_opt, small_recipe
@@ -59,6 +59,8 @@ def test_sizes_shrink_with_what_was_removed(tokenizer):
     assert before.flops - after.flops == 2 * removed + 4 * 3 * 8 * 17 / 2
 
 
-def test_speed_of_several_models_in_turn():
-    speeds = prefill_speed([small_opt(), small_opt()], WINDOWS, repeats=2)
-    assert len(speeds) == 2 and all(speed > 0 for speed in speeds)
+def test_times_of_several_models_in_turn():
+    told = []
+    times = prefill_times([small_opt(), small_opt()], WINDOWS, turns=2, on_share=told.append)
+    assert [len(of_one) for of_one in times] == [2, 2] and all(seconds > 0 for of_one in times for seconds in of_one)
+    assert told == sorted(told) and 0 < told[-1] < 1

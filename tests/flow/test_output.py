@@ -309,10 +309,11 @@ def test_what_the_visit_has_done_is_kept_unless_the_run_was_a_mistake(error, kep
     assert state.exists() == kept
 
 
-def test_the_command_replaces_its_own_output_and_no_more(tmp_path, monkeypatch, capsys):
+def test_the_command_replaces_its_own_output_and_no_more(tmp_path, monkeypatch, capsys, quick_prunes):
     """As it is typed: twice into one folder, then with a file of the user's in it."""
     monkeypatch.chdir(tmp_path)
     settings = ["--num-samples", "4", "--seq-len", "64", "--no-eval", "--layout", "uniform", "--sparsity", "0"]
+    settings += ["--refine", "none"]
     command = ["tiny-opt", "--output", "out", "--overwrite", *settings]
     assert prune_main(command) == 0 and prune_main(command) == 0
     report = json.loads((tmp_path / "out" / contents.REPORT).read_text())

@@ -128,6 +128,7 @@ def test_an_error_on_one_rank_is_everybodys(prune, dense, tmp_path):  # noqa: F8
     assert result["codes"] == [2, 2] and "out: exists" in result["stderr"]
 
 
+@pytest.mark.exhaustive
 def test_with_the_launcher_that_users_have(dense, tmp_path):  # noqa: F811
     """The command for CPUs, reloading in a fresh process and perplexity included; each rank writes to a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from snp_llm import Recipe, prune
 from snp_llm.checkpoint import contents
+from snp_llm.checkpoint.base_card import inherited
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts, rows
@@ -43,20 +44,57 @@ def test_report_holds_what_is_needed_to_repeat_the_run(run, tmp_path):
 
 
 def test_card_front_matter_is_yaml_that_the_hub_understands(run):
-    card = model_cards.model_card(run[3], "user/small", model_type="snp_opt", has_code=True)
+    origin = model_cards.Origin("user/small", {"license": "mit", "language": ["en"]})
+    card = model_cards.model_card(run[3], origin, model_type="snp_opt", has_code=True)
     _, front, text = card.split("---\n", 2)
     data = yaml.safe_load(front)
     assert data["base_model"] == "user/small" and data["library_name"] == "transformers"
     assert {"snp-llm", "pruned", "custom_code"} <= set(data["tags"])
     result = data["model-index"][0]["results"][0]
     assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 55.5
-    assert result["dataset"]["type"] == "wikitext2"
+    assert result["dataset"]["type"] == "Salesforce/wikitext"
+    assert result["dataset"]["config"] == "wikitext-2-raw-v1"
+    assert data["license"] == "mit" and data["language"] == ["en"]
+    assert "2405.17506" in text and "model.generate(" in text and "## Limits" in text
     assert "trust_remote_code=True" in text and "snp-llm prune user/small" in text
     assert "in vLLM where the package snp-llm is installed too" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("c4", ("allenai/c4", "en")),
+        ("user/texts:small", ("user/texts", "small")),
+        ("user/texts", ("user/texts", None)),
+        *((name, None) for name in ("bundled", "notes.txt", "/home/me/notes.txt", "./me/texts", "my/notes.jsonl")),
+        ("data of the program", None),
+        ("wikitext2,notes.txt=0.5", None),
+    ],
+)
+def test_datasets_that_the_hub_knows(name, expected):
+    assert model_cards.dataset_of(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (
+            "---\nlicense: other\nlicense_name: mine\nlanguage: [en, de]\ntags: [x]\n---\n# A",
+            ["other", "mine", ["en", "de"]],
+        ),
+        ("---\nlicense: [1]\nlanguage: {}\n---\n", []),
+        ("# no front matter\n---\nlicense: mit\n---\n", []),
+        ("---\n: : :\n", []),
+    ],
+)
+def test_a_base_card_gives_license_and_languages(card, expected, tmp_path):
+    (tmp_path / "README.md").write_text(card)
+    assert [*inherited(str(tmp_path)).values()] == expected
+    assert inherited(str(tmp_path / "nowhere")) == {}
+
+
 def test_card_of_a_local_plain_model(run):
-    card = model_cards.model_card(run[3], None, model_type="opt", has_code=False)
+    card = model_cards.model_card(run[3], model_cards.Origin(), model_type="opt", has_code=False)
     assert "base_model" not in card and "trust_remote_code" not in card and "custom_code" not in card
     assert "other engine that reads `opt` checkpoints" in card
 
@@ -82,7 +120,7 @@ def test_closing_table_has_both_models_side_by_side(run):
 
 
 def test_terminal_and_card_show_the_same_rows(run):
-    card = model_cards.model_card(run[3], None, model_type="opt", has_code=False)
+    card = model_cards.model_card(run[3], model_cards.Origin(), model_type="opt", has_code=False)
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
     columns = [[*column.cells] for column in rows.closing_table(run[3]).columns]
     assert table[2:] == [[*row] for row in zip(*columns, strict=True)][: len(table) - 2]

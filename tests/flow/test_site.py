@@ -88,7 +88,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
         factored, _ = factor_site(block, site, statistics, small_recipe(), Clock(torch.device("cpu")))
         assert factored.W.dtype == (torch.float64 if threshold > 1 else torch.float32)
         curve = factored.loss_curve(statistics)
-        result = cut(block, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal(), print))
+        result = cut(block, site, statistics, 40, Run(small_recipe(), Clock(torch.device("cpu")), Journal()))
         results.append((result, block.fc2.weight, block.fc2.bias, curve))
     (wide, W, b, curve), (single, W32, b32, curve32) = results
     assert torch.equal(wide.kept, single.kept) and wide.dampening == single.dampening

@@ -146,7 +146,7 @@ def toy(name: str) -> tuple[Anatomy, Stream, Run]:
     anatomy = Anatomy(None, None, nn.ModuleList([block]), tuple(sites(block)))  # type: ignore[arg-type]
     stream = Stream(hidden, [BlockCall((), {})], range(WINDOWS), WINDOWS, BatchSize(4), Storage(CPU))
     recipe = small_recipe(reference="self", dampening=0.0, metric="error", ordering="obs", num_samples=WINDOWS)
-    return anatomy, stream, Run(recipe, Clock(CPU), Journal(), lambda _line: None)
+    return anatomy, stream, Run(recipe, Clock(CPU), Journal())
 
 
 def first_inputs(block: nn.Module, path: str, hidden: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def test_whole_modules_share_budgets_curves_and_the_loop(kind, model_type, token
     anatomy = whole_sites(model, kind)
     recipe = resolve(small_recipe(sparsity=0.34, reference="self", num_samples=12), model, tokenizer)
     recipe = replace(recipe, sparsity=None)
-    run = Run(recipe, Clock(CPU), Journal(), lambda _line: None)
+    run = Run(recipe, Clock(CPU), Journal())
     windows = read_calibration(tokenizer, recipe, model)
     curves = visit_dense(anatomy, windows.tokens, run.phase("visit"))
     for found in curves:

@@ -78,7 +78,8 @@ def kill_at_random(prune: Runner, out: Path, expected: Path, *command: object, k
     return found
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kills", [3, 25])
 def test_killed_at_many_moments_it_comes_to_the_same_bits(kills, prune, dense, finished, tmp_path):
     found = kill_at_random(prune, tmp_path / "out", finished, dense, *SETTINGS, kills=kills, seed=kills)
     assert kills < 25 or "cut" in found  # some of them had something to go on from
@@ -97,8 +98,14 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
     out = tmp_path / "out"
     interrupted(prune, dense, out, after=3, by=by, code=code)
     assert done_in(out, "cut") == 3
+    state = out.with_name(f".{out.name}.partial") / "journal/cut/state.json"
+    spent = json.loads(json.loads(state.read_text())["content"])["seconds"]
     result = prune(dense, *SETTINGS, "--output", out, "--resume")
     assert result["codes"] == [0] and weights(out) == weights(finished)
+    seconds = json.loads((out / "prune_report.json").read_text())["seconds"]
+    assert spent["forward passes"] > 0 and all(seconds[phase] > before - 1e-3 for phase, before in spent.items())
+    for said in ("visit/gradients: all done before", "visit/curves: all done before", "cut: goes on, 3 done before"):
+        assert f"--resume: {said}\n" in result["stderr"]
     assert "block 0 self_attn.o_proj: kept" not in result["stderr"]
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
 
@@ -125,6 +132,7 @@ def test_blocks_of_experts(experts, prune, tokenizer, tmp_path):
     kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=2)
 
 
+@pytest.mark.exhaustive
 def test_without_references_there_is_one_stream_to_go_on_with(prune, dense, tmp_path):
     paper = ("--reference", "self", "--ordering", "zca", "--allocation", "variance", "--metric", "error")
     assert prune(dense, *SETTINGS, *paper, "--output", tmp_path / "whole")["codes"] == [0]

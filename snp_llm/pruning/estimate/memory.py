@@ -84,6 +84,16 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         arriving = visited * any(site.mixture is not None for site in shapes.anatomy.sites)
         yield Part("curves", waiting, "visit", "hidden states of the visit", visited + arriving)
         yield from _sites("curves", shapes, shapes.widest, drifting=False, holding_out=recipe.needs_gradients)
+    if shapes.measured:
+        waits = shapes.waiting(shapes.measured * (len(shapes.cuts) + 1))
+        weights = d * model.dtype.itemsize * sum(width * site.unit_size for site, width in shapes.cuts)
+        logits = 4 * 4 * recipe.seq_len * embedding_rows(model)
+        yield Part("", "disk", "model", "what is kept of the cuts that are measured", weights)
+        yield Part("measured", waiting, "visit", "hidden states of the cuts that are measured", waits)
+        yield Part("measured, blocks", device, "block", f"{visited_blocks}, and one with a cut", at_hand + block)
+        yield _activations("measured, blocks", shapes)
+        yield Part("measured, divergence", device, "rest", "embeddings, norms and head", shapes.rest_bytes * apart)
+        yield Part("measured, divergence", device, "logits", "predictions of a window, dense and cut", logits)
     kept = [site for site in shapes.widest[:-1] if not site.whole_block]
     inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in kept)
     yield Part("prune", device, "block", "a dense block and its copy", 2 * block)

@@ -10,6 +10,8 @@ from snp_llm.models.depth import with_depth
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.text_part import text_config
+from snp_llm.pruning.curves import HELD_OUT_OF
+from snp_llm.pruning.measured import all_cuts, windows_needed
 from snp_llm.pruning.refine import refined_windows
 from snp_llm.pruning.sensitivity import visit_windows
 from snp_llm.pruning.statistics import enough_windows
@@ -29,7 +31,8 @@ class Shapes:
         rest_bytes: of embeddings, norms and head.
         referred, visited, gone_back: windows with a reference, windows that curves are read from, and gradients; each 0
             where there is no such thing.
-        refined: windows that blocks are refined on, likewise.
+        refined, measured: windows that blocks are refined on, and that cuts are measured on, likewise.
+        cuts: sites and widths of those.
     """
 
     anatomy: Anatomy
@@ -42,6 +45,8 @@ class Shapes:
     visited: int
     gone_back: int
     refined: int
+    measured: int
+    cuts: list[tuple[Site, int]]
 
     @property
     def hidden(self) -> int:
@@ -94,5 +99,20 @@ def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     referred = enough_windows(channels, recipe.seq_len) if recipe.reference != "self" else 0
     gone_back, visited = visit_windows(channels, int(text_config(model.config).hidden_size), recipe.seq_len, recipe)
     refined = refined_windows(recipe, recipe.num_samples, recipe.seq_len)
-    counts = [min(count, recipe.num_samples) for count in (referred, visited, gone_back, refined)]
-    return Shapes(anatomy, recipe, size, max(blocks), sum(blocks), size.bytes - sum(blocks), *counts)
+    cuts = all_cuts(anatomy, recipe)
+    held = max(1, min(visited, recipe.num_samples) // HELD_OUT_OF)
+    measured = min(windows_needed(recipe.seq_len), held) if cuts else 0
+    return Shapes(
+        anatomy,
+        recipe,
+        size,
+        block_bytes=max(blocks),
+        blocks_bytes=sum(blocks),
+        rest_bytes=size.bytes - sum(blocks),
+        referred=min(referred, recipe.num_samples),
+        visited=min(visited, recipe.num_samples),
+        gone_back=min(gone_back, recipe.num_samples),
+        refined=min(refined, recipe.num_samples),
+        measured=measured,
+        cuts=cuts,
+    )

@@ -57,6 +57,10 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
             s.parts * (factor_flops(d, s.channels, recipe) + more) for s, more in zip(visited_sites, read, strict=True)
         ]
         yield from _algebra("visit: linear algebra", dtype, visited_sites, curves)
+    if shapes.measured:  # each from its block on, and through the head
+        tried, head = len(shapes.cuts), token_flops(d * embedding_rows(shapes.anatomy.model), 0, 0)
+        passed = (tried / 2 + 1) * forward + (tried + 1) * head
+        yield Work("visit: measured cuts", passed * shapes.measured * recipe.seq_len, dtype)
     refined = shapes.refined * recipe.seq_len
     if referred or refined:
         yield Work("reference of the dense model", forward * max(referred, refined), dtype)
