@@ -93,7 +93,7 @@ def shortened_config(config: PretrainedConfig, blocks: int, kept: Sequence[int])
         elif key.endswith("_pattern") and isinstance(value, str) and len(value) == blocks:
             setattr(text, key, "".join(value[index] for index in kept))
     text.num_hidden_layers = len(kept)
-    for part in (new, text):
+    for part in [new] if text is new else [new, text]:
         if (widths := getattr(part, "pruned_layers", None)) is not None:
             part.pruned_layers = {str(place[int(i)]): found for i, found in widths.items() if int(i) in place}
         if (structure := getattr(part, "pruned_structure", None)) is not None:

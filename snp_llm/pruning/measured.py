@@ -31,6 +31,8 @@ from snp_llm.runtime.storage import store
 
 TOKENS = 1024  # at least, that divergences are means over
 
+TRUST = 0.5  # of the way, in logarithms, from the median factor to a site's: other texts ask for more than one shows
+
 FARTHEST = 10.0  # times the median that a correction may be, or a tenth: the least of losses are lost in rounding
 
 
@@ -89,7 +91,8 @@ def tried_cuts(block: nn.Module, site: Site, factored: FactoredSite, recipe: Rec
         weight, bias = parted.W[:, parted.kept] + parted.repair, site_bias(block, site)
         named = {"units": factored.unit_order[:width].sort().values, "weight": weight.to(block_dtype(block))}
         if bias is not None and parted.mean is not None:
-            named["bias"] = absorb_mean(bias.to(parted.W), parted.W, weight, parted.kept, parted.mean)
+            wide = bias.to(parted.W.device).to(parted.W.dtype)
+            named["bias"] = absorb_mean(wide, parted.W, weight, parted.kept, parted.mean).to(block_dtype(block))
         found.update({_name(site, width, part): tensor.cpu() for part, tensor in named.items()})
     return found
 
@@ -136,10 +139,12 @@ def measure(visit: Visit, cuts: Journal) -> None:
 
 
 def corrected(losses: Sequence[Tensor], measured: Sequence[Tensor | None]) -> list[Tensor]:
-    """Predicted losses times what measured cuts cost over what was predicted of them.
+    """Predicted losses times what measured cuts cost over what was predicted of them, as far as that is trusted.
 
-    Between two measured widths the factor is interpolated, in logarithms, and constant beyond. Where nothing was
-    measured, or nothing predicted, it is the median of all, and nowhere further from that than `FARTHEST`.
+    `loss * m * (f / m)^TRUST`, with f the site's factor, measured over predicted, and m the median of all. Between two
+    measured widths f is interpolated, in logarithms, and constant beyond. Where nothing was measured, or nothing
+    predicted, it is m, and nowhere further from m than `FARTHEST`. Trusted fully, factors of one text lift the floor
+    under F from what that text does not use: on another text twice the divergence was seen.
 
     Args:
         losses: of every site, at every width, (units + 1,).
@@ -153,8 +158,8 @@ def corrected(losses: Sequence[Tensor], measured: Sequence[Tensor | None]) -> li
     result = []
     for loss, (widths, found) in zip(losses, known, strict=True):
         factors = np.interp(np.arange(len(loss)), widths, found) if widths else np.full(len(loss), median)
-        factors = np.exp(np.clip(factors, median - most, median + most))
-        result.append(loss * torch.from_numpy(factors).to(loss))
+        trusted = np.exp(median + TRUST * np.clip(factors - median, -most, most))
+        result.append(loss * torch.from_numpy(trusted).to(loss))
     return result
 
 

@@ -68,6 +68,8 @@ def test_a_model_pruned_in_width_before_loses_blocks_with_their_own_widths(token
     narrow = prune(small_model("llama"), tokenizer, small_recipe(sparsity=0.3)).model
     last = len(find_blocks(narrow)) - 1
     short = shortened(narrow, [last])
+    assert short.config.pruned_layers == {"0": narrow.config.pruned_layers[str(last)]}
+    assert [part["of"] for part in short.config.pruned_structure["parts"]] == [[0]]
     widths = [find_anatomy(m).sites_of(0 if m is short else last) for m in (short, narrow)]
     assert [s.units for s in widths[0]] == [s.units for s in widths[1]]
     again = prune(narrow, tokenizer, small_recipe(sparsity=0.5, depth="only"))

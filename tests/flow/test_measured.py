@@ -1,6 +1,8 @@
 """Measured cuts: divergences against whole models with one site cut, corrections against their definition."""
 
 import copy
+import math
+import statistics
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.depth import with_depth
 from snp_llm.models.site import site_bias
 from snp_llm.models.surgery import NoBlock, prune_site
+from snp_llm.pruning import measured
 from snp_llm.pruning.curves import HELD_OUT_OF
-from snp_llm.pruning.measured import corrected, measured_widths, measured_windows
+from snp_llm.pruning.measured import measured_widths, measured_windows
 from snp_llm.pruning.run import Run, resolve
 from snp_llm.pruning.sensitivity import visit_dense
 from snp_llm.runtime.device import Clock
@@ -51,7 +54,7 @@ def test_divergences_are_those_of_whole_models_with_one_site_cut(model_type, dep
     tokens = measured_windows(TOKENS, one_of=HELD_OUT_OF)
     assert torch.equal(tokens, TOKENS[3::4])
     wanted = functional.log_softmax(model(tokens).logits.double(), -1)
-    seen = 0
+    factors = []
     for site, curve in zip(anatomy.sites, curves, strict=True):
         rows = found.get(0, site.name)
         assert rows[:, 0].tolist() == measured_widths(site, recipe)
@@ -59,21 +62,24 @@ def test_divergences_are_those_of_whole_models_with_one_site_cut(model_type, dep
             logits = without(model, site, round(width), cuts)(tokens).logits.double()
             expected = functional.kl_div(functional.log_softmax(logits, -1), wanted, log_target=True, reduction="sum")
             assert divergence == pytest.approx(float(expected) / tokens.numel(), rel=1e-2, abs=2e-7)
-            assert float(curve.loss[round(width)]) == pytest.approx(divergence, rel=1e-3)
-            seen += 1
-    assert seen > len(anatomy.sites)
+            predicted = float(cuts.get(site.block, f"{site.path} loss")[round(width)])
+            factors.append((divergence / predicted, float(curve.loss[round(width)]) / predicted))
+    assert len(factors) > len(anatomy.sites)
+    median = statistics.median(factor for factor, _ in factors)
+    for factor, used in factors:
+        assert used == pytest.approx(math.sqrt(median * min(10 * median, max(median / 10, factor))), rel=0.02)
 
 
 def test_without_measured_cuts_losses_are_as_predicted():
     model = small_model("llama")
-    predicted, measured = (visited(model, measured_cuts=count)[2] for count in (0, 1))
-    ratios = [float(m.loss[0] / p.loss[0]) for p, m in zip(predicted, measured, strict=True)]
+    predicted, tried = (visited(model, measured_cuts=count)[2] for count in (0, 1))
+    ratios = [float(m.loss[0] / p.loss[0]) for p, m in zip(predicted, tried, strict=True)]
     assert len(set(ratios)) == len(ratios)
-    for ratio, before, after in zip(ratios, predicted, measured, strict=True):
+    for ratio, before, after in zip(ratios, predicted, tried, strict=True):
         torch.testing.assert_close(after.loss, ratio * before.loss, rtol=1e-5, atol=0)  # one cut, one factor
 
 
-def test_factors_between_two_cuts_are_interpolated_and_those_far_off_held_back():
+def test_factors_between_two_cuts_are_interpolated_and_those_far_off_held_back(monkeypatch):
     loss = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     rows = [
         torch.tensor([[1.0, 2.0], [3.0, 2.0]]),  # half of 4, twice 1: as much at both
@@ -82,14 +88,19 @@ def test_factors_between_two_cuts_are_interpolated_and_those_far_off_held_back()
         torch.tensor([[2.0, 0.0]]),  # nothing to go by
         None,
     ]
-    between, same, far, nothing, none = corrected([loss] * 5, rows)
+    median = math.sqrt(1.0 * 2.0)  # of 1/2, 1, 2 and a million, between the two in the middle in logarithms
+    monkeypatch.setattr(measured, "TRUST", 1.0)
+    between, same, far, nothing, none = measured.corrected([loss] * 5, rows)
     torch.testing.assert_close(between, torch.tensor([4.0, 2.0, 2.0, 2.0, 0.0], dtype=torch.float64))
-    assert torch.equal(same, loss)
-    median = torch.tensor([0.5, 2.0, 1.0, 1e6], dtype=torch.float64).log().quantile(0.5).exp()
+    torch.testing.assert_close(same, loss)
     torch.testing.assert_close(far, 10 * median * loss)
     torch.testing.assert_close(nothing, median * loss)
     torch.testing.assert_close(none, median * loss)
-    assert torch.equal(corrected([loss], [None])[0], loss)
+    assert torch.equal(measured.corrected([loss], [None])[0], loss)
+    monkeypatch.setattr(measured, "TRUST", 0.5)
+    half = measured.corrected([loss] * 5, rows)
+    torch.testing.assert_close(half[1], math.sqrt(median) * loss)
+    torch.testing.assert_close(half[2], math.sqrt(10) * median * loss)
 
 
 def test_widths_are_whole_units_of_every_group_and_never_none_or_all():

@@ -54,7 +54,7 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
 
         return real(windows, batch, limited)
 
-    for module in ("stream", "sequential", "sensitivity", "reference"):
+    for module in ("stream", "sequential", "gradients", "curves", "measured", "reference"):
         monkeypatch.setattr(f"snp_llm.pruning.{module}.in_batches", on_a_small_device)
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "going on with 2 at a time" in m]
