@@ -255,7 +255,7 @@ def run_or_parse(words: list[str], done: set[tuple[str, ...]] | None, monkeypatc
         if tuple(offline) not in done:
             done.add(tuple(offline))
             assert call_own(offline, monkeypatch) == 0, offline
-    elif program.startswith("benchmarks/"):
+    elif program.startswith(("benchmarks/", "recipes/")):
         parse_script(words, monkeypatch)
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
