@@ -111,7 +111,7 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
 
 
 def test_blocks_that_are_gone_stay_gone(prune, dense, tmp_path):
-    depth = ("--depth", "auto", "--sparsity", 0.6, "--measured-cuts", 0)
+    depth = ("--depth", "only", "--sparsity", 0.4)
     assert prune(dense, *SETTINGS, *depth, "--output", tmp_path / "whole")["codes"] == [0]
     interrupted(prune, dense, tmp_path / "out", *depth, after=5)
     assert prune(dense, *SETTINGS, *depth, "--output", tmp_path / "out", "--resume")["codes"] == [0]
