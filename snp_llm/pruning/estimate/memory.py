@@ -84,16 +84,7 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         arriving = visited * any(site.mixture is not None for site in shapes.anatomy.sites)
         yield Part("curves", waiting, "visit", "hidden states of the visit", visited + arriving)
         yield from _sites("curves", shapes, shapes.widest, drifting=False, holding_out=recipe.needs_gradients)
-    if shapes.measured:
-        waits = shapes.waiting(shapes.measured * (len(shapes.cuts) + 1))
-        weights = d * model.dtype.itemsize * sum(width * site.unit_size for site, width in shapes.cuts)
-        logits = 4 * 4 * recipe.seq_len * embedding_rows(model)
-        yield Part("", "disk", "model", "what is kept of the cuts that are measured", weights)
-        yield Part("measured", waiting, "visit", "hidden states of the cuts that are measured", waits)
-        yield Part("measured, blocks", device, "block", f"{visited_blocks}, and one with a cut", at_hand + block)
-        yield _activations("measured, blocks", shapes)
-        yield Part("measured, divergence", device, "rest", "embeddings, norms and head", shapes.rest_bytes * apart)
-        yield Part("measured, divergence", device, "logits", "predictions of a window, dense and cut", logits)
+    yield from _measured(shapes, visited_blocks, at_hand)
     kept = [site for site in shapes.widest[:-1] if not site.whole_block]
     inputs = sum(shapes.waiting(recipe.num_samples, site.channels) for site in kept)
     yield Part("prune", device, "block", "a dense block and its copy", 2 * block)
@@ -112,6 +103,28 @@ def memory_parts(shapes: Shapes) -> Iterator[Part]:
         alive = sum(activation_bytes(model, site, batch, recipe.seq_len) for site in shapes.widest)
         wide = 4 // min(4, model.dtype.itemsize)
         yield Part("prune, refined", device, "activations", "activations of one step", 3 * wide * alive)
+
+
+def _measured(shapes: Shapes, blocks: str, at_hand: int) -> Iterator[Part]:
+    """Cuts that are measured on the dense model.
+
+    Args:
+        shapes: of the run.
+        blocks, at_hand: which dense blocks a visit has on the device, for people, and their bytes.
+    """
+    if not shapes.measured:
+        return
+    model, device = shapes.anatomy.model, shapes.device_place
+    waits = shapes.waiting(shapes.measured * (len(shapes.cuts) + 1))
+    weights = shapes.hidden * model.dtype.itemsize * sum(width * site.unit_size for site, width in shapes.cuts)
+    logits = 4 * 4 * shapes.recipe.seq_len * embedding_rows(model)
+    rest = shapes.rest_bytes * (shapes.device != "cpu")
+    yield Part("", "disk", "model", "what is kept of the cuts that are measured", weights)
+    yield Part("measured", shapes.waiting_place, "visit", "hidden states of the cuts that are measured", waits)
+    yield Part("measured, blocks", device, "block", f"{blocks}, and one with a cut", at_hand + shapes.block_bytes)
+    yield _activations("measured, blocks", shapes)
+    yield Part("measured, divergence", device, "rest", "embeddings, norms and head", rest)
+    yield Part("measured, divergence", device, "logits", "predictions of a window, dense and cut", logits)
 
 
 def _sites(phase: str, shapes: Shapes, sites: Sequence[Site], *, drifting: bool, holding_out: bool) -> Iterator[Part]:
