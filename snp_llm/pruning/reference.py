@@ -46,13 +46,14 @@ class Reference:
             inputs are those of the dense model have none: they give what they should until they are cut.
         windows: on all ranks together.
         stream_scale: what the stream is divided by to be in the measure of a site's output; None under `dense`.
-        behind: the stream that the block as a whole should put out, for as many windows as it is refined on.
+        behind: the stream that the block as a whole should put out, for as many windows as it is refined on; None where
+            it is not to be refined.
     """
 
     outputs: dict[Site, Tensor]
     windows: int
     stream_scale: float | None
-    behind: Stream
+    behind: Stream | None
 
     def of(self, site: Site, at: slice, hidden: Tensor, before: Sequence[Tensor]) -> Tensor | None:
         """What a site's out-projection should put out, for those of the windows `at` that have a reference.

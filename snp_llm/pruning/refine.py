@@ -32,6 +32,8 @@ WARM = 0.1  # of all steps, in which the rate rises; after them it falls to zero
 
 FEWEST_STEPS, MOST_STEPS = 30, 400  # that are worth it, where as many are taken as the rest of a run has time for
 
+WORTH, PATIENCE = 0.01, 4  # share of a block's error that refining it should take off; blocks in a row that may miss it
+
 STATE = 7  # copies of a block's parameters in float32: those that move, gradients, two moments, and three states
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way that the parameters have gone, from which held-out windows choose
@@ -40,6 +42,19 @@ SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way that the parameters have gone, fro
 def refined_windows(recipe: Recipe, windows: int, seq_len: int) -> int:
     """The first so many of all calibration windows are what blocks are refined on, those held out among them."""
     return min(windows, max(2, TOKENS // seq_len)) if recipe.refine_steps else 0
+
+
+def gains_nothing(refinements: Sequence[float | None]) -> bool:
+    """Whether refining has stopped to pay: the last `PATIENCE` blocks that were refined each kept more than `1 - WORTH`
+    of their error.
+
+    On a model of 135M parameters refining took two fifths of a run and 0.2 % off the errors of nearly all blocks.
+
+    Args:
+        refinements: of the sites before, in their order; None where no block was refined.
+    """
+    last = [share for share in refinements if share is not None][-PATIENCE:]
+    return len(last) == PATIENCE and min(last) > 1 - WORTH
 
 
 def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> float:

@@ -25,7 +25,7 @@ from snp_llm.pruning.cut import cut_alike, cut_site
 from snp_llm.pruning.experts import Arrivals, cut_experts, uncut_experts
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
-from snp_llm.pruning.refine import refine_block
+from snp_llm.pruning.refine import gains_nothing, refine_block
 from snp_llm.pruning.result import Curve, SiteResult, nothing_left
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
@@ -71,6 +71,8 @@ def prune_blocks(
         home = next(blocks[index].parameters()).device
         with on_device(blocks[index], clock.device):
             reference = dense.reference(index, widths)
+            if reference is not None and gains_nothing([result.refinement for result in results]):
+                reference = replace(reference, behind=None)
             block = copy_unhooked(blocks[index])
             block, found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
         if reference is None or not dense.referred:
@@ -185,13 +187,10 @@ def prune_block(
         with run.clock.phase("forward passes"):
             estimate(block, norms_of(block), stream)
 
-    if reference is not None and run.recipe.refine_steps:
-        with run.clock.phase("refinement"):
-            refinement = refine_block(block, stream, reference.behind, run)
-        results[-1:] = [replace(last, refinement=refinement) for last in results[-1:]]  # some blocks have no site
-        if refinement < 1:
+    if run.recipe.refine_steps:
+        results = refine(block, stream, reference, results, run)
+        if results and (results[-1].refinement or 1) < 1:
             fixed.clear()  # what they put out is no longer what the block does
-        run.signs.step(f"block {stream.index}: refined, error {refinement:.3f} of what it was")
 
     def run_on(at: slice) -> Tensor:
         with _fixing(fixed, at, run.clock.device):
@@ -202,6 +201,21 @@ def prune_block(
             check_finite(output, stream.index)
             stream.put(at, output)
     return block, results + mixed
+
+
+def refine(
+    block: nn.Module, stream: Stream, reference: Reference | None, results: list[SiteResult], run: Run
+) -> list[SiteResult]:
+    """Refines a block after its last cut, where there is something to refine it towards; the last of its results says
+    how much that gained."""
+    behind = None if reference is None else reference.behind
+    if behind is None:
+        run.signs.step(f"block {stream.index}: not refined")
+        return results
+    with run.clock.phase("refinement"):
+        gain = refine_block(block, stream, behind, run)
+    run.signs.step(f"block {stream.index}: refined, error {gain:.3f} of what it was")
+    return [*results[:-1], *(replace(last, refinement=gain) for last in results[-1:])]  # some blocks have no site
 
 
 def gather(

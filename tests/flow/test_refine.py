@@ -54,6 +54,31 @@ def test_steps_that_do_harm_are_not_kept(tokenizer, monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    ("refinements", "stops"),
+    [
+        ([], False),
+        ([0.999, 0.999, 0.999], False),
+        ([0.999, None, 0.999, None, 0.999, 0.999], True),
+        ([0.5, 0.999, 0.999, 1.0, 1.0], True),
+        ([0.999, 0.999, 0.98, 0.999], False),
+    ],
+)
+def test_blocks_that_gain_too_little_are_counted_in_a_row(refinements, stops):
+    assert refine.gains_nothing(refinements) == stops
+
+
+def test_refining_stops_where_it_does_not_pay(tokenizer, monkeypatch):
+    """Blocks after that are what they are without it, but for what they see of the ones before."""
+    monkeypatch.setattr(refine, "PATIENCE", 1)
+    monkeypatch.setattr(refine, "WORTH", 1.1)  # more than there is: the first block counts as a failure
+    refined = prune(small_model("opt"), tokenizer, small_recipe(**CUTS, refine=4))
+    by_block = {}
+    for result in refined.sites:
+        by_block.setdefault(result.site.block, []).append(result.refinement is not None)
+    assert [any(found) for found in by_block.values()] == [True] + [False] * (len(by_block) - 1)
+
+
 def test_nothing_cut_is_nothing_refined(tokenizer):
     dense = small_model("opt", torch.float32)
     same = prune(dense, tokenizer, small_recipe(**{**CUTS, "sparsity": 0.0}, refine=3))
