@@ -39,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
 from snp_llm.data.sources import Dataset
-from snp_llm.data.windows import Windows, calibration_windows, evaluation_windows
+from snp_llm.data.windows import Windows, evaluation_windows, mixed_windows
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
 
@@ -203,7 +203,7 @@ def read_text(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, role
 
 def read_calibration(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seed: int) -> Windows:
     draw = {"num_samples": args.num_samples, "seq_len": args.seq_len, "seed": seed}
-    return calibration_windows(tokenizer, Dataset(args.calibration), **draw)
+    return mixed_windows(tokenizer, Dataset(args.calibration), **draw)
 
 
 def check_apart(texts: Sequence[Text], calibration: Any) -> None:

@@ -1,4 +1,4 @@
-"""Writes a text that a model makes up, to calibrate on: `--calibration wikitext2,made-up.txt`.
+"""Writes a text that a model makes up, to calibrate on: `--calibration wikitext2=3,made-up.txt`.
 
     python recipes/generate_text.py HuggingFaceTB/SmolLM2-135M --tokens 65536 --output made-up.txt
 
