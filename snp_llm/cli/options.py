@@ -74,7 +74,9 @@ def _group(kind: type, group: str, names: Sequence[str]) -> type:
         own = [m.metavar for m in getattr(hints[name], "__metadata__", ()) if getattr(m, "metavar", None)]
         usual = next((METAVARS[k] for k in kinds if k in METAVARS), None)
         hint = "" if "efault: " in said[name] else _hint(default)
-        options = tyro.conf.arg(metavar=own[0] if own else usual, help=said[name], help_behavior_hint=hint)
+        named = flag(name)[2:] if name.endswith("_") else None
+        shown = own[0] if own else usual
+        options = tyro.conf.arg(name=named, metavar=shown, help=said[name], help_behavior_hint=hint)
         annotated = _annotate[hints[name], options]
         parts.append((name, annotated) if default is MISSING else (name, annotated, field(default=default)))
     return make_dataclass(group.replace(" ", "_"), parts, frozen=True, namespace={"__doc__": ""})

@@ -1,6 +1,7 @@
 """A recipe made definite by a model, and that model and its calibration text checked before the first block."""
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,8 @@ from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
 from snp_llm.models.task import Loss
-from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
+from snp_llm.models.text_part import text_config
+from snp_llm.recipe.recipe import ROWS, Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError
@@ -68,12 +70,25 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         )
     if recipe.norm_statistics == "pass" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise SnpError("--norm-statistics pass: expected a model with batch norms; this one has none. Leave it out.")
+    check_rows(model, recipe)
     settings = {
         **material_of(model.config).settings(recipe, model, tokenizer),
-        "round_to": recipe.round_to or usual_rounding(model, recipe.layout),
+        "round_to": recipe.round_to or (recipe.row if recipe.for_ else usual_rounding(model, recipe.layout)),
         "sparsity": recipe.common_sparsity,
     }
     return ResolvedRecipe(**{**vars(recipe), **settings})
+
+
+def check_rows(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises SnpError if rows that no width changes, those as long as the hidden size, do not fit what --for names."""
+    hidden = int(getattr(text_config(model.config), "hidden_size", 0))
+    if hidden % recipe.row:
+        fitting = ", ".join(kernel for kernel, row in ROWS.items() if hidden % row == 0) or "none"
+        raise SnpError(
+            f"--for {recipe.for_}: expected a hidden size in multiples of {recipe.row}, got {hidden:,}, so that other "
+            f"rows fit as little as the dense model's. This model's fit --for {fitting}; or use "
+            f"--round-to {math.gcd(hidden, recipe.row)} and a quantiser that takes groups of that size."
+        )
 
 
 def usual_rounding(model: PreTrainedModel, layout: str) -> int:

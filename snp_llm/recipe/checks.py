@@ -86,8 +86,8 @@ UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control charac
 
 
 def flag(name: str) -> str:
-    """A setting's option."""
-    return f"--{name.replace('_', '-')}"
+    """A setting's option; the last `_` of a name that would be a word of Python's is not in it."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def check_settings(settings: Any) -> None:

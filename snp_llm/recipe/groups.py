@@ -9,7 +9,7 @@ SPLIT = ("ffn_sparsity", "head_sparsity")
 METHOD = (
     *("ordering", "metric", "allocation", "measured_cuts", "reference", "reference_weight", "dampening", "refine"),
     *("absorb_bias", "norm_statistics", "head_unit", "experts", "expert_score", "depth", "depth_score"),
-    *("layout", "round_to"),
+    *("layout", "round_to", "for_"),
 )
 
 # A run knows it by its tokens or pixels, not by its name.

@@ -33,6 +33,19 @@ Bos = Literal["auto", "always", "once", "never"]
 
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
 
+Kernel = Literal["gptq", "awq", "marlin", "torchao", "bnb", "q8_0", "q4_0", "q4_k_m"]
+
+ROWS: dict[Kernel, int] = {  # values that share a scale, or a kernel's tile: rows are whole numbers of them
+    "gptq": 128,
+    "awq": 128,
+    "marlin": 128,
+    "torchao": 128,
+    "bnb": 64,
+    "q8_0": 32,
+    "q4_0": 32,
+    "q4_k_m": 256,
+}
+
 BudgetKind = Literal["params", "size", "flops", "latency"]
 
 SUFFIXES: dict[BudgetKind, dict[str, float]] = {
@@ -144,7 +157,12 @@ class Recipe:
     """What batch norms take for mean and variance after a cut. closed: what follows from sums that are there. pass:
     what calibration images then bring, norm after norm."""
     round_to: int | None = None
-    """FFN widths are multiples of this. Default: 64 for the uniform layout, unless the FFN is too small, else 8."""
+    """FFN widths are multiples of this. Default: what --for needs; without it 64 for the uniform layout, unless the FFN
+    is too small, else 8."""
+    for_: Kernel | None = None
+    """What the model will be quantised by: widths of FFNs and of all heads together are such that every row fits.
+    gptq, awq, marlin, torchao (its int4): multiples of 128; bnb: 64; q8_0, q4_0: 32; q4_k_m: 256, the last three
+    of llama.cpp."""
     calibration: Text | None = None
     """wikitext2, c4, ptb, a hub dataset (user/name or user/name:config), a .txt, .jsonl or .parquet file, a folder that
     `datasets` saved, `random` token ids, or `bundled`. Default: wikitext2; bundled for the bundled model. For models of
@@ -217,6 +235,11 @@ class Recipe:
                 f"taken back with {flag(budgets[-1])} None."
             )
         _ = self.budget, self.perplexity_increase  # whether they can be read
+        if self.round_to is not None and self.round_to % self.row:
+            raise SnpError(
+                f"--round-to {self.round_to}: expected a multiple of {self.row}, which --for {self.for_} needs. Leave "
+                "one of them out."
+            )
         if self.depth != "never":
             self._check_depth()
         if self.depth_score != "loss" and self.depth != "only":
@@ -340,6 +363,11 @@ class Recipe:
         if isinstance(self.refine, str):
             return {"auto": None, "none": 0}[self.refine]
         return self.refine
+
+    @property
+    def row(self) -> int:
+        """What the length of every row is a multiple of."""
+        return 1 if self.for_ is None else ROWS[self.for_]
 
     @property
     def holds_out(self) -> bool:

@@ -35,7 +35,7 @@ RUNS = (
     f"prune tiny-opt --dtype bfloat16 --hidden-device disk --resume {CHEAP} {FEW}",
     f"prune tiny-opt --target-params 0.8x --experts channels --refine none {FEW}",
     f"prune tiny-opt --target-size 4MB --overwrite {CHEAP} {FEW}",
-    f"prune tiny-opt --depth only --refine none {FEW}",
+    f"prune tiny-opt --depth only --for q4_0 --refine none {FEW}",
     f"prune tiny-opt --target-flops 0.8x {CHEAP} {FEW}",
     f"prune tiny-opt --target-latency 0.8x --latency-table latency.json {CHEAP} {FEW}",
     f"prune tiny-opt --max-perplexity-increase 50% {CHEAP} {FEW}",

@@ -48,6 +48,28 @@ def test_every_allocation_and_layout_keeps_to_a_limit(layout, allocation, tokeni
     assert total - 13000 < parameters <= total - 9000
 
 
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+def test_rows_of_every_projection_fit_what_the_model_will_be_quantised_by(layout, tokenizer):
+    """Of heads too, which take two KV groups of 2 x 16 channels to fill a row of 64."""
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 8}
+    dense = small_model("llama", head_dim=16, **shape)
+    recipe = small_recipe(ffn_sparsity=0.3, head_sparsity=0.4, layout=layout, for_="bnb")
+    pruned = prune(dense, tokenizer, recipe)
+    rows = [m.in_features for m in find_blocks(pruned.model).modules() if isinstance(m, torch.nn.Linear)]
+    assert not any(row % 64 for row in rows) and pruned.recipe.round_to == 64
+    assert sum(rows) < sum(m.in_features for m in find_blocks(dense).modules() if isinstance(m, torch.nn.Linear))
+    assert any(len(site.kept) < site.site.units for site in pruned.sites if site.site.kind == "attention")
+
+
+def test_rows_that_no_width_changes_have_to_fit_too():
+    dense = small_model("llama", hidden_size=96, head_dim=16)
+    with pytest.raises(SnpError, match="--for gptq: .* got 96, .* fit --for q8_0, q4_0; or use --round-to 32"):
+        resolve(small_recipe(for_="gptq"), dense)
+    with pytest.raises(SnpError, match="--round-to 48: expected a multiple of 32, which --for q8_0 needs"):
+        small_recipe(for_="q8_0", round_to=48)
+    assert resolve(small_recipe(for_="q8_0", round_to=64), dense).round_to == 64
+
+
 def test_a_size_on_disk(tokenizer, tmp_path):
     dense = small_model("llama", torch.bfloat16)
     limit = model_size(dense, 32).bytes - 20_000

@@ -331,6 +331,9 @@ def site_budgets(
     found = []
     for site, curve, cost, (kind, permitted) in zip(sites, curves, costs, pools, strict=True):
         multiple = recipe.round_to if site.heads is None and not site.whole else site.step
+        if site.heads is not None:
+            multiple = math.lcm(multiple, recipe.row // math.gcd(recipe.row, site.unit_size))
+            permitted = permitted and tuple(width for width in permitted if width % multiple == 0)
         if site.mixture is not None and not site.whole:  # of other widths kernels for stacked experts make nothing
             multiple = math.lcm(multiple, KERNEL_BYTES // min(KERNEL_BYTES, anatomy.model.dtype.itemsize))
         if not site.prunable:
