@@ -10,7 +10,6 @@ machines without a GPU. Prompts of several lengths are drawn at random and go in
 import argparse
 import os
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", help="of speeds; what is compared is float32")
-    parser.add_argument("--speed", action="store_true", help="tokens a second of prompts and answers, nothing compared")
     args = parser.parse_args()
     # torch first: vLLM's own backend of transformers' models changes the classes that it takes from there.
-    wanted = {folder: None if args.speed else in_torch(folder) for folder in args.folders}
+    wanted = {folder: in_torch(folder) for folder in args.folders}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
     if args.tensor_parallel_size > 1:  # on a CPU devices are cores
@@ -48,13 +45,10 @@ def main() -> int:
     for folder, expected in wanted.items():
         name = f"vLLM {vllm.__version__} ({AutoConfig.from_pretrained(folder).model_type})"
         try:
-            engine = start(folder, args.dtype if args.speed else "float32", args.tensor_parallel_size)
-            if expected is None:
-                print(f"{name}, {args.dtype}: {speeds(engine)}", flush=True)
-            else:
-                same, text = compared(engine, *expected)
-                print(f"{'ok' if same else 'DISAGREES'}: {name}: {text}", flush=True)
-                agree = agree and same
+            engine = start(folder, devices=args.tensor_parallel_size)
+            same, text = compared(engine, *expected)
+            print(f"{'ok' if same else 'DISAGREES'}: {name}: {text}", flush=True)
+            agree = agree and same
             del engine
         except Exception as error:  # of whatever kind, the next folder is tried
             print(f"DISAGREES: {name}: {type(error).__name__}: {error}", flush=True)
@@ -94,8 +88,8 @@ def compared(engine: Any, logits: Tensor, continued: list[list[int]]) -> tuple[b
     )
 
 
-def start(folder: Path, dtype: str, devices: int) -> Any:
-    """vLLM's engine with a model."""
+def start(folder: Path, dtype: str = "float32", devices: int = 1, length: int = 2 * max(LENGTHS)) -> Any:
+    """vLLM's engine with a model, for texts up to a length."""
     import vllm
 
     return vllm.LLM(
@@ -103,7 +97,7 @@ def start(folder: Path, dtype: str, devices: int) -> Any:
         dtype=dtype,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        max_model_len=2 * max(LENGTHS),
+        max_model_len=length,
         max_num_seqs=AT_ONCE,
         max_logprobs=-1,
         tensor_parallel_size=devices,
@@ -127,21 +121,6 @@ def log_probabilities(engine: Any, prompts: list[Tensor], vocabulary: int) -> Te
         for token, entry in output.logprobs[0].items():
             row[token] = entry.logprob
     return found
-
-
-def speeds(engine: Any) -> str:
-    """Tokens a second of one prompt at a time, and of the answer to it; medians of five, after a first one."""
-    prompt = torch.arange(100, 100 + max(LENGTHS))
-    prefill, decode = [], []
-    for _ in range(6):
-        started = time.perf_counter()
-        run(engine, [prompt], max_tokens=1)
-        first = time.perf_counter() - started
-        run(engine, [prompt], max_tokens=33)
-        prefill.append(len(prompt) / first)
-        decode.append(32 / (time.perf_counter() - started - 2 * first))
-    one, other = (sorted(times[1:])[2] for times in (prefill, decode))
-    return f"prefill {one:,.0f} tokens a second, decode {other:,.1f}"
 
 
 if __name__ == "__main__":
