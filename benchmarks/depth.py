@@ -6,7 +6,8 @@
 The model is visited once, and pruned by `--depth never`, `only` and `auto`. Beside them stand its blocks cut out and
 nothing repaired: those that `only` takes, and those of block influence and angular distance. Then the dense model
 and the pruned ones take turns at prefilling one window and at decoding, and medians of the ratios to the dense model's
-neighbouring turn count. One seed; calibration and evaluation as of `snp-llm prune`.
+neighbouring turn count; blocks cut out are as fast as `only` where they are as many. One seed; calibration and texts
+for evaluation, of which there may be several, as of `snp-llm prune`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from snp_llm.pruning.run import Run, read_calibration, resolve
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
 
-ROUNDS, NEW_TOKENS = 9, 24
+NEW_TOKENS, CUT = 24, "cut out"
 
 Row = tuple[str, PreTrainedModel, int]  # its name, the model, and how many blocks are gone
 
@@ -48,13 +49,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--evaluation", required=True, nargs="+")
     parser.add_argument("--sparsities", nargs="*", default=[])
     parser.add_argument("--latencies", nargs="*", default=[], help="as of --target-latency")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--refine", default="auto", help="steps, auto or none")
+    parser.add_argument("--rounds", type=int, default=9, help="of speeds")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -67,11 +69,15 @@ def main() -> None:
     run = Run(replace(recipe, depth="auto"), Clock(compute_device("auto")), Journal())
     windows = read_calibration(tokenizer, recipe, dense)
     visited, tokens = visit(dense, windows, run), windows.tokens
-    tested = evaluation_windows(tokenizer, Dataset(args.evaluation), seq_len=args.seq_len, max_windows=args.max_windows)
-    whole, before = model_size(dense, args.seq_len).block_linear, perplexity(dense, tested.tokens)
-    print(f"    python {' '.join(sys.argv)}\n\ndense: perplexity {before:.2f}\n")
-    print("| asked | | removed | blocks gone | perplexity | above dense | prefill | decode |")
-    print("|" + "---|" * 8, flush=True)
+    texts = [
+        evaluation_windows(tokenizer, Dataset(text), seq_len=args.seq_len, max_windows=args.max_windows).tokens
+        for text in args.evaluation
+    ]
+    whole, before = model_size(dense, args.seq_len).block_linear, [perplexity(dense, text) for text in texts]
+    print(f"    python {' '.join(sys.argv)}\n\ndense: perplexity {' and '.join(f'{p:.2f}' for p in before)}\n")
+    rises = " | ".join(f"perplexity of {Path(text).stem} | above dense" for text in args.evaluation)
+    print(f"| asked | | removed | blocks gone | {rises} | prefill | decode |")
+    print("|" + "---|" * (6 + 2 * len(texts)), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         table = str(Path(scratch) / "latencies.json")
         budgets = [(f"{float(s):.0%}", {"sparsity": float(s)}) for s in args.sparsities]
@@ -80,14 +86,11 @@ def main() -> None:
         ]
         for name, budget in budgets:
             for way, model, gone in pruned_models(visited, tokens, replace(recipe, **budget), run):
-                after = perplexity(model, tested.tokens)
+                after = [perplexity(model, text) for text in texts]
                 removed = 1 - model_size(model, args.seq_len).block_linear / whole
-                speeds = [f"{times:.2f}x" for times in ratios(dense, model, tested.tokens[:1])]
-                print(
-                    f"| {name} | {way} | {removed:.3f} | {gone} | {after:.2f} | {100 * (after / before - 1):.1f} % "
-                    f"| {' | '.join(speeds)} |",
-                    flush=True,
-                )
+                found = [f"{p:.2f} | {100 * (p / old - 1):.1f} %" for p, old in zip(after, before, strict=True)]
+                fast = ["", ""] if way.startswith(CUT) else ratios(dense, model, texts[0][:1], args.rounds)
+                print(f"| {name} | {way} | {removed:.3f} | {gone} | {' | '.join(found + fast)} |", flush=True)
 
 
 def pruned_models(visited: Visited, tokens: torch.Tensor, recipe: ResolvedRecipe, run: Run) -> Iterator[Row]:
@@ -108,11 +111,11 @@ def pruned_models(visited: Visited, tokens: torch.Tensor, recipe: ResolvedRecipe
             curves = with_distances(curves, anatomy, tokens, replace(run.phase(score), recipe=by))
         gone = gone_blocks(anatomy.sites, Visited(anatomy, curves).widths(by))
         left = [NoBlock() if index in gone else block for index, block in enumerate(find_blocks(anatomy.model))]
-        yield f"cut out, by {score}", assemble(anatomy.model, anatomy.family, nn.ModuleList(left)), len(gone)
+        yield f"{CUT}, by {score}", assemble(anatomy.model, anatomy.family, nn.ModuleList(left)), len(gone)
 
 
 @torch.no_grad()
-def ratios(dense: PreTrainedModel, model: PreTrainedModel, window: torch.Tensor) -> list[float]:
+def ratios(dense: PreTrainedModel, model: PreTrainedModel, window: torch.Tensor, rounds: int) -> list[str]:
     """How many times as fast as the dense model another prefills a window, and decodes after 8 tokens."""
     works: list[Callable[[PreTrainedModel], object]] = [
         lambda model: model(window),
@@ -121,14 +124,14 @@ def ratios(dense: PreTrainedModel, model: PreTrainedModel, window: torch.Tensor)
     both = []
     for work in works:
         turns = []
-        for _ in range(ROUNDS + 1):
+        for _ in range(rounds + 1):
             times = []
             for one in (dense, model):
                 start = time.perf_counter()
                 work(one)
                 times.append(time.perf_counter() - start)
             turns.append(times[0] / times[1])
-        both.append(statistics.median(turns[1:]))
+        both.append(f"{statistics.median(turns[1:]):.2f}x")
     return both
 
 

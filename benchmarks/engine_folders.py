@@ -60,12 +60,17 @@ DELTA = {
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
 }
-MIXTURE = {**HEAD, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+# As published models are, which llama.cpp takes for granted: a token's experts with weights that add up to one, or do
+# not, and in OLMoE as many key-value heads as query heads.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 MIXTURES: dict[str, dict] = {
-    "qwen3_moe": MIXTURE,
+    "qwen3_moe": {**HEAD, **EXPERTS, "moe_intermediate_size": 128, "norm_topk_prob": True},
+    "qwen2_moe": {**EXPERTS, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256},
     "mixtral": {**HEAD, "intermediate_size": 128, "num_local_experts": 8, "sliding_window": None},
-    "olmoe": {"intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": {**EXPERTS, "intermediate_size": 128, "num_key_value_heads": 4},
     "granitemoe": {"intermediate_size": 128, "num_local_experts": 8},
+    "phimoe": {"intermediate_size": 128, "num_local_experts": 8, "sliding_window": None},
+    "gpt_oss": {**HEAD, "intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
 }
 TYPES: dict[str, dict] = {
     **MIXTURES,
