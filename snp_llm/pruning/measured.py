@@ -144,22 +144,22 @@ def corrected(losses: Sequence[Tensor], measured: Sequence[Tensor | None]) -> li
     `loss * m * (f / m)^TRUST`, with f the site's factor, measured over predicted, and m the median of all. Between two
     measured widths f is interpolated, in logarithms, and constant beyond. Where nothing was measured, or nothing
     predicted, it is m, and nowhere further from m than `FARTHEST`. Trusted fully, factors of one text lift the floor
-    under F from what that text does not use: on another text twice the divergence was seen.
+    under F from what that text does not use: on another text twice the divergence was seen. A block has no widths but
+    none and all, so that nothing is predicted of it any more: its loss is what was measured.
 
     Args:
         losses: of every site, at every width, (units + 1,).
         measured: of every site, as of `measure`.
     """
     known = [_factors(loss, rows) for loss, rows in zip(losses, measured, strict=True)]
-    logs = [log for _, found in known for log in found]
-    if not logs:
-        return [*losses]
-    median, most = float(np.median(logs)), float(np.log(FARTHEST))
+    logs = [log for widths, found in known if widths != [0] for log in found]
+    median, most = float(np.median(logs)) if logs else 0.0, float(np.log(FARTHEST))
     result = []
     for loss, (widths, found) in zip(losses, known, strict=True):
         factors = np.interp(np.arange(len(loss)), widths, found) if widths else np.full(len(loss), median)
-        trusted = np.exp(median + TRUST * np.clip(factors - median, -most, most))
-        result.append(loss * torch.from_numpy(trusted).to(loss))
+        if widths != [0]:
+            factors = median + TRUST * np.clip(factors - median, -most, most)
+        result.append(loss * torch.from_numpy(np.exp(factors)).to(loss))
     return result
 
 

@@ -252,6 +252,24 @@ def test_fewer_experts_of_all_blocks_are_a_plain_config(model_type, tokenizer):
     torch.testing.assert_close(pruned.model(TOKENS).logits, dropped(dense, pruned)(TOKENS).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_whole_experts_go_first_and_channels_of_the_others_then(model_type, layout, tokenizer, tmp_path):
+    if model_type == "jamba" or (layout == "uniform" and model_type in NO_KEY):
+        pytest.skip("it has no experts to spare, or its config no key for their width alone")
+    _, fewer = whole(model_type, tokenizer, layout, allocation="uniform")
+    fewer.save(tmp_path / "fewer")
+    loaded = checkpoint.load(str(tmp_path / "fewer"), "auto")[0]
+    both = cut(loaded, tokenizer, layout, ffn_sparsity=0.25)
+    sites = [result for result in both.sites if result.site.kind == "experts"]
+    assert {(r.site.mixture.count, len(r.kept) < r.site.units) for r in sites} == {(4, True)}
+    torch.testing.assert_close(both.model(TOKENS).logits, masked(loaded, both)(TOKENS).logits, **CLOSE)
+    assert (both.model.config.model_type == model_type) == (layout == "uniform")
+    checkpoint.save(both.model, tokenizer, tmp_path / "both")
+    again = checkpoint.load(str(tmp_path / "both"), "auto")[0]
+    torch.testing.assert_close(again(TOKENS).logits, both.model(TOKENS).logits, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("by", ["reap", "frequency", "loss", "random"])
 def test_scores_are_what_they_say(by, tokenizer):
     dense, pruned = whole("qwen3_moe", tokenizer, expert_score=by, reference="self", allocation="uniform")
