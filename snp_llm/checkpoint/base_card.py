@@ -4,10 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import hf_hub_download
 
-from snp_llm.checkpoint.contents import CARD
+from snp_llm.checkpoint.contents import CARD, split_card
 from snp_llm.checkpoint.loading import is_hub_id
 
 log = logging.getLogger(__name__)
@@ -23,13 +22,10 @@ def inherited(model: str) -> dict[str, Any]:
     """
     try:
         file = Path(hf_hub_download(model, CARD)) if is_hub_id(model) else Path(model) / CARD
-        text = file.read_text(encoding="utf-8")
-        _, front, _ = text.split("---", 2) if text.startswith("---") else ("", "", "")
-        values = yaml.safe_load(front)
-    except Exception as error:  # the Hub's, its transport's, the file system's, YAML's: a card need not be there
+        known, _ = split_card(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the Hub's, its transport's, the file system's: a card need not be there
         log.debug("card of %s: %s", model, error)
         return {}
-    known = values if isinstance(values, dict) else {}
     return {name: known[name] for name in INHERITED if _plain(known.get(name))}
 
 

@@ -1,8 +1,11 @@
 """What an output folder is made of: names in it, files that are its own, its report and card read back."""
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.json_files import read_json
@@ -90,6 +93,16 @@ def read_card(folder: Path) -> str:
         return card.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise SnpError(f"{card}: expected a model card in UTF-8, cannot be read ({reason(error)}).") from error
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card, and its text from behind that on; what is no front matter is text."""
+    found = re.match(r"---\n(.*?)\n---(?=\n|$)", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        values = None
+    return (values, text[found.end() :]) if found and isinstance(values, dict) else ({}, text)
 
 
 def check_own_folder(flag: str, folder: str) -> None:

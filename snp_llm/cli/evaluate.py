@@ -77,6 +77,8 @@ def run_classified(recipe: EvaluationRecipe, talk: Talk) -> None:
     own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
         check_own_folder("--save", recipe.models[0])
+    for name in own if recipe.save else []:
+        evaluation_report.check_folder(Path(name))
     results = classify(recipe, watching)
     if talk.json:
         print_json({"models": [asdict(result) for result in results]})

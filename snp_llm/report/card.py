@@ -1,22 +1,21 @@
 """The model card of an output folder. Knows results, computes nothing."""
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
 from snp_llm.checkpoint.base_card import inherited
-from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card
+from snp_llm.checkpoint.contents import CARD, PAGE, REPORT, read_card, split_card
 from snp_llm.checkpoint.tokenizer import reader_of
-from snp_llm.data.sources import NAMED
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.report.limits import limits
+from snp_llm.report.results import dataset_of, hub_results, result_lines
 from snp_llm.report.rows import markdown_table, measured_by, what_went
 from snp_llm.report.words import sample_lines
 from snp_llm.runtime.files import write_text
@@ -27,8 +26,6 @@ PIPELINES = {
     "AutoModelForMultimodalLM": "any-to-any",
     "AutoModelForImageClassification": "image-classification",
 }
-
-FILES = (".txt", ".jsonl", ".parquet")  # endings of what is a file on some machine, and no dataset's id
 
 CITATION = """@article{offergeld2024subspace,
   title   = {Subspace Node Pruning},
@@ -140,43 +137,22 @@ def _usage(classes: tuple[str, str], model_type: str, *, has_code: bool) -> list
     return [*lines, "```", "", *loads, ""]
 
 
-def front_matter(report: dict[str, Any], origin: Origin, *, has_code: bool, auto: str) -> str:
+def front_matter(report: Mapping[str, Any], origin: Origin, *, has_code: bool, auto: str) -> str:
     """What the Hub reads of a card: tags, license, the dense model, datasets, and what was measured; YAML."""
-    name = f"{Path(report['recipe']['model']).name} pruned"
-    pipeline, measured = PIPELINES.get(auto, "text-generation"), _has_figures(report)
-    key, metric = ("top1", "accuracy") if report["pruned"].get("top1") is not None else ("perplexity", "perplexity")
-    of = dataset_of(str(report["recipe"]["eval_dataset"]))
-    result = EvalResult(
-        task_type="text-generation" if key == "perplexity" else pipeline,
-        dataset_type=of[0] if of else "custom",
-        dataset_config=of[1] if of else None,
-        dataset_name=str(report.get("evaluation")),
-        metric_type=metric,
-        metric_value=report["pruned"][key],
-    )
-    calibration = dataset_of(str(report["recipe"]["calibration"]))
+    pipeline, calibration = PIPELINES.get(auto, "text-generation"), dataset_of(str(report["recipe"]["calibration"]))
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[calibration[0]] if calibration else None,
         library_name="transformers",
         pipeline_tag=pipeline,
         tags=["snp-llm", "pruned", "structured-pruning", *(["custom_code"] if has_code else [])],
-        metrics=[metric] if measured else None,
-        model_name=name if measured else None,
-        eval_results=[result] if measured else None,
         **origin.inherited,
     )
-    return str(data.to_yaml())
+    return _yaml({**data.to_dict(), **hub_results(report, pipeline)})
 
 
-def dataset_of(name: str) -> tuple[str, str | None] | None:
-    """A dataset's id on the Hub and its configuration, or None where it is not there: a file, a mixture, noise."""
-    if name in NAMED:
-        return NAMED[name].path, NAMED[name].options.get("name")
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", name)
-    if found is None or name.startswith(".") or os.path.exists(name) or Path(name).suffix in FILES:
-        return None
-    return found[1], found[2]
+def _yaml(front: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _has_figures(report: dict[str, Any]) -> bool:
@@ -216,3 +192,18 @@ def update_card(folder: Path, heading: str, lines: Sequence[str]) -> None:
     before, found, rest = text.partition(begin)
     text = before + section + rest.partition(end)[2] if found else f"{text.rstrip()}\n\n{section}\n"
     write_text(folder / CARD, text)
+
+
+def refresh_card(report: Mapping[str, Any], folder: Path) -> None:
+    """Brings a card up to what has been measured since: what it tells the Hub, and a section with a table of it.
+
+    Args:
+        report: with the new measurements.
+        folder: with a README.md that `write_card` wrote. Front matter that has been taken out of it stays out.
+    """
+    front, text = split_card(read_card(folder))
+    if front:
+        kept = {key: value for key, value in front.items() if key not in ("metrics", "model-index")}
+        front = {**kept, **hub_results(report, str(front.get("pipeline_tag", "text-generation")))}
+        write_text(folder / CARD, f"---\n{_yaml(front)}\n---{text}")
+    update_card(folder, "Evaluation", [*result_lines(report), ""])

@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
-from snp_llm.checkpoint.contents import REPORT, read_report
+from snp_llm.checkpoint.contents import REPORT, read_card, read_report
 from snp_llm.evaluate.classified import Classified
 from snp_llm.evaluate.side_by_side import Evaluated
 from snp_llm.recipe.commands import EvaluationRecipe
+from snp_llm.report.card import refresh_card
 from snp_llm.report.facts import write_report
 from snp_llm.runtime.errors import SnpError
 
@@ -14,6 +15,7 @@ from snp_llm.runtime.errors import SnpError
 def check_folder(folder: Path) -> None:
     """Raises SnpError if results could not be recorded in an output folder, before they are measured."""
     report = read_report(folder)
+    read_card(folder)
     entries = report.get("perplexities", [])
     kinds = (
         isinstance(entries, list)
@@ -44,6 +46,7 @@ def save(result: Evaluated, recipe: EvaluationRecipe, folder: Path) -> None:
         report["tasks"] = {**report.get("tasks", {}), **found}
         report["versions"]["lm_eval"] = version("lm_eval")
     write_report(report, folder)
+    refresh_card(report, folder)
 
 
 def save_classified(result: Classified, folder: Path) -> None:
@@ -52,3 +55,4 @@ def save_classified(result: Classified, folder: Path) -> None:
     entry = {"text": result.text, "top1": result.top1, "top5": result.top5}
     report["accuracies"] = [*(e for e in report.get("accuracies", []) if e["text"] != result.text), entry]
     write_report(report, folder)
+    refresh_card(report, folder)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from snp_llm import SnpError
 from snp_llm.cli.parse import evaluate_main
@@ -106,6 +107,9 @@ def test_results_are_recorded_in_the_report(models, out, tmp_path, capsys):
     report = json.loads((tmp_path / "out/prune_report.json").read_text())
     assert len(report["perplexities"]) == 2 and "begin every 8" in report["perplexities"][1]["text"]
     assert report["pruned"]["perplexity"] is None and len(report["sites"]) == 6
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert [r.metric_value for r in card.data.eval_results] == [e["perplexity"] for e in report["perplexities"]]
+    assert card.text.count("begin every 8") == 1
     capsys.readouterr()
     refuse(capsys, [models[0], *DATASET, "--save"], "--save: expected an output folder", evaluate_main)
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 from snp_llm import Recipe, prune
@@ -10,6 +11,7 @@ from snp_llm.checkpoint.base_card import inherited
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts, rows
+from snp_llm.report.results import dataset_of
 from snp_llm.report.words import asked, percent
 from tests.conftest import small_opt, small_recipe
 
@@ -54,10 +56,38 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
     assert result["metrics"][0]["type"] == "perplexity" and result["metrics"][0]["value"] == 55.5
     assert result["dataset"]["type"] == "Salesforce/wikitext"
     assert result["dataset"]["config"] == "wikitext-2-raw-v1"
+    assert data["pipeline_tag"] == "text-generation" and data["metrics"] == ["perplexity"]
+    assert result["task"] == {"type": "text-generation", "name": "Text Generation"}
     assert data["license"] == "mit" and data["language"] == ["en"]
     assert "2405.17506" in text and "model.generate(" in text and "## Limits" in text
     assert "trust_remote_code=True" in text and "snp-llm prune user/small" in text
     assert "in vLLM where the package snp-llm is installed too" in text
+
+
+def test_what_is_measured_later_joins_the_results_in_the_card(run, tmp_path):
+    """As the Hub's own reader finds them: the task, the data and the figure of each, once."""
+    report = {
+        **run[3],
+        "perplexities": [{"text": "c4 (validation), 2 windows of 32 tokens", "sha256": "", "perplexity": 60.0}],
+        "tasks": {"piqa": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6, "samples": 6, "num_fewshot": 0}},
+    }
+    card = model_cards.model_card(run[3], model_cards.Origin(), model_type="opt", has_code=False)
+    (tmp_path / "README.md").write_text(card)
+    for _again in range(2):
+        model_cards.refresh_card(report, tmp_path)
+    read = ModelCard.load(tmp_path / "README.md")
+    found = {(r.dataset_type, r.metric_type): r for r in read.data.eval_results}
+    assert {of: r.metric_value for of, r in found.items()} == {
+        ("Salesforce/wikitext", "perplexity"): 55.5,
+        ("allenai/c4", "perplexity"): 60.0,
+        ("piqa", "accuracy"): 0.5,
+        ("piqa", "acc_norm"): 0.6,
+    }
+    assert {r.task_name for r in found.values()} == {"Text Generation"}
+    assert found["piqa", "accuracy"].dataset_args == {"samples": 6, "num_fewshot": 0}
+    assert read.data.metrics == ["perplexity", "accuracy", "acc_norm"] and read.text.count("| piqa | acc_norm |") == 1
+    before, _, after = read.text.partition("<!-- Evaluation -->")
+    assert before.strip() == ModelCard(card).text.strip() and after.strip().endswith("<!-- end of Evaluation -->")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +102,7 @@ def test_card_front_matter_is_yaml_that_the_hub_understands(run):
     ],
 )
 def test_datasets_that_the_hub_knows(name, expected):
-    assert model_cards.dataset_of(name) == expected
+    assert dataset_of(name) == expected
 
 
 @pytest.mark.parametrize(
