@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, work: Path) -> int:
         write_csv(rows, args.output / f"{args.name}.csv")
     checks: list[tuple[str, engines.Check]] = []
     for recipe in served_recipes(args, folder):
-        found = engines.check_engines(work / output_name(recipe), windows.tokens[:4, :128], work, source)
+        found = engines.check_engines(work / output_name(recipe), work)
         checks += [(output_name(recipe), check) for check in found]
     text = markdown(args, rows, checks, windows)
     (args.output / f"{args.name}.md").write_text(text)

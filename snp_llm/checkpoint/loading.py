@@ -40,6 +40,15 @@ BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "num_attentio
 
 MODELING = Path(modeling_snp.__file__)
 
+# By the method that a config names, the call of transformers that gives float weights back.
+LOADED = "from_pretrained(MODEL, quantization_config={}(dequantize=True)).save_pretrained(FOLDER)"
+DEQUANTISED = {
+    "bitsandbytes": "from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)",
+    "higgs": "from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)",
+    "fp8": LOADED.format("FineGrainedFP8Config"),
+    "mxfp4": LOADED.format("Mxfp4Config"),
+}
+
 
 def load(
     name: str, dtype: str, *, trust_remote_code: bool = False, on_disk: Path | None = None
@@ -190,11 +199,12 @@ def check_config(name: str, config: PretrainedConfig) -> None:
         )
     if any(part.is_encoder_decoder or getattr(part, "add_cross_attention", False) for part in (config, text)):
         raise SnpError(f"model {name}: {config.model_type} is an encoder-decoder; expected a decoder-only model.")
-    if any(getattr(part, "quantization_config", None) for part in (config, text)):
-        raise SnpError(
-            f"model {name}: the checkpoint is quantised; expected float weights. Prune the float model that it was "
-            "made from, or dequantise it: from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)."
-        )
+    for said in (getattr(part, "quantization_config", None) for part in (config, text)):
+        if said:
+            raise SnpError(
+                f"model {name}: the checkpoint is quantised; expected float weights. Prune the float model that it was "
+                f"made from{way_back(said)}"
+            )
     # As an attribute it is never empty. Types that read it have one of their own, as Gemma 4 does.
     if text.to_dict().get("per_layer_config") and not type(text)().to_dict().get("per_layer_config"):
         raise SnpError(
@@ -204,6 +214,14 @@ def check_config(name: str, config: PretrainedConfig) -> None:
     if not find_family(config).alike:  # whether its blocks are known shows in modules alone
         with torch.device("meta"):
             find_anatomy(auto_class(config).from_config(config))
+
+
+def way_back(said: Any) -> str:
+    """The end of a sentence: how the weights that a `quantization_config` is about become float ones again."""
+    method = str(said.get("quant_method") if isinstance(said, dict) else said.quant_method.value)
+    if method not in DEQUANTISED:
+        return f"; of {method} no way back is known here."
+    return f", or dequantise it: {DEQUANTISED[method]}, and save its tokenizer there too."
 
 
 def check_own_code(name: str, config: PretrainedConfig, *, trusted: bool) -> None:

@@ -92,6 +92,14 @@ def test_answers_are_those_of_transformers(kind, answers):
     assert len(lines) == 1 and lines[0].startswith("ok: "), (lines, answers.stderr[-1500:])
 
 
+def test_answers_over_http_are_those_of_transformers(tokenizer, tmp_path):
+    folder = save(tmp_path, "llama")
+    tokenizer.save_pretrained(folder)
+    run = served("--http", folder)
+    assert run.returncode == 0, (run.stdout, run.stderr[-1500:])
+    assert run.stdout.splitlines()[-1].startswith("ok: ")
+
+
 def test_every_class_has_a_test():
     classes = {AutoModelForCausalLM._model_mapping[pruned_config_class(kind)].__name__ for kind in TYPES}
     assert classes == set(CLASSES)

@@ -1,7 +1,9 @@
 """Folders: saved, reloaded where the package does not exist, never half-written."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +11,12 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, GPT2Config
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.loading import DEQUANTISED
 from snp_llm.cli.parse import evaluate_main, prune_main
 from snp_llm.models.families.decoders import find_family
 from snp_llm.runtime.errors import SnpError
@@ -111,12 +115,26 @@ def test_encoders_are_refused_before_weights_are_read(tmp_path):
         checkpoint.load(str(tmp_path), "auto")
 
 
-def test_quantised_checkpoints_are_refused(opt_folder):
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("gptq", "of gptq no way back is known here"),
+        ("bitsandbytes", r"dequantise it: .*\.dequantize\(\)"),
+        ("fp8", r"dequantise it: .*FineGrainedFP8Config\(dequantize=True\)"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_with_the_way_back(method, way, opt_folder):
     config = json.loads((opt_folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
     (opt_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SnpError, match=r"quantised; expected float weights.*dequantise it: .*\.dequantize\(\)"):
+    with pytest.raises(SnpError, match=f"quantised; expected float weights.*{way}"):
         checkpoint.load(str(opt_folder), "auto")
+
+
+def test_classes_that_the_ways_back_name_take_what_they_are_told():
+    for way in DEQUANTISED.values():
+        if found := re.search(r"quantization_config=(\w+)", way):
+            assert "dequantize" in inspect.signature(getattr(transformers, found[1])).parameters
 
 
 def test_lora_adapters_are_refused(tmp_path):
