@@ -16,8 +16,6 @@ from snp_llm.data.given import ORIGIN
 from snp_llm.evaluate.material import material_of
 from snp_llm.models import size
 from snp_llm.pruning import pipeline
-from snp_llm.pruning.estimate.estimate import decide
-from snp_llm.pruning.run import resolve
 from snp_llm.recipe.file import unknown
 from snp_llm.recipe.groups import EVALUATION, ONCE
 from snp_llm.recipe.recipe import Recipe
@@ -26,7 +24,7 @@ from snp_llm.report.folder import describe
 from snp_llm.report.words import asked
 from snp_llm.runtime.device import compute_device, hand_back, place_for_another
 from snp_llm.runtime.errors import SnpError
-from snp_llm.runtime.signs import Signs
+from snp_llm.runtime.signs import UNWATCHED, Signs
 
 OF_COMMANDS = {*EVALUATION, *ONCE, "save_every"} - {"trust_remote_code"}
 
@@ -164,19 +162,26 @@ def prune(
         if not chosen.needs_gradients:
             raise SnpError("loss: expected allocation='loss', or metric='loss', which alone ask for its gradients.")
         chosen = replace(chosen, measured_cuts=0)  # which are measured by the divergence of logits, whatever the loss
-    done, total, tell = 0, None, on_progress or (lambda _done, _total, _line: None)
-    if on_progress is not None and chosen.perplexity_increase is None:
-        total = pipeline.steps(decide(model, resolve(chosen, model, tokenizer)), model)
+    signs = UNWATCHED if on_progress is None else counted(on_progress)
+    with at_rest(model):
+        result = pipeline.prune(model, tokenizer, chosen, given=pipeline.Given(data, measure, loss), signs=signs)
+    return PrunedModel(**vars(result), dense=model)
+
+
+def counted(tell: Callable[[int, int | None, str], None]) -> Signs:
+    """Signs that tell how many steps are done, and how many there are."""
+    done, total = 0, None
 
     def step(line: str) -> None:
         nonlocal done
         done += 1
         tell(done, total, line)
 
-    signs = Signs(step, begin=lambda line: tell(done, total, line))
-    with at_rest(model):
-        result = pipeline.prune(model, tokenizer, chosen, given=pipeline.Given(data, measure, loss), signs=signs)
-    return PrunedModel(**vars(result), dense=model)
+    def expect(count: int) -> None:
+        nonlocal total
+        total = count
+
+    return Signs(step, begin=lambda line: tell(done, total, line), expect=expect)
 
 
 def check_in_memory(model: Any, tokenizer: Any) -> None:

@@ -7,35 +7,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.skeleton import load_skeleton
-from snp_llm.cli.inspect_segments import inspect_segments, print_segments, segment_layout_facts
+from snp_llm.cli.estimates import print_estimate, resource_facts
+from snp_llm.cli.inspect_segments import inspect_segments, print_segments
+from snp_llm.cli.layouts import LAYOUTS, layout_facts
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
 from snp_llm.models.depth import with_depth
 from snp_llm.models.experts import of_experts
-from snp_llm.models.families.family import PRUNED
-from snp_llm.models.outline import ffn_kinds, structure_of
-from snp_llm.models.plain import ffn_key, uniform_types
 from snp_llm.models.projections import Projection
-from snp_llm.models.registry import dense_type
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.staying import mixers, what_stays
 from snp_llm.models.task import TEXT, task_of
 from snp_llm.models.text_part import text_config
-from snp_llm.pruning.estimate.estimate import Estimate, estimate
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.depth import block_costs
 from snp_llm.pruning.widths.plan import site_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
-from snp_llm.runtime.device import device_name, devices_here, matmul_rates
-from snp_llm.runtime.numbers import human_bytes, human_flops, human_time
+from snp_llm.runtime.numbers import human_bytes
 from snp_llm.runtime.terminal import print_json, print_table, table_of
 
 
@@ -60,12 +55,6 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
     else:
         print_inspection(facts)
 
-
-LAYOUTS: dict[Layout, str] = {
-    "compact": "their own in every block",
-    "uniform": "the same in every block",
-    "padded": "their own, filled up with zeros",
-}
 
 UNITS = ("blocks", "heads", "KV groups", "channels a head", "FFN channels", "channels of every expert", "experts")
 
@@ -208,60 +197,6 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, shaped: dict[Layout, Resol
     }
 
 
-def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
-    """What a layout writes and what loads it, known before any calibration.
-
-    Args:
-        anatomy: of the dense model.
-        layout: one of `LAYOUTS`.
-        round_to: what FFN widths are multiples of.
-
-    Returns:
-        Widths, whether heads and FFN channels may go, the model_types that the config may have, what loads that, and
-        what else does where all heads stay.
-    """
-    dense, family = anatomy.model, anatomy.family
-    if isinstance(anatomy.blocks, Segments):
-        return segment_layout_facts(anatomy, layout, round_to)
-    attentions = [site for site in anatomy.sites if site.heads is not None and site.prunable]
-    own, alone = dense_type(dense.config), text_config(dense.config) is dense.config
-    heads_go, types, engines = bool(attentions), [own], family.engines
-    kinds = ffn_kinds(structure_of(dense))
-    going = [kind for kind in kinds if layout != "uniform" or ffn_key(dense, family, kind.facts) is not None]
-    blocks = sum(len(kind.blocks) for kind in going)
-    if layout == "compact":
-        types, engines = [f"{PRUNED}{own}"], ("transformers with trust_remote_code",)
-    elif layout == "uniform" and attentions:
-        equal = uniform_types(dense, family, attentions[0])
-        types += equal.values() if alone else []
-        heads_go, engines = bool(equal), family.head_engines if equal else family.engines
-    return {
-        "widths": LAYOUTS[layout],
-        "round_to": round_to,
-        "heads": "go" if heads_go else "stay",
-        "channels": "stay" if not going else "go" if len(going) == len(kinds) else f"go in {blocks} blocks",
-        "saved_as": [*dict.fromkeys(types)],
-        "loads_in": [*engines],
-        "with_all_heads_also_in": [e for e in family.engines if layout == "uniform" and e not in engines],
-    }
-
-
-def layout_line(layout: str, facts: dict[str, Any]) -> str:
-    """What a layout writes and what loads it, on one line."""
-    also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
-    channels = "" if facts["channels"] == "go" else f"FFN channels {facts['channels']}; "
-    if "heads" not in facts:
-        return (
-            f"layout {layout}: widths: {facts['widths']}, in multiples of {facts['round_to']}; saved as "
-            f"{' or '.join(facts['saved_as'])}; loads in {', '.join(facts['loads_in'])}"
-        )
-    return (
-        f"layout {layout}: widths: {facts['widths']}, of the FFN in multiples of {facts['round_to']}; heads "
-        f"{facts['heads']}; {channels}saved as {' or '.join(facts['saved_as'])}; loads in "
-        f"{', '.join(facts['loads_in'])}{also}"
-    )
-
-
 def _site_facts(anatomy: Anatomy, site: Site) -> dict[str, Any]:
     inside = [s for s in anatomy.sites if site.whole_block and s.block == site.block and s != site]
     return {
@@ -271,32 +206,6 @@ def _site_facts(anatomy: Anatomy, site: Site) -> dict[str, Any]:
         "parameters_a_unit": site.cost + sum(s.units * s.cost for s in inside),
         "prunable": site.prunable,
         "stay": site.stay,
-    }
-
-
-def resource_facts(model: PreTrainedModel, recipe: ResolvedRecipe) -> dict[str, Any]:
-    """What a prune takes, ready for JSON."""
-    name, needed = device_name(recipe.device), estimate(model, recipe)
-    return {
-        "windows": recipe.num_samples,
-        "seq_len": recipe.seq_len,
-        "device": name,
-        **estimate_facts(needed, torch.device(name) if name in devices_here() else None),
-    }
-
-
-def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, Any]:
-    """An estimate ready for JSON, with a rough time for this device; without one that is here, without a time."""
-    places = ("device", "host", "disk")
-    work: dict[str, float] = {}
-    for step in needed.work:
-        work[step.what] = work.get(step.what, 0.0) + step.flops
-    return {
-        **{f"{place}_bytes": needed.peak(place) for place in places},
-        "flops": needed.flops,
-        "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
-        "breakdown": {place: {part.what: part.bytes for part in needed.parts(place)} for place in places},
-        "work": dict(work),
     }
 
 
@@ -366,29 +275,6 @@ def print_sparsity(facts: dict[str, Any]) -> None:
         heads = f"of the heads alone {shares['heads']}" if most["heads"] else "heads stay"
         blocks = f", of blocks {shares['blocks']}" if "blocks" in shares else ""
         print(f"Largest sparsity, layout {layout}: {ffn}, {heads}, of both {shares['both']}{blocks}.")
-
-
-def estimate_line(facts: dict[str, Any], device: str) -> str:
-    """An estimate's peaks on one line."""
-    on_device = f"{human_bytes(facts['device_bytes'])} on {device}, " if facts["device_bytes"] else ""
-    return (
-        f"about {on_device}{human_bytes(facts['host_bytes'])} of host memory, {human_bytes(facts['disk_bytes'])} of "
-        f"disk and {human_flops(facts['flops'])}: {human_time(facts['seconds_roughly'])}, very roughly"
-    )
-
-
-def print_estimate(facts: dict[str, Any], device: str) -> None:
-    """Prints an estimate's peaks and what makes them up."""
-    for place, name in (("device", f"memory of {device}"), ("host", "host memory"), ("disk", "disk")):
-        if count := facts[f"{place}_bytes"]:
-            most = list(itertools.islice(facts["breakdown"][place].items(), 3))
-            parts = ", ".join(f"{what} {human_bytes(size)}" for what, size in most)
-            print(
-                f"  {name:16s} {human_bytes(count):>8s}: {parts}{', ...' if len(facts['breakdown'][place]) > 3 else ''}"
-            )
-    seconds = facts["seconds_roughly"]
-    roughly = f"no time, for there is no {device} here" if seconds is None else f"{human_time(seconds)} on {device}"
-    print(f"  {'work':16s} {human_flops(facts['flops'])}: {roughly}{'' if seconds is None else ', very roughly'}")
 
 
 def _unit_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:

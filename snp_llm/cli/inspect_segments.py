@@ -3,22 +3,14 @@
 from typing import Any
 
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.families.family import PRUNED
 from snp_llm.models.positions import layer_positions
-from snp_llm.models.registry import dense_type
 from snp_llm.models.segments import Segments
 from snp_llm.models.size import model_size
 from snp_llm.models.task import image_shape, task_of
 from snp_llm.pruning.shared import readers
-from snp_llm.recipe.recipe import Layout, Recipe
+from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.numbers import human_bytes
 from snp_llm.runtime.terminal import print_table, table_of
-
-WIDTHS: dict[Layout, str] = {
-    "compact": "their own in every layer",
-    "uniform": "one share in every stage",
-    "padded": "their own, filled up with zeros",
-}
 
 
 def inspect_segments(anatomy: Anatomy, recipe: Recipe) -> dict[str, Any]:
@@ -83,18 +75,3 @@ def print_segments(facts: dict[str, Any]) -> None:
     print_table(table_of(columns, rows))
     print(f"Sparsity is a share of the weights of all linear layers and convolutions: {facts['block_linear']:,}.")
     print(f"A prune on {facts['prune']['windows']} images, evaluation not counted:")
-
-
-def segment_layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
-    """What a layout writes and what loads it, known before any calibration."""
-    own = dense_type(anatomy.model.config)
-    pruned = f"{PRUNED}{own.removesuffix('_bn')}"
-    plain = layout == "padded" or (layout == "uniform" and own == "resnet")
-    return {
-        "widths": WIDTHS[layout],
-        "round_to": round_to,
-        "channels": "go",
-        "saved_as": [own if plain else pruned],
-        "loads_in": ["transformers" if plain else "transformers with trust_remote_code"],
-        "with_all_heads_also_in": [],
-    }

@@ -18,7 +18,8 @@ from snp_llm.checkpoint import contents, hub, output
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.readers import reader_for
 from snp_llm.checkpoint.skeleton import check_reader, check_text_weights, load_config, load_skeleton
-from snp_llm.cli import inspect as inspect_command
+from snp_llm.cli.estimates import estimate_facts, estimate_line, print_estimate
+from snp_llm.cli.layouts import layout_facts, layout_line
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
 from snp_llm.data.sources import BUNDLED
@@ -127,9 +128,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
 
         # Reads its libraries meanwhile, where host memory is not what the run itself has to live in.
         fresh = start() if device.type == "cuda" and ranks.rank() == 0 else None
-        # A search's end is not known.
-        steps = pipeline.steps(resolved, dense) if resolved.perplexity_increase is None else None
-        with progress(steps, "starting") as signs:
+        with progress(None, "starting") as signs:
             pruned = pipeline.prune(dense, tokenizer, resolved, journal=journal, signs=signs)
         hand_back(device)
         compared, models = material.compared(pruned.calibration), (dense, pruned.model)
@@ -203,7 +202,7 @@ def rehearse(recipe: Recipe, folder: Path, scratch: Path, talk: Talk) -> None:
     dense, tokenizer = load_on_disk(recipe, scratch)
     resolved = decide(dense, run.resolve(recipe, dense, tokenizer))
     takes = announce(dense, resolved, folder.absolute().parent, talk)
-    with progress(pipeline.steps(resolved, dense, cut=False), "starting") as signs:
+    with progress(None, "starting") as signs:
         plan = pipeline.plan(dense, tokenizer, resolved, signs=signs)
     if talk.json:
         print_json({"estimate": takes, **plan_facts(dense, plan, resolved)})
@@ -241,16 +240,16 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     # Of a rehearsal it is the result.
     say: Callable[[str], Any] = partial(print, flush=True) if recipe.dry_run and not talk.json else log.info
     anatomy = find_anatomy(dense, recipe.head_unit, recipe.experts)
-    written = inspect_command.layout_facts(anatomy, recipe.layout, recipe.round_to)
+    written = layout_facts(anatomy, recipe.layout, recipe.round_to)
     if recipe.depth == "only":
         say(f"whole blocks go, no heads or channels; saved as {dense.config.model_type}, loads in what loads MODEL")
     else:
-        say(inspect_command.layout_line(recipe.layout, written))
+        say(layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)
-    takes = inspect_command.estimate_facts(needed, device)
-    say(inspect_command.estimate_line(takes, device.type))
+    takes = estimate_facts(needed, device)
+    say(estimate_line(takes, device.type))
     if recipe.dry_run and not talk.json:
-        inspect_command.print_estimate(takes, device.type)
+        print_estimate(takes, device.type)
     refuse_what_cannot_fit(needed, device, place)
     return takes
 

@@ -111,7 +111,8 @@ def prune(
         recipe: all settings. Everything about files and evaluation is ignored here.
         given: what the caller has of its own.
         journal: where the run keeps what it has done, and what an interrupted one had; None: in memory.
-        signs: told of each site, of each block of the dense model's visit, and of what begins.
+        signs: told how many steps there will be, of each site, of each block of the dense model's visit, and of what
+            begins.
 
     Raises:
         SnpError: unsupported model, unusable data or settings, numerical failure (with the block's name).
@@ -121,6 +122,8 @@ def prune(
     journal = replace(journal or Journal(), clock=clock)
     run = Run(resolved, clock, journal, signs, given.loss)
     allowed = resolved.perplexity_increase
+    if allowed is None:  # a search's end is not known
+        signs.expect(steps(resolved, model))
     signs.begin(f"reading {resolved.calibration}")
     if allowed is not None:
         drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS, given.data)
@@ -157,7 +160,7 @@ def begin_journal(journal: Journal, identify: Callable[[], dict[str, Any]], sign
 
 
 def steps(recipe: Recipe, model: PreTrainedModel, *, cut: bool = True) -> int:
-    """How many steps `prune` tells of; without `cut` those of its visit to the dense model, which are all of `plan`."""
+    """How many steps `prune` takes; without `cut` those of its visit to the dense model, which are all of `plan`."""
     measured = measures(find_anatomy(model, recipe.head_unit, recipe.experts), recipe)
     return (visit_passes(recipe) + measured + cut * steps_a_block(recipe)) * len(find_blocks(model))
 
@@ -181,6 +184,7 @@ def plan(
         )
     resolved = decide(model, resolve(recipe, model, tokenizer))
     clock = Clock(compute_device(resolved.device))
+    signs.expect(steps(resolved, model, cut=False))
     signs.begin(f"reading {resolved.calibration}")
     windows = read_calibration(tokenizer, resolved, model) if resolved.allocation in NEEDS_CURVES else None
     visited = visit(model, windows, Run(resolved, clock, Journal(), signs))

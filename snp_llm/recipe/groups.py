@@ -1,6 +1,6 @@
 """Which settings of a recipe belong together, and what depends on which of them. Knows their names alone."""
 
-from snp_llm.recipe.recipe import GOALS
+from snp_llm.recipe.budget import GOALS
 
 AMOUNT = ("sparsity", *GOALS, "latency_table")
 

@@ -1,6 +1,5 @@
 """All settings of a run, typed and checked in one frozen dataclass. Knows no models and no files."""
 
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -8,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from snp_llm.recipe.budget import GOALS, SUFFIXES, Budget, read_budget, read_rise
 from snp_llm.recipe.checks import check_output_name, check_repo_id, check_settings, flag
-from snp_llm.runtime.errors import SnpError, shown
+from snp_llm.runtime.errors import SnpError
 
 HeadUnit = Literal["kv_group", "query"]
 
@@ -46,17 +46,6 @@ ROWS: dict[Kernel, int] = {  # values that share a scale, or a kernel's tile: ro
     "q4_k_m": 256,
 }
 
-BudgetKind = Literal["params", "size", "flops", "latency"]
-
-SUFFIXES: dict[BudgetKind, dict[str, float]] = {
-    "params": {"": 1, "K": 1e3, "M": 1e6, "B": 1e9},
-    "size": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30},
-    "flops": {"": 1, "M": 1e6, "G": 1e9, "T": 1e12},
-    "latency": {"S": 1, "MS": 1e-3, "US": 1e-6},
-}
-
-GOALS = (*(f"target_{kind}" for kind in SUFFIXES), "max_perplexity_increase")  # given instead of a sparsity
-
 SPARSITY = 0.3  # where nothing says what has to go
 
 TINY_OPT = "tiny-opt"  # the model that comes with the package, as do texts for it
@@ -65,20 +54,6 @@ TINY_OPT = "tiny-opt"  # the model that comes with the package, as do texts for 
 def usual_text(model: str) -> str:
     """Text that a model is calibrated and measured on where no other is named."""
     return "bundled" if model == TINY_OPT else "wikitext2"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the pruned model may cost.
-
-    Attributes:
-        kind: parameters, bytes, FLOPs a token, or seconds of a window's prefill.
-        amount: in that unit or, if `relative`, as a share of the dense model's.
-    """
-
-    kind: BudgetKind
-    amount: float
-    relative: bool
 
 
 @dataclass(frozen=True)
@@ -318,25 +293,8 @@ class Recipe:
         Raises:
             SnpError: not an amount of that kind.
         """
-        for kind, suffixes in SUFFIXES.items():
-            text = getattr(self, f"target_{kind}")
-            if text is None:
-                continue
-            found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*|%)", text.strip())
-            amount, suffix = (float(found[1]), found[2].upper()) if found else (0.0, "")
-            absolute = amount * suffixes.get(suffix, 0)
-            share = amount / 100 if suffix == "%" else amount
-            if suffix == "X" and 0 < share <= 1:
-                return Budget(kind, share, relative=True)
-            forgotten = suffix in ("", "%") and 0 < share <= 1
-            if 0 < absolute < math.inf and not forgotten:
-                return Budget(kind, absolute, relative=False)
-            units = ", ".join(repr(s) for s in suffixes)
-            raise SnpError(
-                f"--target-{kind}: expected a number with one of {units}, or a share of the dense model such as 0.7x; "
-                f"got {shown(text)}.{f' Did you mean {share:g}x?' if forgotten else ''}"
-            )
-        return None
+        given = ((kind, getattr(self, f"target_{kind}")) for kind in SUFFIXES)
+        return next((read_budget(kind, text) for kind, text in given if text is not None), None)
 
     @property
     def perplexity_increase(self) -> float | None:
@@ -345,13 +303,7 @@ class Recipe:
         Raises:
             SnpError: not a percentage.
         """
-        text = self.max_perplexity_increase
-        if text is None:
-            return None
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*%", text.strip())
-        if not found or not 0 < float(found[1]) < 1000:
-            raise SnpError(f"--max-perplexity-increase: expected a percentage such as 5%, got {shown(text)}.")
-        return float(found[1]) / 100
+        return None if self.max_perplexity_increase is None else read_rise(self.max_perplexity_increase)
 
     @property
     def refine_steps(self) -> int | None:

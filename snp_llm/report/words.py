@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from snp_llm.recipe.budget import GOALS
 from snp_llm.recipe.checks import flag
-from snp_llm.recipe.recipe import GOALS, SPARSITY
+from snp_llm.recipe.recipe import SPARSITY
 from snp_llm.report.rows import words_of
 
 LARGE = 1e4  # from here on without decimals

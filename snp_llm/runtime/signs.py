@@ -18,12 +18,14 @@ class Signs:
         step: takes a line about a step that is done.
         begin: takes a line about what begins now, and is none of the steps.
         skip: takes how many of the steps an earlier run has done.
+        expect: takes how many steps there will be, once that is known.
         share: takes the share of the work that is done, in [0, 1], where it has no steps.
     """
 
     step: Callable[[str], None] = unheard
     begin: Callable[[str], None] = unheard
     skip: Callable[[int], None] = unheard
+    expect: Callable[[int], None] = unheard
     share: Callable[[float], None] = unheard
 
 

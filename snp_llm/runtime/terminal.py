@@ -66,7 +66,7 @@ def progress(steps: int | None, what: str = "calibrating", *, every: float = 0.0
     """A bar with the time left, above a line about the last step, on a terminal; elsewhere lines, with the time left.
 
     Args:
-        steps: how many there will be; None where that is not known, or where the work tells what share of it is done.
+        steps: how many there will be; None where the work says so itself, or what share of it is done.
         what: is being done before the first of them.
         every: seconds that lie between two lines at least, where there is no terminal.
     """
@@ -94,6 +94,9 @@ def progress(steps: int | None, what: str = "calibrating", *, every: float = 0.0
         total = bar.tasks[0].total
         bar.update(task, total=None if total is None else max(0, total - count))
 
+    def expect(count: int) -> None:
+        bar.update(task, total=count)
+
     def share(done: float) -> None:
         bar.update(task, total=1.0, completed=done)
 
@@ -101,7 +104,7 @@ def progress(steps: int | None, what: str = "calibrating", *, every: float = 0.0
     with Live(Group(bar, last), console=console, transient=True):
         log.handlers = [logging.StreamHandler()]  # to what is stderr inside, so that warnings stand above the bar
         try:
-            yield Signs(step, begin, skip, share)
+            yield Signs(step, begin, skip, expect, share)
         finally:
             log.handlers = handlers
 
@@ -144,7 +147,7 @@ class Lines:
         """What tells this of the work, after a first line about it where that is all that there may be."""
         if self.every:
             log.info("%s", self.what)
-        return Signs(self.step, log.info, self.skip, self.share)
+        return Signs(self.step, log.info, self.skip, self.expect, self.share)
 
     def step(self, line: str) -> None:
         """One more is done."""
@@ -157,6 +160,10 @@ class Lines:
     def skip(self, count: int) -> None:
         """An earlier run has done so many."""
         self.steps = None if self.steps is None else max(self.done, self.steps - count)
+
+    def expect(self, count: int) -> None:
+        """So many there will be."""
+        self.steps = count
 
     def share(self, done: float) -> None:
         """That share is done."""

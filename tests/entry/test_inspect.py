@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import Recipe, prune
 from snp_llm.checkpoint.saving import save
-from snp_llm.cli.inspect import inspect, layout_facts, layout_line
+from snp_llm.cli.inspect import inspect
+from snp_llm.cli.layouts import layout_facts, layout_line
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
 from snp_llm.models.anatomy import find_anatomy

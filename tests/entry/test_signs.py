@@ -25,8 +25,9 @@ def said(caplog):
 
 
 def test_lines_say_how_much_is_done_and_how_long_the_rest_takes(clock, said):
-    signs = terminal.Lines(5, "pruning", 0.0, began=100.0, said=100.0).signs()
+    signs = terminal.Lines(None, "pruning", 0.0, began=100.0, said=100.0).signs()
     signs.begin("reading")
+    signs.expect(5)
     for line in ("one", "two"):
         clock[0] += 10
         signs.step(line)
@@ -52,7 +53,8 @@ def test_a_terminal_has_a_bar(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(terminal, "Console", lambda **_: Console(file=shown, force_terminal=True, width=80))
     monkeypatch.setattr(terminal.log, "level", logging.INFO)
-    with terminal.progress(4, "pruning") as signs:
+    with terminal.progress(None, "pruning") as signs:
+        signs.expect(4)
         signs.skip(1)
         signs.step("block 0")
     with terminal.watching("perplexity") as signs:

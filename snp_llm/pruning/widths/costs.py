@@ -13,7 +13,8 @@ from snp_llm.models.site import Site, site_weight, tensor_or_module
 from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, unit_flops
 from snp_llm.models.task import task_of
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
-from snp_llm.recipe.recipe import Budget, Recipe, ResolvedRecipe
+from snp_llm.recipe.budget import Budget
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.numbers import human_bytes, human_count
 
