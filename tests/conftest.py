@@ -7,8 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes, and their c
 
 import copy
 import json
+import subprocess
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.pruning.widths.latency import LatencyTable, key
+from tests.alone import Fork, processes
 from tests.families import FAMILY_CONFIGS, IN_FLOAT32, VARIANTS
 from tests.quick import with_few_steps, without_page, without_reloading
 
@@ -87,8 +91,29 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """Few steps of refinement, where their number is left to the run."""
+    """Few steps of refinement, and few passes that are timed, where their number is left to the run."""
     with_few_steps(monkeypatch.setattr)
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch, request):
+    """Forks in place of fresh processes, which import torch for seconds, but where a test is about these."""
+    if "fresh_processes" not in request.fixturenames:
+        fork = partial(Fork, lambda: request.getfixturevalue("alone"))
+        pipes = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+        monkeypatch.setattr("snp_llm.checkpoint.saving.subprocess", SimpleNamespace(Popen=fork, **pipes))
+
+
+@pytest.fixture
+def fresh_processes():
+    """Leaves the processes that load saved models what they are."""
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """Runs a program's text where this package is not imported."""
+    with processes() as run:
+        yield run
 
 
 @pytest.fixture

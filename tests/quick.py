@@ -7,6 +7,7 @@ from typing import Any
 
 from snp_llm import checkpoint
 from snp_llm.cli import prune
+from snp_llm.evaluate import prefill
 from snp_llm.pruning.estimate import estimate
 
 Replace = Callable[[Any, str, Any], None]  # setattr, or one that is undone
@@ -19,7 +20,9 @@ def without_reloading(replace: Replace) -> None:
 
 
 def with_few_steps(replace: Replace) -> None:
-    """Takes two steps of refinement where a run would take as many as it has time for."""
+    """Takes two steps of refinement and times a pass where a run would take as many as it has time for."""
+    replace(prefill, "FEWEST_TURNS", 1)
+    replace(prefill, "MOST_TURNS", 1)
     replace(estimate, "FEWEST_STEPS", 1)
     replace(estimate, "MOST_STEPS", 2)
 

@@ -147,6 +147,7 @@ def folder(files):
     options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        without_reloading(patch.setattr)
         assert parse.prune_main(["tiny-opt", "--output", "pruned", *options, "--eval"]) == 0
     for name in PRUNED:
         shutil.copytree(folder / "pruned", folder / name, dirs_exist_ok=True)
@@ -156,7 +157,7 @@ def folder(files):
 @pytest.fixture
 def here(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    without_reloading(monkeypatch.setattr)  # done once, above
+    without_reloading(monkeypatch.setattr)
     without_page(monkeypatch.setattr)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
     return folder

@@ -21,6 +21,7 @@ from snp_llm.report.facts import Measured, build_report, write_report
 from snp_llm.runtime.errors import SnpError
 from tests.browser import CHROMIUM, start_browser
 from tests.conftest import save_model, small_opt, small_recipe
+from tests.quick import without_reloading
 
 QUICK = ["--calibration", "bundled", "--eval-dataset", "bundled", "--num-samples", "4", "--seq-len", "32"]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -60,7 +61,9 @@ def runs(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("runs")
     dense = save_model(small_opt(), tokenizer, folder / "small-opt")
     options = ["--sparsity", "0.2", "--output", str(folder / "pruned-0.2"), "--round-to", "4", *QUICK]
-    with mock.patch.object(page, "make_page", side_effect=RuntimeError("no fonts\nat all")):
+    with pytest.MonkeyPatch.context() as patch:
+        without_reloading(patch.setattr)
+        patch.setattr(page, "make_page", mock.Mock(side_effect=RuntimeError("no fonts\nat all")))
         assert prune_main([str(dense), *options]) == 0
     assert (folder / "pruned-0.2/model.safetensors").exists() and not (folder / "pruned-0.2" / PAGE).exists()
 

@@ -1,11 +1,8 @@
 """A compact model that is loaded, used like any other and saved by others' means still loads where it is alone."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -85,16 +82,6 @@ for name, expected in load_file(source / "logits.safetensors").items():
 """
 
 
-def run(code, cwd, *arguments):
-    """A process with nothing of this package but what it imports itself, and no code from earlier processes."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "TOKENIZERS_PARALLELISM": "false"}
-    shutil.rmtree(cwd / "modules", ignore_errors=True)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "families"),
@@ -104,7 +91,11 @@ def run(code, cwd, *arguments):
         pytest.param("remote", "imported", FAMILIES, marks=pytest.mark.exhaustive),
     ],
 )
-def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, families, tokenizer, tmp_path):
+def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, families, tokenizer, alone, tmp_path):
+    def run(code, *arguments):
+        done = alone(code, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+
     (tmp_path / "pruned").mkdir()
     for model_type in families:
         dense = small_opt() if model_type == "opt" else small_model(model_type, torch.float32)
@@ -112,11 +103,11 @@ def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, familie
         assert pruned.config.model_type == f"snp_{model_type}"
         checkpoint.save(pruned, tokenizer, tmp_path / "pruned" / model_type)
     (tmp_path / "once").mkdir()
-    run(SAVE, tmp_path, tmp_path / "pruned", tmp_path / "once", " ".join(WAYS), first)
+    run(SAVE, tmp_path / "pruned", tmp_path / "once", " ".join(WAYS), first)
     shutil.rmtree(tmp_path / "pruned")
     (tmp_path / "once").rename(tmp_path / "moved")
     (tmp_path / "twice").mkdir()
-    run(SAVE, tmp_path, tmp_path / "moved", tmp_path / "twice", "save_pretrained", second)
+    run(SAVE, tmp_path / "moved", tmp_path / "twice", "save_pretrained", second)
     once, twice = (load_file(tmp_path / folder / "logits.safetensors") for folder in ("moved", "twice"))
     assert len(once) == len(families) * len(WAYS)
     for name, logits in once.items():  # the second process found what the first one saved
@@ -124,7 +115,7 @@ def test_saved_moved_and_saved_again_it_still_loads_alone(first, second, familie
     shutil.rmtree(tmp_path / "moved")
     shutil.copytree(tmp_path / "twice", tmp_path / "copied")
     shutil.rmtree(tmp_path / "twice")
-    run(LOAD, tmp_path, tmp_path / "copied")
+    run(LOAD, tmp_path / "copied")
 
 
 @every_family()

@@ -33,7 +33,7 @@ from tests.families import FAMILY_CONFIGS, VARIANTS
         *(pytest.param(v, torch.float16, marks=pytest.mark.exhaustive) for v in ("pre-norm", "350m")),
     ],
 )
-def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer, tmp_path):
+def test_reloads_in_a_fresh_process_with_equal_logits(variant, dtype, tokenizer, tmp_path, fresh_processes):
     dense = small_opt(dtype, **OPT_VARIANTS[variant])
     pruned = prune(dense, tokenizer, small_recipe(sparsity=0.3))
     checkpoint.save(pruned.model, tokenizer, tmp_path / "out")
@@ -177,7 +177,9 @@ def test_a_pruned_folder_is_an_input_like_any_other(tokenizer, tmp_path):
     "types",
     [("opt", "gemma3_text", "falcon"), pytest.param((*FAMILY_CONFIGS, *VARIANTS), marks=pytest.mark.exhaustive)],
 )
-def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types, tokenizer, tmp_path, record_property):
+def test_every_family_and_layout_reloads_where_the_package_does_not_exist(
+    types, tokenizer, alone, tmp_path, record_property
+):
     """One process loads all folders, so that transformers is imported once."""
     tokens = torch.randint(3, 2048, (2, 20), generator=torch.Generator().manual_seed(0))
     expected, stock = {}, []
@@ -208,9 +210,7 @@ def test_every_family_and_layout_reloads_where_the_package_does_not_exist(types,
         "    model.generate(tokens[:, :4], max_new_tokens=3, pad_token_id=1)\n"
         "save_file(logits, 'logits.safetensors')\n"
     )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("PYTHONPATH", None)
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = alone(code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     reloaded = load_file(tmp_path / "logits.safetensors")
     for name, logits in expected.items():

@@ -47,7 +47,13 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(model_type, tokenizer):
 
 @pytest.mark.parametrize(
     ("layout", "head_unit"),
-    [("compact", "kv_group"), ("compact", "query"), ("uniform", "kv_group"), ("uniform", "query")],
+    [
+        *(("compact", "kv_group"), ("uniform", "query")),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("compact", "query"), ("uniform", "kv_group"))
+        ),
+    ],
 )
 @every_family(variants=True)
 def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_reconstructed(
@@ -79,7 +85,7 @@ def test_padding_back_gives_the_dense_shape_and_the_same_function(model_type, to
     assert any(bool((v == 0).any()) for k, v in padded.model.state_dict().items() if v.dim() == 2)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "variance"])
+@pytest.mark.parametrize("allocation", ["uniform", pytest.param("variance", marks=pytest.mark.exhaustive)])
 @every_family("gemma3n_text", variants=True)  # whose heads alone go
 def test_the_uniform_layout_is_a_plain_config(model_type, allocation, tokenizer):
     dense = small_model(model_type)
@@ -97,7 +103,7 @@ def test_the_uniform_layout_is_a_plain_config(model_type, allocation, tokenizer)
     assert torch.isfinite(pruned.model(TOKENS).logits).all()
 
 
-@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("layout", ["compact", pytest.param("uniform", marks=pytest.mark.exhaustive)])
 @every_family(variants=True)
 def test_generation_with_a_cache_equals_logits_without(model_type, layout, tokenizer):
     settings = {"sparsity": 0.25, "ffn_sparsity": None, "head_sparsity": None} if layout == "uniform" else {}

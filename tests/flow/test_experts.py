@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -367,7 +365,7 @@ assert "snp_llm" not in sys.modules
 """
 
 
-def reloads(names, tokenizer, folder) -> None:
+def reloads(names, tokenizer, alone, folder) -> None:
     torch.save(TOKENS, folder / "tokens.pt")
     wanted = {}
     for name in names:
@@ -380,20 +378,21 @@ def reloads(names, tokenizer, folder) -> None:
         for layout, pruned in layouts.items():
             checkpoint.save(pruned.model, tokenizer, folder / f"{name}-{layout}")
             wanted[f"{name}-{layout}"] = pruned.model(TOKENS).logits
-    subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True, cwd=folder)
+    run = alone(RELOAD, folder)
+    assert run.returncode == 0, run.stderr
     for name, logits in wanted.items():
         # Grouped products take another kernel where a file's tensors are not aligned.
         torch.testing.assert_close(torch.load(folder / name / "logits.pt"), logits, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.exhaustive
-def test_a_fresh_process_reads_the_same(tokenizer, tmp_path):
-    reloads(("gpt_oss",), tokenizer, tmp_path)
+def test_a_fresh_process_reads_the_same(tokenizer, alone, tmp_path):
+    reloads(("gpt_oss",), tokenizer, alone, tmp_path)
 
 
 @pytest.mark.exhaustive
-def test_a_fresh_process_reads_all_of_them(tokenizer, tmp_path):
-    reloads((*FEW, *MORE), tokenizer, tmp_path)
+def test_a_fresh_process_reads_all_of_them(tokenizer, alone, tmp_path):
+    reloads((*FEW, *MORE), tokenizer, alone, tmp_path)
 
 
 def test_each_expert_comes_to_least_squares_weighted_by_the_router(tokenizer):

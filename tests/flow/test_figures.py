@@ -1,7 +1,5 @@
 """What is drawn is what was given: read back from matplotlib's artists and from the SVG."""
 
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -119,8 +117,3 @@ def test_a_style_is_not_left_behind():
     before = dict(matplotlib.rcParams)
     drawing.svg(all_figures()["error"], "", "k")
     assert dict(matplotlib.rcParams) == before
-
-
-def test_the_command_line_starts_without_matplotlib():
-    code = "import sys, snp_llm.cli; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -42,6 +42,7 @@ def test_two_ranks_prune_it_as_one_does(prune, hybrid, tmp_path):  # noqa: F811
     assert_same_model(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.exhaustive
 def test_it_is_cut_to_a_latency_that_was_measured(prune, hybrid, tmp_path):  # noqa: F811
     """How fast it is afterwards is for no test; that widths were chosen by a table of its blocks shows in both."""
     table, budget = tmp_path / "table.json", SETTINGS[: SETTINGS.index("--sparsity")]

@@ -1,7 +1,5 @@
 """What holds for decoders whose blocks differ: hybrids, latent attention, mixtures of experts."""
 
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -63,8 +61,16 @@ def test_sparsity_zero_is_the_dense_model_to_the_bit(model_type, tokenizer):
         assert pruned.model.config.model_type == model_type
 
 
-@pytest.mark.parametrize("head_unit", ["kv_group", "query"])
-@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize(
+    ("layout", "head_unit"),
+    [
+        *(("compact", "kv_group"), ("uniform", "query")),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("compact", "query"), ("uniform", "kv_group"))
+        ),
+    ],
+)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_pruned_equals_dense_with_those_units_zeroed_and_the_rest_repaired(model_type, layout, head_unit, tokenizer):
     dense = model_of(model_type)
@@ -149,7 +155,7 @@ assert "snp_llm" not in sys.modules
 """
 
 
-def reloads(names, tokenizer, folder, record) -> None:
+def reloads(names, tokenizer, alone, folder, record) -> None:
     torch.save(TOKENS, folder / "tokens.pt")
     wanted = {}
     for name in names:
@@ -157,20 +163,21 @@ def reloads(names, tokenizer, folder, record) -> None:
             pruned = cut(differing_model(name), tokenizer, layout)
             checkpoint.save(pruned.model, tokenizer, folder / f"{name}-{layout}")
             wanted[f"{name}-{layout}"] = pruned.model(TOKENS).logits
-    subprocess.run([sys.executable, "-c", RELOAD, str(folder)], check=True, cwd=folder)
+    run = alone(RELOAD, folder)
+    assert run.returncode == 0, run.stderr
     for name, logits in wanted.items():
         assert torch.equal(torch.load(folder / name / "logits.pt"), logits), name
         record("model_type", name.rpartition("-")[0])
 
 
 @pytest.mark.slow
-def test_a_fresh_process_reads_the_same(tokenizer, tmp_path, record_property):
-    reloads(FEW, tokenizer, tmp_path, record_property)
+def test_a_fresh_process_reads_the_same(tokenizer, alone, tmp_path, record_property):
+    reloads(FEW, tokenizer, alone, tmp_path, record_property)
 
 
 @pytest.mark.exhaustive
-def test_a_fresh_process_reads_all_of_them(tokenizer, tmp_path, record_property):
-    reloads(DIFFERING, tokenizer, tmp_path, record_property)
+def test_a_fresh_process_reads_all_of_them(tokenizer, alone, tmp_path, record_property):
+    reloads(DIFFERING, tokenizer, alone, tmp_path, record_property)
 
 
 def test_sparsity_is_a_share_of_all_linear_weights_of_the_blocks(tokenizer):

@@ -1,9 +1,6 @@
 """Models that read images beside text: the text model is pruned, all else goes through as it is."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from unittest import mock
 
@@ -96,7 +93,7 @@ def test_pruned_equals_dense_with_those_units_zeroed(model_type, layout, tokeniz
         *(pytest.param((name,), marks=pytest.mark.exhaustive) for name in NEED),
     ],
 )
-def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, tmp_path, record_property):
+def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokenizer, alone, tmp_path, record_property):
     expected = {}
     for model_type in types:
         folder = save_model(small_wrapper(model_type), tokenizer, tmp_path / model_type)
@@ -113,8 +110,8 @@ def test_a_fresh_process_loads_every_layout_and_computes_the_same(types, tokeniz
             again = checkpoint.load(str(out), "auto")[0]  # without its code, by this package
             assert type(again).__name__ == type(pruned).__name__
             torch.testing.assert_close(again(**image).logits, expected[out], rtol=1e-4, atol=1e-4)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    subprocess.run([sys.executable, "-c", RELOAD, *map(str, expected)], cwd=tmp_path, env=environment, check=True)
+    run = alone(RELOAD, *expected, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     for out, logits in expected.items():
         torch.testing.assert_close(load_file(out / "logits")["logits"], logits, rtol=1e-4, atol=1e-4)
         record_property("model_type", out.name.rpartition("-")[0])

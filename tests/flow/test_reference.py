@@ -20,6 +20,7 @@ NORMALISED = (
     *("olmo3", "openai-gpt"),
     "gpt_neox_japanese",  # its last block adds a bias of its own, which its FFN is taken to put out as well
 )
+UNLIKE = ("gemma3_text", "olmo2", "gpt_neox_japanese")  # one of each kind of them
 STUCK = ("bloom", "mpt")  # all their heads stay
 
 
@@ -31,8 +32,13 @@ def flat(x):
     return x.reshape(-1, x.shape[-1])
 
 
-@pytest.mark.parametrize("referred", [12, 9], ids=["all", "some"])
-@pytest.mark.parametrize("reference", ["dense", "residual"])
+@pytest.mark.parametrize(
+    ("reference", "referred"),
+    [
+        *(("residual", 9), ("dense", 12)),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("residual", 12), ("dense", 9))),
+    ],
+)
 @every_family(*NORMALISED, *STUCK, *MORE, *IN_FLOAT32)
 def test_every_site_is_the_least_squares_solution(model_type, reference, referred, tokenizer, monkeypatch):
     """At each site lstsq on what really arrives there, for a reference taken from the dense model's own stream.
@@ -84,7 +90,10 @@ def result_channels(pruned, block, path):
     return torch.cat([torch.arange(u * size, (u + 1) * size) for u in result.kept.tolist()])
 
 
-@pytest.mark.parametrize("model_type", NORMALISED)
+@pytest.mark.parametrize(
+    "model_type",
+    [t if t in UNLIKE else pytest.param(t, marks=pytest.mark.exhaustive) for t in NORMALISED],
+)
 def test_blocks_that_normalise_their_outputs_get_the_dense_reference_instead(model_type, tokenizer, caplog):
     cuts = {**CUTS, **({"head_sparsity": 0.0} if model_type in ("olmo2", "olmo3") else {})}
     one, other = (

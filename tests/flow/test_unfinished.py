@@ -92,7 +92,9 @@ def test_a_padded_layout(prune, dense, tmp_path):
     kill_at_random(prune, tmp_path / "out", tmp_path / "whole", *command, kills=4, seed=1)
 
 
-@pytest.mark.parametrize(("by", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("by", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.exhaustive)]
+)
 def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished, tmp_path):
     """Of a run that stopped after its third block, the first three are taken from its journal."""
     out = tmp_path / "out"
@@ -110,6 +112,7 @@ def test_what_is_gone_on_with_is_not_done_again(by, code, prune, dense, finished
     assert "block 3 self_attn.o_proj: kept" in result["stderr"]
 
 
+@pytest.mark.exhaustive
 def test_blocks_that_are_gone_stay_gone(prune, dense, tmp_path):
     depth = ("--depth", "only", "--sparsity", 0.4)
     assert prune(dense, *SETTINGS, *depth, "--output", tmp_path / "whole")["codes"] == [0]
@@ -171,7 +174,9 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(prune, dense, 
     file.write_bytes(content)
     result = prune(other, *SETTINGS, "--output", out, "--resume")
     assert result["codes"] == [2] and "weights" in result["stderr"]
-    assert prune(dense, *SETTINGS, "--sparsity", 0.3, "--output", out, "--overwrite")["codes"] == [0]
+    assert prune(dense, *SETTINGS, "--allocation", "uniform", "--refine", "none", "--output", out, "--overwrite")[
+        "codes"
+    ] == [0]
     assert not partial.exists()
 
 
@@ -384,7 +389,7 @@ def test_a_journal_with_any_damage_gives_the_same_bits(prune, dense, finished, k
 
 def test_some_damage_to_a_journal(prune, dense, finished, killed, tmp_path):
     """One way for some files; the rest is left to a longer test."""
-    names = ("visit/gradients/00003.safetensors", "visit/curves/state.json", "cut/plan.json", "cut/00001.safetensors")
+    names = ("visit/curves/state.json", "cut/00001.safetensors")
     for number, name in enumerate(names):
         partial = shutil.copytree(killed[0], tmp_path / ".out.partial")
         ways = damages(partial / "journal" / name, [], killed[1] / "journal" / name, random.Random(number))
@@ -440,7 +445,7 @@ def test_what_changed_since_is_named(prune, dense, finished, tmp_path):
         ("config.json", "config rope_parameters", partial(edit_json, rope_parameters={"rope_theta": 5e5})),
         ("generation_config.json", "generation config max_length", partial(edit_json, max_length=40)),
         ("tokenizer.json", "tokenizer", rename_token),
-        *((file.name, "weights", partial(flip, at=-1)) for file in sorted(model.glob("*.safetensors"))),
+        *((file.name, "weights", partial(flip, at=-1)) for file in sorted(model.glob("*.safetensors"))[-1:]),
     ]
     for name, named, change in changes:
         content = (model / name).read_bytes()
