@@ -128,7 +128,7 @@ MORE = ("gemma3n_text",)  # blocks add more to the stream than their sites put o
 
 IN_FLOAT32 = ("xglm",)  # transformers runs it in no wider type
 
-SAMPLE = ("opt", "llama", "gpt2", "gpt_neox", "gemma3_text", "phi3", "falcon", "cohere")  # as unlike as can be
+SAMPLE = ("opt", "gpt2", "gemma3_text", "falcon")  # as unlike as can be; Llamas are all over the other tests
 
 
 # Those whose configs are written so that transformers 4 reads them, too.

@@ -262,15 +262,19 @@ def test_modules_have_help(module):
 
 
 def test_importing_the_package_reaches_for_nothing():
-    """No network, no files of datasets, neither their library nor that for pictures, in an import."""
+    """No network, no files of datasets, neither their library nor that for pictures, in an import; after one of
+    transformers pruned configs are known all the same."""
     code = (
         "import socket, sys\n"
         "def refuse(*_args, **_kwargs): raise AssertionError('the network was reached for')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from transformers import PreTrainedModel\n"
         "import snp_llm.prune, snp_llm.cli\n"
         "from snp_llm.api import prune\n"
         "assert snp_llm.prune is prune\n"  # and not the module of that name, which is run
         "assert not {'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model('snp_opt'))]\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

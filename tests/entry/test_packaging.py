@@ -70,6 +70,7 @@ def test_the_metadata_is_whole(wheel, metadata):
         assert subprocess.run(command, capture_output=True).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_the_package_runs_from_the_wheel(wheel, tmp_path):
     """Unpacked elsewhere, without the checkout on the path."""
     with zipfile.ZipFile(wheel) as archive:

@@ -152,7 +152,7 @@ def test_what_passes_the_check_is_pruned(layout, allocation, tokenizer):
         (["--seq-len", "65"], "--seq-len: expected at most the model's 64 positions"),
     ],
 )
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--dry-run"], marks=pytest.mark.exhaustive)])
 def test_budgets_are_refused_by_the_config_alone(options, message, more, no_weights, tmp_path, capsys):
     text = ["--calibration", tmp_path / "text.jsonl", "--eval-dataset", tmp_path / "text.jsonl"]
     error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *text, *options, *more)

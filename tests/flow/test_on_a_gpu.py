@@ -27,7 +27,7 @@ RUNS = {
     "padded, query heads": ("llama", {"layout": "padded", "head_unit": "query", "reference": "dense"}),
     "half precision": ("llama", {"dtype": "bfloat16"}),
 }
-FEW = ("default", "on the host")
+FEW = (("default", "mps"), ("on the host", "cuda"))
 
 
 def units_and_weights(model_type, tokenizer, settings, dtype=None):
@@ -39,8 +39,14 @@ def units_and_weights(model_type, tokenizer, settings, dtype=None):
     ]
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.exhaustive) for n in RUNS])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if (name, kind) in FEW else pytest.mark.exhaustive)
+        for name in RUNS
+        for kind in ("cuda", "mps")
+    ],
+)
 def test_a_device_prunes_as_the_cpu_does(name, kind, tokenizer):
     model_type, settings = RUNS[name]
     dtype = settings.get("dtype", "float32" if kind == "mps" else None)

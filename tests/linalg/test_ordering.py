@@ -157,7 +157,7 @@ def remaining_error(X, W, kept):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["twice", "three times", "scaled", "negated", "nearly equal", "sums"])
-@pytest.mark.parametrize("rounds", [128, 16])
+@pytest.mark.parametrize("rounds", [pytest.param(128, marks=pytest.mark.exhaustive), 16])
 def test_units_that_say_nothing_new_cost_nothing_however_many_go_at_once(kind, size, rounds, monkeypatch):
     monkeypatch.setattr(ordering, "GREEDY_ROUNDS", rounds)
     independent = 192 if rounds == 128 else 24  # three at once or more
