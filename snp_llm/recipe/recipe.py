@@ -219,6 +219,8 @@ class Recipe:
             self._check_depth()
         if self.depth_score != "loss" and self.depth != "only":
             raise SnpError(f"--depth-score {self.depth_score}: expected together with --depth only.")
+        if self.expert_score != "loss" and self.experts != "whole":
+            raise SnpError(f"--expert-score {self.expert_score}: expected together with --experts whole.")
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
         if self.output is not None:

@@ -190,6 +190,14 @@ def test_settings_that_leave_no_choice_are_refused(settings, said):
         small_recipe(**{"depth": "only", **settings})
 
 
+def test_what_whole_blocks_come_to_is_said_once(tokenizer, caplog):
+    for depth in ("only", "auto"):
+        caplog.clear()
+        prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.4, depth=depth, refine="none"))
+        said = [message for message in caplog.messages if "were to go" in message]
+        assert len(said) == (depth == "only")  # widths make up for the rest
+
+
 def test_one_block_stays(tokenizer):
     with pytest.raises(SnpError, match="expected a budget that leaves one block"):
         prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.99, depth="only"))

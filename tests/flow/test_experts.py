@@ -260,9 +260,9 @@ def test_whole_experts_go_first_and_channels_of_the_others_then(model_type, layo
     loaded = checkpoint.load(str(tmp_path / "fewer"), "auto")[0]
     both = cut(loaded, tokenizer, layout, ffn_sparsity=0.25)
     sites = [result for result in both.sites if result.site.kind == "experts"]
-    assert {(r.site.mixture.count, len(r.kept) < r.site.units) for r in sites} == {(4, True)}
+    assert {r.site.mixture.count for r in sites} == {4} and any(len(r.kept) < r.site.units for r in sites)
     torch.testing.assert_close(both.model(TOKENS).logits, masked(loaded, both)(TOKENS).logits, **CLOSE)
-    assert (both.model.config.model_type == model_type) == (layout == "uniform")
+    assert layout == "compact" or both.model.config.model_type == model_type
     checkpoint.save(both.model, tokenizer, tmp_path / "both")
     again = checkpoint.load(str(tmp_path / "both"), "auto")[0]
     torch.testing.assert_close(again(TOKENS).logits, both.model(TOKENS).logits, rtol=1e-5, atol=1e-6)
@@ -303,6 +303,8 @@ def test_fewer_experts_than_a_token_comes_by_are_refused():
         check_budget(dense, resolve(recipe, dense))
     with pytest.raises(SnpError, match="--experts whole: expected layout compact or uniform, got padded"):
         check_budget(dense, resolve(small_recipe(experts="whole", layout="padded"), dense))
+    with pytest.raises(SnpError, match="--expert-score reap: expected together with --experts whole"):
+        small_recipe(experts="channels", expert_score="reap")
 
 
 def test_a_router_that_is_to_choose_more_experts_than_there_are_is_refused(tmp_path):

@@ -163,13 +163,31 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
         return coupled_plan(anatomy, curves, recipe)
     removals = find_removals(anatomy, recipe)
     if recipe.depth == "never":
-        return plan_widths(anatomy, curves, removals, recipe)
-    (all_of_it,) = removals.parts
+        widths = plan_widths(anatomy, curves, removals, recipe)
+    else:
+        (all_of_it,) = removals.parts
 
-    def rest(left: Anatomy, curves: Sequence[SiteCurves | None], costs: Costs, amount: float) -> list[int]:
-        return plan_widths(left, curves, Removals(costs, [replace(all_of_it, amount=amount)]), recipe)
+        def rest(left: Anatomy, curves: Sequence[SiteCurves | None], costs: Costs, amount: float) -> list[int]:
+            return plan_widths(left, curves, Removals(costs, [replace(all_of_it, amount=amount)]), recipe)
 
-    return depth_plan(anatomy, curves, removals.costs, all_of_it.amount, recipe, rest)
+        widths = depth_plan(anatomy, curves, removals.costs, all_of_it.amount, recipe, rest)
+    for removal in removals.parts:
+        say_what_goes(anatomy.sites, widths, removal, removals.costs)
+    return widths
+
+
+def say_what_goes(sites: Sequence[Site], widths: Sequence[int], removal: Removal, costs: Costs) -> None:
+    """Says where whole units, or whole blocks, come to something else than what has to go."""
+    of_each = zip(sites, costs.sites, widths, strict=True)
+    removed = sum(float(cost[-1] - cost[width]) for site, cost, width in of_each if site.kind in removal.kinds)
+    if abs(removed - removal.amount) > FARTHEST_FROM_BUDGET * removal.whole:
+        log.warning(
+            "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
+            " and ".join(removal.kinds),
+            100 * removal.amount / removal.whole,
+            costs.unit,
+            100 * removed / removal.whole,
+        )
 
 
 def removed_weights(dense: PreTrainedModel, block_linear: int, plan: Sequence[tuple[Site, int]]) -> int:
@@ -203,15 +221,6 @@ def plan_widths(
         found = fit_budget([sites[i] for i in concerned], chosen, removal, removals.costs, recipe)
         for i, width in zip(concerned, found, strict=True):
             widths[i] = width
-        removed = total_cost(chosen) - total_cost(chosen, found)
-        if abs(removed - removal.amount) > FARTHEST_FROM_BUDGET * removal.whole:
-            log.warning(
-                "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
-                " and ".join(removal.kinds),
-                100 * removal.amount / removal.whole,
-                removals.costs.unit,
-                100 * removed / removal.whole,
-            )
     if recipe.layout == "uniform":
         check_uniform(anatomy, widths)
     return widths
