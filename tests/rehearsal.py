@@ -267,7 +267,7 @@ def rehearsed(kind: str = "cuda", memory: float = 80e9) -> Iterator[Device]:
         mock.patch.object(torch.backends.mps, "is_available", lambda: kind == "mps"),
         mock.patch.object(torch.accelerator, "synchronize", lambda _device=None: None),
         # Large products would take a CPU minutes; another process has no such device.
-        mock.patch("snp_llm.cli.inspect.matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e13)),
+        mock.patch("snp_llm.cli.estimates.matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e13)),
         mock.patch("snp_llm.cli.prune.place_for_another", lambda _device, _size: CPU),
         Kernels(placed),
         placed,

@@ -94,9 +94,19 @@ def _comparisons(runs: Sequence[Run], quality: str) -> list[Picture]:
 
 
 def _methods(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What sets each run apart besides its sparsity: settings that are not the same in all."""
-    recipes = [r["recipe"] for r in reports]
+    """What sets each run apart besides its sparsity: settings that are not the same in all.
+
+    How many steps of refinement a run has time for follows from its sparsity; they are told apart where there are none.
+    """
+    recipes = [{**r["recipe"], "refine": _refined(r["recipe"], reports)} for r in reports]
     varied = [
         name for name in recipes[0] if name in LINE and any(recipe.get(name) != recipes[0][name] for recipe in recipes)
     ]
     return [", ".join(f"{name.replace('_', ' ')} {setting_words(r.get(name))}" for name in varied[:3]) for r in recipes]
+
+
+def _refined(recipe: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> Any:
+    """The steps of a run where others of the same sparsity had others, else whether there were any."""
+    alike = {r["recipe"].get("refine") for r in reports if r["recipe"].get("sparsity") == recipe.get("sparsity")}
+    steps = recipe.get("refine")
+    return steps if steps == "none" or len(alike) > 1 else "some"

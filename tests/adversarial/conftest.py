@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from snp_llm.cli import inspect
+from snp_llm.cli import estimates
 from snp_llm.evaluate import material
 from tests.adversarial.fresh import loader
 from tests.adversarial.trials import Trials
@@ -38,7 +38,7 @@ def fresh() -> Iterator[Callable[[Path], str]]:
 
 @pytest.fixture
 def trials(tmp_path, fresh, quick_prunes, monkeypatch) -> Iterator[Trials]:
-    monkeypatch.setattr(inspect, "matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e9))
+    monkeypatch.setattr(estimates, "matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e9))
     monkeypatch.setattr(material, "prefill_times", lambda models, *_, **__: [[1.0] for _ in models])
     before = os.getcwd()
     yield Trials(tmp_path / "place", fresh)

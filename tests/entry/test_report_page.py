@@ -258,6 +258,16 @@ def test_how_a_run_went_is_no_method_of_its_own(changes, runs, tmp_path):
     assert compare._methods(reports) == ["", ""]
 
 
+def test_steps_that_follow_from_the_sparsity_are_no_method_of_their_own(runs, tmp_path):
+    def reports(*settings):
+        base = json.loads((runs[1] / REPORT).read_text())
+        return [{**base, "recipe": {**base["recipe"], "sparsity": s, "refine": steps}} for s, steps in settings]
+
+    assert compare._methods(reports((0.2, 50), (0.3, 54))) == ["", ""]
+    assert compare._methods(reports((0.2, 50), (0.3, "none"))) == ["refine some", "refine none"]
+    assert compare._methods(reports((0.2, 50), (0.2, 400))) == ["refine 50", "refine 400"]
+
+
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     other = copy_of(runs[1], tmp_path, lambda report: report.update(evaluation="another text"))
     with pytest.raises(SnpError, match="expected the evaluation text of pruned-0.2, bundled .*; got another text"):
