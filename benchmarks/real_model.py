@@ -36,8 +36,8 @@ from snp_llm import Recipe, checkpoint, perplexity, prune
 from snp_llm.checkpoint.output import finished_folder
 from snp_llm.data.sources import Dataset
 from snp_llm.data.windows import Windows, evaluation_windows
-from snp_llm.models.anatomy import find_blocks, find_sites, read_heads
-from snp_llm.models.families.decoders import find_family
+from snp_llm.models.anatomy import find_blocks
+from snp_llm.models.outline import block_widths
 from snp_llm.models.size import model_size
 from snp_llm.runtime.device import compute_device
 
@@ -229,12 +229,8 @@ def pruned_row(
 
 def widths(model: PreTrainedModel) -> dict[str, str]:
     """Query heads and FFN channels of a model's blocks."""
-    family = find_family(model.config)
-    blocks = find_blocks(model)
-    counts = {
-        "heads": [read_heads(block, family).query for block in blocks],
-        "ffn": [site.units for site in find_sites(blocks, family) if site.kind == "ffn"],
-    }
+    found = [block_widths(block) for block in find_blocks(model)]
+    counts = {"heads": [one.heads.query for one in found], "ffn": [one.ffn for one in found]}
     return {k: f"{min(v)} to {max(v)}" if len({*v}) > 1 else str(v[0]) for k, v in counts.items()}
 
 
