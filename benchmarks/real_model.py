@@ -81,11 +81,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evaluation", default="wikitext2")
     parser.add_argument("--sparsities", default="0.1,0.2,0.3")
     parser.add_argument("--layouts", default="uniform,compact")
-    parser.add_argument("--allocations", default=Recipe(model="").allocation)
+    parser.add_argument("--allocations", default=Recipe(model=NAME).allocation)
     parser.add_argument("--uniform-allocation-at", type=float, default=0.2, help="one more row, compact; 0 for none")
     parser.add_argument("--serve-at", type=float, default=0.2, help="of the uniform model to serve; 0 for none")
-    parser.add_argument("--metric", default=Recipe(model="").metric)
-    parser.add_argument("--reference", default=Recipe(model="").reference)
+    parser.add_argument("--metric", default=Recipe(model=NAME).metric)
+    parser.add_argument("--reference", default=Recipe(model=NAME).reference)
     parser.add_argument("--dampening", type=float, default=None, help="default: chosen at every site")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512, help="of calibration and of evaluation")
@@ -256,7 +256,7 @@ def markdown(
     args: argparse.Namespace, rows: list[Row], checks: list[tuple[str, engines.Check]], windows: Windows
 ) -> str:
     """The section for people: command, table, what other engines computed."""
-    dense, default = rows[0], Recipe(model="")
+    dense, default = rows[0], Recipe(model=NAME)
     lines = [
         "# A real model",
         "",
