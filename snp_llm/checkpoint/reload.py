@@ -20,6 +20,10 @@ model = loader.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", **(on_disk if device == "cpu" else {"device_map": {"": device}})
 )
 model.eval()
+for module in model.modules():  # Llama 4 sends its tokens where the embeddings' weight is, before that has been read
+    hook = getattr(module, "_hf_hook", None)
+    if isinstance(module, torch.nn.Embedding) and hook is not None:
+        hook.pre_forward(module)
 getattr(transformers, reader).from_pretrained(folder)
 assert not any(name.split(".")[0] == "snp_llm" for name in sys.modules), "the package was imported"
 tokens = load_file(given)["tokens"].to(device)
