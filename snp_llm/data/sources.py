@@ -267,5 +267,5 @@ def _explained(name: str, action: Callable[[], Any]) -> Any:
     except SnpError:
         raise
     except Exception as error:  # datasets, fsspec and pyarrow raise dozens of kinds
-        remedy = "the file" if Path(name).exists() else "the name, the split and the network"
+        remedy = "the file" if Path(name).exists() else "the name, the split and the network, or take a local file"
         raise SnpError(f"dataset {name} cannot be read: {reason(error)}. Check {remedy}.") from error

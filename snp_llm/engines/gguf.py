@@ -53,7 +53,7 @@ PRE = {
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # what a token is, as GGUF counts
 
-ALONE = "write a plain config with --layout uniform and use llama.cpp's own converter"
+ALONE = "llama.cpp's own converter takes plain configs (--layout uniform) of the types that it knows"
 
 
 def write_gguf(model: PreTrainedModel, folder: Path, path: Path, dtype: str) -> None:
