@@ -94,7 +94,7 @@ class PrunedModel(pipeline.PrunedModel):
         for unit in kept:
             sites = [result for result in self.sites if result.site.unit == unit]
             kept[unit] = f"{sum(len(s.kept) for s in sites):,} of {sum(s.site.units for s in sites):,} {unit}"
-        what = f"{type(self.model).__name__}, {asked(self.recipe.as_dict())} asked for"
+        what = f"{type(self.model).__name__}, {asked(self.recipe.as_dict(), 'sparsity {:g}'.format)} asked for"
         return f"PrunedModel({what}; kept {', '.join(map(str, kept.values()))})"
 
 

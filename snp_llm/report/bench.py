@@ -53,7 +53,8 @@ def width_warning(result: dict[str, Any]) -> list[str]:
 
 def headline(result: dict[str, Any]) -> str:
     """Conditions of a benchmark, in one line."""
-    threads = f", {result['threads']} threads" if result["threads"] else ""
+    number = result["threads"]
+    threads = f", {number} thread{'s' if number > 1 else ''}" if number else ""
     dtypes = "/".join(dict.fromkeys(result["dtype"]))
     how = "torch.compile" if result["compile"] else "eager"
     items = Cell(**result["cells"][0]["cell"]).item

@@ -87,8 +87,8 @@ def sentence(made: dict[str, Any]) -> str:
         )
     how = "all weights of the blocks" if made["recipe"]["train"] == "blocks" else "low-rank changes, since merged,"
     return (
-        f"Trained {how} towards the dense model on {made['items']:,} {made['item']}s of {made['text']} in "
-        f"{made['seconds']:,.0f} seconds on {made['device']}."
+        f"Trained {how} towards the dense model on {made['items']:,} {made['item']}s of {made['text']}, "
+        f"{made['held_out']} of them held out, in {made['seconds']:,.0f} seconds on {made['device']}."
     )
 
 

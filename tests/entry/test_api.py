@@ -126,7 +126,8 @@ def test_a_rise_of_ones_own_measure(tokenizer):
 
 def test_saved_it_is_what_the_command_would_have_saved(tokenizer, tmp_path):
     pruned = snp_llm.prune(small_opt(), tokenizer, data=TEXTS, sparsity=0.4, **FEW)
-    assert repr(pruned).startswith("PrunedModel(") and "of 192 channels" in repr(pruned) and len(repr(pruned)) < 200
+    assert repr(pruned).startswith("PrunedModel(SnpOPTForCausalLM, sparsity 0.4 asked for; kept ")
+    assert "of 192 channels" in repr(pruned) and len(repr(pruned)) < 200
     folder = pruned.save(tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for one, other in zip(pruned.model.parameters(), loaded.parameters(), strict=True):
