@@ -19,7 +19,8 @@ from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
 from snp_llm.models.site import Site
 from snp_llm.models.task import Loss
 from snp_llm.models.text_part import text_config
-from snp_llm.recipe.recipe import ROWS, Recipe, ResolvedRecipe
+from snp_llm.recipe.kernels import ROWS
+from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
 from snp_llm.runtime.device import Clock, compute_device
 from snp_llm.runtime.errors import SnpError

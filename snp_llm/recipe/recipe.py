@@ -9,6 +9,7 @@ import tyro
 
 from snp_llm.recipe.budget import GOALS, SUFFIXES, Budget, read_budget, read_rise
 from snp_llm.recipe.checks import check_output_name, check_repo_id, check_settings, flag
+from snp_llm.recipe.kernels import ROWS, Kernel
 from snp_llm.runtime.errors import SnpError
 
 HeadUnit = Literal["kv_group", "query"]
@@ -32,19 +33,6 @@ Layout = Literal["uniform", "compact", "padded"]
 Bos = Literal["auto", "always", "once", "never"]
 
 Text = Annotated[str, tyro.conf.arg(metavar="NAME")]
-
-Kernel = Literal["gptq", "awq", "marlin", "torchao", "bnb", "q8_0", "q4_0", "q4_k_m"]
-
-ROWS: dict[Kernel, int] = {  # values that share a scale, or a kernel's tile: rows are whole numbers of them
-    "gptq": 128,
-    "awq": 128,
-    "marlin": 128,
-    "torchao": 128,
-    "bnb": 64,
-    "q8_0": 32,
-    "q4_0": 32,
-    "q4_k_m": 256,
-}
 
 SPARSITY = 0.3  # where nothing says what has to go
 
