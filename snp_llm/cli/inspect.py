@@ -27,7 +27,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.depth import block_costs
-from snp_llm.pruning.widths.plan import site_budgets
+from snp_llm.pruning.widths.permitted import site_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
 from snp_llm.runtime.numbers import human_bytes
