@@ -37,12 +37,13 @@ from snp_llm.pruning.distances import with_distances
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.pipeline import Visited, cut_once, visit
 from snp_llm.pruning.run import Run, read_calibration, resolve
+from snp_llm.pruning.widths.latency import read_or_measure
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.device import Clock, compute_device
 
 NEW_TOKENS, CUT = 24, "cut out"
 
-Row = tuple[str, PreTrainedModel, int]  # its name, the model, and how many blocks are gone
+Row = tuple[str, PreTrainedModel, str]  # its name, the model, and how many blocks, and parts of others, are gone
 
 
 def main() -> None:
@@ -76,10 +77,12 @@ def main() -> None:
     whole, before = model_size(dense, args.seq_len).block_linear, [perplexity(dense, text) for text in texts]
     print(f"    python {' '.join(sys.argv)}\n\ndense: perplexity {' and '.join(f'{p:.2f}' for p in before)}\n")
     rises = " | ".join(f"perplexity of {Path(text).stem} | above dense" for text in args.evaluation)
-    print(f"| asked | | removed | blocks gone | {rises} | prefill | decode |")
+    print(f"| asked | | removed | blocks gone, and parts of others | {rises} | prefill | decode |")
     print("|" + "---|" * (6 + 2 * len(texts)), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         table = str(Path(scratch) / "latencies.json")
+        if args.latencies:  # one for all
+            read_or_measure(visited.anatomy, replace(recipe, latency_table=table))
         budgets = [(f"{float(s):.0%}", {"sparsity": float(s)}) for s in args.sparsities]
         budgets += [
             (f"{x} time", {"target_latency": x, "latency_table": table, "sparsity": None}) for x in args.latencies
@@ -99,11 +102,22 @@ def pruned_models(visited: Visited, tokens: torch.Tensor, recipe: ResolvedRecipe
     inside = [i for i, site in enumerate(anatomy.sites) if not site.whole_block]
     sites = tuple(anatomy.sites[i] for i in inside)
     widths_alone = Visited(replace(anatomy, sites=sites), [visited.curves[i] for i in inside])
-    for depth, here in (("never", widths_alone), ("only", visited), ("auto", visited)):
-        ours = replace(run.phase(f"{budget} {depth}"), recipe=replace(recipe, depth=depth))
+    kept_whole = tuple(replace(site, droppable=site.whole_block) for site in anatomy.sites)
+    blocks_alone = Visited(replace(anatomy, sites=kept_whole), visited.curves)
+    ways = {
+        "`--depth never`": ("never", widths_alone),
+        "`--depth only`, as `--layout uniform` has it": ("only", blocks_alone),
+        "`--depth only`": ("only", visited),
+        "`--depth auto`": ("auto", visited),
+    }
+    for way, (depth, here) in ways.items():
+        ours = replace(run.phase(f"{budget} {way}"), recipe=replace(recipe, depth=depth))
         model, results = cut_once(here, tokens, ours)
-        gone = gone_blocks([r.site for r in results], [len(r.kept) for r in results])
-        yield f"`--depth {depth}`", model, len(gone)
+        left = [(r.site, len(r.kept)) for r in results]
+        blocks = gone_blocks(*zip(*left, strict=True))
+        parts = [s.kind for s, width in left if not width and not s.whole_block and s.block not in blocks]
+        yield way, model, ", ".join([str(len(blocks)), *(f"{parts.count(k)} {k}" for k in dict.fromkeys(parts))])
+    anatomy = blocks_alone.anatomy
     for score in ("loss", "influence", "angular"):
         by = replace(recipe, depth="only", depth_score=score)
         curves = [*visited.curves]
@@ -111,7 +125,7 @@ def pruned_models(visited: Visited, tokens: torch.Tensor, recipe: ResolvedRecipe
             curves = with_distances(curves, anatomy, tokens, replace(run.phase(score), recipe=by))
         gone = gone_blocks(anatomy.sites, Visited(anatomy, curves).widths(by))
         left = [NoBlock() if index in gone else block for index, block in enumerate(find_blocks(anatomy.model))]
-        yield f"{CUT}, by {score}", assemble(anatomy.model, anatomy.family, nn.ModuleList(left)), len(gone)
+        yield f"{CUT}, by {score}", assemble(anatomy.model, anatomy.family, nn.ModuleList(left)), str(len(gone))
 
 
 @torch.no_grad()

@@ -70,7 +70,9 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         model: a model or its skeleton on the meta device.
         recipe: of the prune whose resources are estimated; not resolved.
     """
-    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
+    anatomy = with_depth(
+        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
+    )
     if isinstance(anatomy.blocks, Segments):
         return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks

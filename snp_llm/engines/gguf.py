@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.engines.extras import needed
+from snp_llm.models.modeling_snp import NoHeads
 from snp_llm.models.registry import dense_type
 from snp_llm.runtime.errors import SnpError
 
@@ -37,7 +38,9 @@ TENSORS = {
     "mlp.down_proj": "ffn_down",
 }
 
-ATTENTION, FFN = ("self_attn.", "input_layernorm."), ("mlp.", "post_attention_layernorm.")
+ATTENTION = ("self_attn.", "input_layernorm.")
+
+OF_ZEROS = 32  # channels of an FFN that has gone: of a block without one llama.cpp leaves out the attention as well
 
 # llama.cpp's names for how a text is cut into words before byte-pair encoding, by the patterns in tokenizer.json; where
 # digits stand alone, and with GPT-2's pattern as ByteLevel has it.
@@ -88,7 +91,7 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: Path, dtype: str) -> 
 
 def check_expressible(model: PreTrainedModel) -> None:
     """Raises SnpError for what the file's architecture does not compute."""
-    config, kind = model.config, dense_type(model.config)
+    config, kind, layers = model.config, dense_type(model.config), model.model.layers
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     wrong = [
         (kind not in KNOWN, f"{kind} is not among {', '.join(KNOWN)}"),
@@ -101,6 +104,8 @@ def check_expressible(model: PreTrainedModel) -> None:
     for fault, what in wrong:
         if fault:
             raise SnpError(f"--to gguf: {what}, which is not written here; {ALONE}.")
+    if any(isinstance(block.self_attn, NoHeads) and block.self_attn.o_proj.bias is not None for block in layers):
+        raise SnpError(f"--to gguf: an attention that has gone left its bias, which has no place here; {ALONE}.")
     if _heads(model)[0][0] == 0:
         raise SnpError(f"--to gguf: the first block has no attention left, which llama.cpp does not load; {ALONE}.")
 
@@ -121,14 +126,15 @@ def _heads(model: PreTrainedModel) -> list[tuple[int, int]]:
     size = head_dim(model)
     found = []
     for block in model.model.layers:
-        attention = getattr(block, "self_attn", None)
-        rows = [0, 0] if attention is None else [attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]]
+        attention = block.self_attn
+        gone = isinstance(attention, NoHeads)
+        rows = [0, 0] if gone else [attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]]
         found.append((rows[0] // size, rows[1] // size))
     return found
 
 
 def _channels(model: PreTrainedModel) -> list[int]:
-    return [block.mlp.down_proj.weight.shape[1] for block in model.model.layers]
+    return [block.mlp.down_proj.weight.shape[1] or OF_ZEROS for block in model.model.layers]
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
@@ -183,11 +189,12 @@ def tensors(model: PreTrainedModel, dtype: str) -> Iterator[tuple[str, Tensor]]:
     """Names and values as GGUF has them, tied ones once; with the factors of scaled positions, if they are scaled."""
     tied, size = model.config.tie_word_embeddings, head_dim(model)
     gone = {f"model.layers.{i}.{part}" for i, (q, _) in enumerate(_heads(model)) if not q for part in ATTENTION}
-    gone |= {f"model.layers.{i}.{part}" for i, width in enumerate(_channels(model)) if not width for part in FFN}
     for name, parameter in model.state_dict().items():
         if (name == "lm_head.weight" and tied) or name.startswith(tuple(gone)):
             continue
         values = parameter.detach().cpu().float()
+        if not values.numel():
+            values = values.new_zeros([size or OF_ZEROS for size in values.shape])
         if ".q_proj." in name or ".k_proj." in name:
             values = interleaved(values, size)
         if values.dim() > 1:

@@ -97,6 +97,11 @@ def check_widths(config: PretrainedConfig, devices: int) -> None:
             heads = changed.get(query_key, query)
             shared = changed.get(key_value_key, key_value) if key_value_key else heads
             width = changed.get(ffn["key"], ffn["width"])
+            if not heads or not width:
+                raise ValueError(
+                    f"block {index}: has no {'FFN' if heads else 'attention'}; vLLM has both in every block. Prune the "
+                    "model with --depth never, or with --layout uniform."
+                )
             if heads % devices or width % devices or (shared % devices and devices % shared):
                 raise ValueError(
                     f"block {index}: {heads} query heads, {shared} KV heads and {width} FFN channels do not split "

@@ -52,9 +52,12 @@ class SiteBudget:
         return float(self.costs[width])
 
 
-def linear_costs(units: int, cost: float) -> Tensor:
-    """Costs of a site whose units cost the same each, (units + 1,)."""
-    return torch.arange(units + 1, dtype=torch.float64) * cost
+def linear_costs(units: int, cost: float, beside: float = 0.0) -> Tensor:
+    """Costs of a site whose units cost the same each, (units + 1,), and the last that goes takes along what is beside
+    them; up to a constant, so that those of a single unit are what it costs either way."""
+    costs = torch.arange(units + 1, dtype=torch.float64) * cost
+    costs[0] -= beside
+    return costs
 
 
 def total_cost(sites: Sequence[SiteBudget], widths: Sequence[int] | None = None) -> float:
@@ -155,7 +158,7 @@ def loss(sites: Sequence[SiteBudget], keep: float) -> list[int]:
     spent = total_cost(sites, widths)
     pieces = []
     for i, site in enumerate(sites):
-        hull = _hull([(site.cost(w), float(_curve(site.loss)[w]), w) for w in site.widths()])
+        hull = lower_hull([(site.cost(w), float(_curve(site.loss)[w]), w) for w in site.widths()])
         for (cost, high, small), (more, low, large) in pairwise(hull):
             pieces.append(((low - high) / (more - cost) if more > cost else -torch.inf, i, small, large))
     for _, i, small, large in sorted(pieces):
@@ -243,7 +246,7 @@ def _extra(site: SiteBudget, small: int, large: int) -> float:
     return site.cost(large) - site.cost(small)
 
 
-def _hull(points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+def lower_hull(points: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
     """Lower convex hull of (cost, loss, width), from the least cost to the most."""
     hull: list[tuple[float, float, int]] = []
     for x, y, width in points:

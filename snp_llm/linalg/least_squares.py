@@ -50,7 +50,7 @@ def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
     Args:
         W: out-projection weight, columns ordered, (d_out, n), float64 or float32.
         L: unit lower LDL factor of the ordered Gram matrix, (n, n), same dtype.
-        width: k, channels kept, 1 <= k <= n.
+        width: k, channels kept, 0 <= k <= n.
 
     Returns:
         (d_out, k), same dtype; zero where nothing is removed.
@@ -59,8 +59,8 @@ def factored_repair(W: Tensor, L: Tensor, width: int) -> Tensor:
         SnpError: shapes disagree or k is out of range.
     """
     n = W.shape[1]
-    if L.shape != (n, n) or not 1 <= width <= n:
-        raise SnpError(f"expected L of ({n}, {n}) and a width of 1 to {n}, got {tuple(L.shape)} and {width}.")
+    if L.shape != (n, n) or not 0 <= width <= n:
+        raise SnpError(f"expected L of ({n}, {n}) and a width of 0 to {n}, got {tuple(L.shape)} and {width}.")
     kept, gone = slice(None, width), slice(width, None)
     half = W[:, gone] @ L[gone, kept]
     return torch.linalg.solve_triangular(L[kept, kept], half, upper=False, left=False, unitriangular=True)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from snp_llm.models.experts import Mixture, find_experts
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.families.family import Family
+from snp_llm.models.modeling_snp import NoHeads
 from snp_llm.models.projections import Projection, projection, weight_of
 from snp_llm.models.segments import Segments, find_segments, segment_sites
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
@@ -142,11 +143,11 @@ def find_sites(
         try:
             attention, ffn = find_attention(block), find_ffn(block)
             for part, what in ((attention, "attention"), (ffn, "FFN")):
-                if part is None and family.alike:
+                if part is None and family.alike and not any(isinstance(m, NoHeads) for m in block.modules()):
                     raise SnpError(f"has no {what} as {family.name} has it; its projections are {_projections(block)}.")
             if attention is not None:
                 sites.append(_attention_site(index, block, attention, family, head_unit))
-            if ffn is not None:
+            if ffn is not None and ffn.channels:
                 sites.append(_ffn_site(index, block, ffn))
             if experts != "never" and (mixture := find_experts(block)) is not None:
                 sites.append(experts_site(index, block, mixture, whole=experts == "whole"))

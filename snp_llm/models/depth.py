@@ -1,4 +1,4 @@
-"""Whole blocks as sites, and a model without some of them. Knows no importance and no files."""
+"""Whole blocks, attentions and FFNs that may go, and a model without some blocks. Knows no importance and no files."""
 
 import copy
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snp_llm.models.anatomy import Anatomy, blocks_path, find_blocks
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
-from snp_llm.models.size import counted_weights
+from snp_llm.models.size import counted_weights, linear_weights
 from snp_llm.models.structure import fills_keys
 from snp_llm.models.text_part import text_config
-from snp_llm.recipe.recipe import Depth, Experts
+from snp_llm.recipe.recipe import Depth, Experts, Layout
 from snp_llm.runtime.errors import SnpError
 
 # Config keys of lists of block numbers, and of how many of the first blocks are of another kind.
@@ -22,10 +22,11 @@ NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idx
 LEADING = ("first_k_dense_replace", "moe_layer_start_index", "moe_num_first_k_dense", "num_dense_layers")
 
 
-def with_depth(anatomy: Anatomy, depth: Depth, experts: Experts = "never") -> Anatomy:
+def with_depth(anatomy: Anatomy, depth: Depth, layout: Layout, experts: Experts = "never") -> Anatomy:
     """The anatomy with a site of one unit for every block where blocks may go, each before the sites inside it.
 
     What such a site costs is what the block has beside the units of its other sites: all of them go with the block.
+    In the compact layout attentions and FFNs may go as a whole, too, and leave the rest of their block.
 
     Raises:
         SnpError: blocks may go, and the model is of a kind whose blocks cannot.
@@ -44,10 +45,22 @@ def with_depth(anatomy: Anatomy, depth: Depth, experts: Experts = "never") -> An
     hidden = int(text_config(anatomy.model.config).hidden_size)
     sites: list[Site] = []
     for index, block in enumerate(anatomy.blocks):
-        inside = anatomy.sites_of(index)
-        rest = counted_weights(block, experts) - sum(site.units * site.cost for site in inside)
+        inside = [_droppable(block, s) if layout == "compact" and leaves(s) else s for s in anatomy.sites_of(index)]
+        rest = counted_weights(block, experts) - sum(site.units * site.cost + site.beside for site in inside)
         sites += [Site(index, "block", -1, (), (), None, 1, hidden, rest, rest, droppable=True), *inside]
     return replace(anatomy, sites=tuple(sites))
+
+
+def leaves(site: Site) -> bool:
+    """Whether all of an attention or an FFN may go and leave the rest of its block: what it adds is its module's."""
+    module = site.heads is None or site.module not in (None, *site.consumers)
+    return site.prunable and site.kind in ("attention", "ffn") and module
+
+
+def _droppable(block: nn.Module, site: Site) -> Site:
+    module = site.module if site.heads is not None else None
+    weights = site.units * site.cost if module is None else linear_weights(block.get_submodule(module))
+    return replace(site, droppable=True, beside=weights - site.units * site.cost)
 
 
 def gone_blocks(sites: Sequence[Site], widths: Sequence[int]) -> list[int]:

@@ -116,8 +116,8 @@ def config_for(dense: PreTrainedModel, family: Family, pruned_blocks: nn.ModuleL
     for part in structure["parts"]:
         for index in part["of"]:
             dense_widths = width_keys(family, *part_widths(part))
-            new = width_keys(family, *widths[index])
-            if changed := {key: count for key, count in new.items() if count != dense_widths[key]}:
+            new = width_keys(family, *widths[index])  # nothing of an attention that has gone
+            if changed := {key: new.get(key, 0) for key, count in dense_widths.items() if new.get(key, 0) != count}:
                 overrides[str(index)] = changed
     overrides = {index: overrides[index] for index in sorted(overrides, key=int)}
     described = {"pruned_layers": overrides, "pruned_structure": structure, "auto_map": _auto_map(dense)}

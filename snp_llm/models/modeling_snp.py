@@ -45,6 +45,26 @@ GROUP_SIZES = ("num_key_value_groups", "n_rep")
 CHANNELS = ("split_size", "embed_dim", "hidden_size", "all_head_size", "inner_dim")
 
 
+class NoHeads(nn.Module):
+    """Stands where an attention was whose heads are all gone: what it adds is the bias of its out-projection.
+
+    The cache is told how many tokens came by, which a model may ask of any block.
+    """
+
+    def __init__(self, attention: nn.Module, name: str, out: nn.Module) -> None:
+        super().__init__()
+        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.add_module(name, out)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        (out,) = self.children()
+        cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+        if cache is not None and self.layer_idx is not None:
+            token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(token, token, self.layer_idx)
+        return out(hidden_states[..., :0]), None
+
+
 class BlockConfig:
     """A model's config as one block sees it: a few keys changed, all else read through, also when it changes later.
 
@@ -126,6 +146,11 @@ def resize_block(block: nn.Module, part: dict[str, Any], config: PretrainedConfi
         size, module = attention["size"], block.get_submodule(attention["module"])
         (query_key, key_value_key), (query, key_value) = attention["keys"], attention["heads"]
         queries = changed.get(query_key, query)
+        if not queries:
+            resize(block, attention["out"], columns=0)
+            name, out = attention["out"].removeprefix(f"{attention['module']}."), block.get_submodule(attention["out"])
+            block.set_submodule(attention["module"], NoHeads(module, name, out))
+            return
         shared = queries if query == key_value else key_value  # where the config has no key for it
         keys = changed.get(key_value_key, key_value) if key_value_key else shared
         for path, (per_query, per_key) in attention["rows"].items():
@@ -217,7 +242,13 @@ def resize(block: nn.Module, path: str, rows: int | None = None, columns: int | 
     elif isinstance(old, nn.Linear | Conv1D):
         turned = isinstance(old, Conv1D)
         shape = old.weight.shape[::-1] if turned else old.weight.shape
-        height, width = rows or shape[0], columns or shape[1]
+        height = shape[0] if rows is None else rows
+        width = shape[1] if columns is None else columns
+        if turned and not height * width:  # it does not run on nothing
+            new = nn.Linear(1, 1, bias=old.bias is not None)
+            new.weight, new.bias = old.weight, old.bias
+            owner.set_submodule(name, old := new)
+            turned = False
         new = old.weight.new_empty((width, height) if turned else (height, width))
         old.weight = nn.Parameter(new, requires_grad=old.weight.requires_grad)
         old.nx, old.nf = width, height  # of a Conv1D; a Linear has the other two

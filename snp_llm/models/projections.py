@@ -1,6 +1,7 @@
 """The kinds of layer that are cut, each as one matrix, and their rows and columns taken away. Knows no blocks."""
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ def outputs_as_rows(module: Projection, outputs: Tensor) -> Tensor:
 def with_weight(old: Projection, weight: Tensor, bias: Tensor | None) -> Projection:
     """A projection of the old one's kind with a copy of another weight, (out, in), and bias, (out,)."""
     rows, columns = weight.shape
-    with torch.device("meta"):
-        if isinstance(old, Conv1D):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        if isinstance(old, Conv1D) and weight.numel():  # which does not run on nothing
             new: Projection = Conv1D(rows, columns)
             weight = weight.T
         elif isinstance(old, nn.Conv2d):

@@ -106,6 +106,7 @@ class Site:
         heads: of an attention site.
         stay: why units cannot go; empty where they can.
         droppable: whether all of them may, and then the module with them.
+        beside: linear-weight parameters of the module that are no unit's, and only go with all of them.
         routed: whether only some tokens come by, as to an expert.
         taps: of a wide convolution, or of a linear layer on a flattened feature map, columns that a channel has. What
             remains of its channels is mixed for all taps alike, and a site is as wide as it has channels; 0 elsewhere.
@@ -131,6 +132,7 @@ class Site:
     heads: Heads | None = None
     stay: str = ""
     droppable: bool = False
+    beside: int = 0
     routed: bool = False
     taps: int = 0
     norm: str = ""

@@ -187,6 +187,8 @@ def find_ffn(block: nn.Module) -> Ffn | None:
     ((path, (inwards, outwards)),) = found.items()
     module = block.get_submodule(path)
     channels = _columns(module, outwards)
+    if not channels:
+        return Ffn((), _join(path, outwards), 0)
     rows = tuple((_join(path, name), _rows(module, name) // channels) for name in inwards)
     for name, (inward, times) in zip(inwards, rows, strict=True):
         if times not in ((1,) if len(inwards) > 1 else (1, 2)) or times * channels != _rows(module, name):

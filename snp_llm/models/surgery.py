@@ -12,7 +12,7 @@ from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import expert_site
 from snp_llm.models.experts import Mixture, expert_of, experts_module, find_experts, put_experts
 from snp_llm.models.families.decoders import family_of
-from snp_llm.models.modeling_snp import BlockConfig, set_counts, set_head_counts
+from snp_llm.models.modeling_snp import BlockConfig, NoHeads, set_counts, set_head_counts
 from snp_llm.models.outline import width_keys
 from snp_llm.models.projections import Projection, bias_of, projection, weight_of, with_rows, with_weight
 from snp_llm.models.site import Shared, Site, norm_of, normed_bias, tap_weights, tensor_or_module
@@ -48,7 +48,8 @@ def prune_site(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias:
             _set_head_counts(block.get_submodule(site.module), site, len(kept))
         else:
             name = site.consumers[0].removeprefix(f"{site.module}.")
-            block.set_submodule(site.module, NoHeads(name, projection(block, site.consumers[0])))
+            attention = block.get_submodule(site.module)
+            block.set_submodule(site.module, NoHeads(attention, name, projection(block, site.consumers[0])))
 
 
 def _repair_reader(block: nn.Module, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -205,18 +206,6 @@ def pad_experts(block: nn.Module, dense: nn.Module, site: Site, kept: Tensor) ->
         pad_site(expert, large, inner, kept[:, number])
         experts.append(expert)
     put_experts(block, narrow, experts)
-
-
-class NoHeads(nn.Module):
-    """Stands where an attention was whose heads are all gone: what it adds is the bias of its out-projection."""
-
-    def __init__(self, name: str, out: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, out)
-
-    def forward(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        (out,) = self.children()
-        return out(hidden_states[..., :0]), None
 
 
 class NoBlock(nn.Module):

@@ -58,14 +58,15 @@ def windows_needed(seq_len: int) -> int:
 
 
 def measured_widths(site: Site, recipe: Recipe) -> list[int]:
-    """Widths at which a site's cut is measured, ascending, evenly between none and all: whole units of every group."""
-    if site.whole_block:
-        return [0]
+    """Widths at which a site's cut is measured, ascending, evenly between none and all: whole units of every group.
+
+    None at all, too, where all of them may go.
+    """
     if not site.prunable:
         return []
     parts = recipe.measured_cuts + 1
     found = {round(part * site.units / parts / site.step) * site.step for part in range(1, parts)}
-    return sorted(width for width in found if 0 < width < site.units)
+    return [0] * site.droppable + sorted(width for width in found if 0 < width < site.units)
 
 
 def all_cuts(anatomy: Anatomy, recipe: Recipe) -> list[tuple[Site, int]]:
@@ -145,21 +146,22 @@ def corrected(losses: Sequence[Tensor], measured: Sequence[Tensor | None]) -> li
     measured widths f is interpolated, in logarithms, and constant beyond. Where nothing was measured, or nothing
     predicted, it is m, and nowhere further from m than `FARTHEST`. Trusted fully, factors of one text lift the floor
     under F from what that text does not use: on another text twice the divergence was seen. A block has no widths but
-    none and all, so that nothing is predicted of it any more: its loss is what was measured.
+    none and all, so that nothing is predicted of it any more: its loss is what was measured, and so is that of an
+    attention or an FFN that is not there at all.
 
     Args:
         losses: of every site, at every width, (units + 1,).
         measured: of every site, as of `measure`.
     """
     known = [_factors(loss, rows) for loss, rows in zip(losses, measured, strict=True)]
-    logs = [log for widths, found in known if widths != [0] for log in found]
+    logs = [log for widths, found in known for width, log in zip(widths, found, strict=True) if width]
     median, most = float(np.median(logs)) if logs else 0.0, float(np.log(FARTHEST))
     result = []
     for loss, (widths, found) in zip(losses, known, strict=True):
         factors = np.interp(np.arange(len(loss)), widths, found) if widths else np.full(len(loss), median)
-        if widths != [0]:
-            factors = median + TRUST * np.clip(factors - median, -most, most)
-        result.append(loss * torch.from_numpy(np.exp(factors)).to(loss))
+        trusted = median + TRUST * np.clip(factors - median, -most, most)
+        trusted[:1] = factors[:1] if widths[:1] == [0] else trusted[:1]
+        result.append(loss * torch.from_numpy(np.exp(trusted)).to(loss))
     return result
 
 

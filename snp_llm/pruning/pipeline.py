@@ -30,7 +30,7 @@ from snp_llm.pruning.sensitivity import SiteCurves, visit_dense, visit_passes
 from snp_llm.pruning.sequential import prune_blocks, steps_a_block
 from snp_llm.pruning.shared import narrowed_blocks, with_order
 from snp_llm.pruning.stream import capture
-from snp_llm.pruning.trial_cut import try_cuts, try_without
+from snp_llm.pruning.trial_cut import try_cuts, try_dropped, try_without
 from snp_llm.pruning.widths.depth import lost_with
 from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
@@ -221,8 +221,9 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         windows: of the calibration text; None where nothing but a plan of fixed widths is wanted.
         run: of this phase.
     """
+    recipe = run.recipe
     anatomy = with_depth(
-        find_anatomy(model, run.recipe.head_unit, run.recipe.experts), run.recipe.depth, run.recipe.experts
+        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
     )
     run.signs.begin("checking the weights")
     with run.clock.phase("loading"):
@@ -230,16 +231,18 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
     if windows is not None and not anatomy.family.alike:
         run.signs.begin("trying a cut of every kind")
         kinds = dict.fromkeys(site.kind for site in anatomy.sites)
-        try_cuts(anatomy, windows.tokens, [kind for kind in kinds if run.recipe.sparsity_of(kind) > 0])
-    announce_heads(anatomy.sites, run.recipe)
-    announce_experts(anatomy, run.recipe)
+        try_cuts(anatomy, windows.tokens, [kind for kind in kinds if recipe.sparsity_of(kind) > 0])
+    if windows is not None and recipe.depth != "never":
+        anatomy = try_dropped(anatomy, windows.tokens)
+    announce_heads(anatomy.sites, recipe)
+    announce_experts(anatomy, recipe)
     for line in what_stays(anatomy):
         log.warning("%s", line)
     curves: Sequence[SiteCurves | None] = [None] * len(anatomy.sites)
-    if windows is not None and visit_passes(run.recipe, anatomy.sites):
+    if windows is not None and visit_passes(recipe, anatomy.sites):
         run.signs.begin("visiting the dense model")
         curves = visit_dense(anatomy, windows.tokens, run)
-        if run.recipe.depth_score != "loss":
+        if recipe.depth_score != "loss":
             curves = with_distances(curves, anatomy, windows.tokens, run.phase("distances"))
     return Visited(anatomy, curves)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from snp_llm.models.experts import experts_module, put_together
 from snp_llm.models.layouts import assemble
 from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.offload import copy_unhooked
-from snp_llm.models.site import Site, site_bias, site_weight
+from snp_llm.models.site import Site, block_dtype, consumers_of, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.runtime.errors import SnpError, reason
@@ -78,6 +79,48 @@ def try_cuts(anatomy: Anatomy, tokens: Tensor, kinds: Sequence[str]) -> None:
         anatomy.family.model_type,
         " and ".join(kinds),
     )
+
+
+@torch.no_grad()
+def try_dropped(anatomy: Anatomy, tokens: Tensor) -> Anatomy:
+    """The anatomy in which attentions and FFNs may go as a whole where their block computes without them what it does
+    if they add nothing: not all blocks take what stands in their place.
+
+    Args:
+        anatomy: of the dense model; left as it was.
+        tokens: a text, (windows, T), int64.
+    """
+    model, blocks = anatomy.model, anatomy.blocks
+    stay: dict[str, str] = {}  # by what blocks have to be alike in
+    hidden, calls = capture_calls(model, blocks, tokens[:1, :TOKENS])
+    for index, block in enumerate(blocks):
+        for site in anatomy.sites_of(index):
+            if not site.droppable or site.whole_block or (like := _likeness(site)) in stay:
+                continue
+            with on_device(block, torch.device("cpu")):
+                stay[like] = _kept_since(block, site, hidden.cpu(), calls[index])
+            if stay[like]:
+                log.warning("%s: %s, and is not dropped as a whole", site.name, stay[like])
+    sites = [replace(s, droppable=s.droppable and not stay.get(_likeness(s), "")) for s in anatomy.sites]
+    return replace(anatomy, sites=tuple(sites))
+
+
+def _likeness(site: Site) -> str:
+    return repr((site.kind, site.path, site.module, site.units, site.heads))
+
+
+def _kept_since(block: nn.Module, site: Site, hidden: Tensor, call: BlockCall) -> str:
+    """Why a block cannot be without a site; empty where it can."""
+    silent, without, none = copy_unhooked(block), copy_unhooked(block), torch.arange(0)
+    for consumer in consumers_of(silent, site):
+        consumer.weight = nn.Parameter(torch.zeros_like(consumer.weight), requires_grad=False)
+    try:
+        prune_site(without, site, none, site_weight(without, site)[:, :0], site_bias(without, site))
+        wanted, found = (run_block(one, hidden, call).double() for one in (silent, without))
+    except Exception as error:  # what its block makes of what it returns
+        return f"its block does not run without it ({reason(error)})"
+    difference = float((found - wanted).abs().max() / wanted.abs().max())
+    return "" if difference <= TOLERANCE[block_dtype(block)] else f"without it its block differs by {difference:.1e}"
 
 
 @torch.no_grad()

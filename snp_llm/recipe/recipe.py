@@ -100,8 +100,9 @@ class Recipe:
     """Which experts go first as a whole: those of least predicted loss; reap: of least router weight times output norm;
     frequency: that fewest tokens come by; random."""
     depth: Depth = "never"
-    """Whether whole blocks may go. never: units of their attentions and FFNs alone. auto: blocks as well, as many as
-    the loss curves say is best. only: blocks alone; what stays keeps all units, and is repaired."""
+    """Whether whole blocks may go and, in the compact layout, all of an attention or an FFN. never: units of these
+    alone. auto: as many as the loss curves say is best. only: nothing else; what stays keeps all units, and is
+    repaired."""
     depth_score: DepthScore = "loss"
     """Which blocks go with --depth only: those of least predicted loss; influence: that turn the stream least, one by
     one; angular: the neighbours that together do."""

@@ -14,16 +14,21 @@ from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.depth import shortened, shortened_config, with_depth
 from snp_llm.models.layouts import assemble
 from snp_llm.models.logits import logits_block_by_block
+from snp_llm.models.outline import block_widths
+from snp_llm.models.site import consumers_of, site_bias, site_weight
 from snp_llm.models.size import linear_weights, model_size
-from snp_llm.models.surgery import NoBlock
+from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.trial_cut import try_dropped
 from snp_llm.pruning.widths.costs import budget_costs, sparsity_costs
 from snp_llm.pruning.widths.depth import block_costs, depth_plan, lost_with
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_model, small_recipe
 from tests.differing import differing_model
+from tests.families import FAMILY_CONFIGS
 
+PLAIN = {"depth": "only", "layout": "uniform"}  # whole blocks, and nothing else
 TOKENS = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
 # Types whose configs say things block by block.
 LISTED = ["gemma3_text", "qwen3_moe", "gpt_oss", "llama4_text", "lfm2", "qwen3_5_text"]
@@ -72,15 +77,19 @@ def test_a_model_pruned_in_width_before_loses_blocks_with_their_own_widths(token
     assert [part["of"] for part in short.config.pruned_structure["parts"]] == [[0]]
     widths = [find_anatomy(m).sites_of(0 if m is short else last) for m in (short, narrow)]
     assert [s.units for s in widths[0]] == [s.units for s in widths[1]]
+    recipe = resolve(small_recipe(sparsity=0.5, depth="only"), narrow, tokenizer)
+    anatomy = with_depth(find_anatomy(narrow), "only", "compact")
+    assert recipe.layout == "compact" and any(site.droppable and not site.whole_block for site in anatomy.sites)
     again = prune(narrow, tokenizer, small_recipe(sparsity=0.5, depth="only"))
-    assert len(find_blocks(again.model)) == last + 1 - len(again.gone) < last + 1
+    left = [width for r in again.sites if not r.site.whole_block for width in [len(r.kept)]]
+    assert 0 in left and {*left} <= {0, *(r.site.units for r in again.sites)}
 
 
 @pytest.mark.parametrize("kind", ["params", "size", "flops"])
 def test_what_a_block_costs_is_what_a_model_without_it_saves(kind, tokenizer):
     model = small_model("llama")
     recipe = resolve(small_recipe(depth="only", **{f"target_{kind}": "0.7x"}), model, tokenizer)
-    anatomy = with_depth(find_anatomy(model), "only")
+    anatomy = with_depth(find_anatomy(model), "only", "uniform")
     each = block_costs(anatomy.sites, budget_costs(anatomy, recipe.budget, recipe))
     left = nn.ModuleList([NoBlock(), *find_blocks(model)[1:]])
     short = assemble(model, anatomy.family, left)
@@ -91,10 +100,33 @@ def test_what_a_block_costs_is_what_a_model_without_it_saves(kind, tokenizer):
     assert shares == [linear_weights(block) for block in anatomy.blocks]
 
 
+@pytest.mark.parametrize("kind", ["params", "size", "flops"])
+@pytest.mark.parametrize("model_type", ["opt", "gemma", "deepseek_v3"])  # biases; keys of no unit; a latent vector
+def test_what_an_attention_or_an_ffn_costs_is_what_a_model_without_it_saves(model_type, kind, tokenizer):
+    model = any_model(model_type)
+    recipe = resolve(small_recipe(depth="only", **{f"target_{kind}": "0.7x"}), model, tokenizer)
+    anatomy = with_depth(find_anatomy(model), "only", "compact")
+    costs, field = (
+        budget_costs(anatomy, recipe.budget, recipe),
+        {"params": "parameters", "size": "bytes"}.get(kind, kind),
+    )
+    for number, site in enumerate(anatomy.sites):
+        if site.whole_block or not site.droppable:
+            continue
+        blocks = [*find_blocks(model)]
+        blocks[site.block] = without(model, site)[0]
+        short = assemble(model, anatomy.family, nn.ModuleList(blocks))
+        saved = [getattr(model_size(m, recipe.seq_len), field) for m in (model, short)]
+        assert float(costs.sites[number][-1] - costs.sites[number][0]) == pytest.approx(saved[0] - saved[1])
+        shares = sparsity_costs(anatomy.sites, model_size(model, 32).block_linear).sites[number]
+        linear = [model_size(m, 32).block_linear for m in (model, short)]
+        assert float(shares[-1] - shares[0]) == linear[0] - linear[1]
+
+
 def test_blocks_and_widths_together_are_predicted_to_cost_least(tokenizer):
     """One block costs little, the others much: no other, with widths for the rest, is predicted to do better."""
     model = small_model("llama", num_hidden_layers=4)
-    anatomy = with_depth(find_anatomy(model), "auto")
+    anatomy = with_depth(find_anatomy(model), "auto", "uniform")
     torch.manual_seed(1)
     alone = [torch.rand(s.units).double().cumsum(0).flip(0) + 9 * s.whole_block for s in anatomy.sites]
     alone[0] = torch.tensor([0.01])
@@ -128,7 +160,7 @@ def test_blocks_and_widths_together_are_predicted_to_cost_least(tokenizer):
 def test_blocks_alone_go_and_what_stays_is_repaired(tokenizer, tmp_path):
     model = small_model("llama", torch.float32)
     before = copy.deepcopy(model.state_dict())
-    pruned = prune(model, tokenizer, small_recipe(sparsity=0.34, depth="only", num_samples=24, measured_cuts=0))
+    pruned = prune(model, tokenizer, small_recipe(sparsity=0.34, **PLAIN, num_samples=24, measured_cuts=0))
     assert len(pruned.gone) == 1 and not pruned.model.config.model_type.startswith("snp_")
     assert all(len(r.kept) == r.site.units for r in pruned.sites if r.site.block not in pruned.gone)
     assert all(not len(r.kept) for r in pruned.sites if r.site.block in pruned.gone)
@@ -143,6 +175,56 @@ def test_blocks_alone_go_and_what_stays_is_repaired(tokenizer, tmp_path):
     assert len(find_blocks(again.model)) == len(find_blocks(model)) - 1
     text = pruned.model.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=True, do_sample=False)
     assert torch.equal(text, pruned.model.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=False, do_sample=False))
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/short", trust_remote_code=True).eval()
+torch.save(model(torch.load(sys.argv[1] + "/tokens.pt")).logits.detach(), sys.argv[1] + "/logits.pt")
+assert "snp_llm" not in sys.modules
+"""
+
+
+def without(model, site):
+    """A copy of a block in which one site is gone, unrepaired, and one in which what it puts out is zero."""
+    gone, silent = (copy.deepcopy(find_blocks(model)[site.block]) for _ in range(2))
+    for consumer in consumers_of(silent, site):
+        consumer.weight.data.zero_()
+    prune_site(gone, site, torch.arange(0), site_weight(gone, site)[:, :0], site_bias(gone, site))
+    return gone, silent
+
+
+EVERY = [pytest.param(t, marks=[] if t in ("opt", "llama", "gpt2") else pytest.mark.exhaustive) for t in FAMILY_CONFIGS]
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_attentions_and_ffns_go_as_a_whole(model_type, tokenizer, alone, tmp_path):
+    """The model says what it does where they add nothing: in its own process and another, with a cache and without."""
+    model = small_model(model_type, torch.float32)
+    anatomy = with_depth(find_anatomy(model), "auto", "compact")
+    anatomy = try_dropped(anatomy, TOKENS)
+    blocks, silent = [*find_blocks(model)], [*find_blocks(model)]
+    chosen = [site for site in anatomy.sites if not site.whole_block and site.droppable]
+    if not chosen:
+        pytest.skip("what stands in their place is not what its blocks take")
+    for index, kind in enumerate(("attention", "ffn")):
+        for site in (s for s in chosen if s.block == index and s.kind == kind):
+            blocks[index], silent[index] = without(model, site)
+    short = assemble(model, anatomy.family, nn.ModuleList(blocks))
+    wanted = logits_block_by_block(model, TOKENS, nn.ModuleList(silent))
+    with torch.no_grad():
+        torch.testing.assert_close(short(TOKENS).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert [block_widths(b)[:2] for b in find_blocks(short)] == [block_widths(b)[:2] for b in blocks]
+    checkpoint.save(short, tokenizer, tmp_path / "short")
+    text = short.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=False, do_sample=False)
+    assert torch.equal(text, short.generate(TOKENS[:, :8], max_new_tokens=6, use_cache=True, do_sample=False))
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    run = alone(RELOAD, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), short(TOKENS).logits)
+    sites = find_anatomy(checkpoint.load(str(tmp_path / "short"), "auto")[0]).sites
+    assert len(sites) < sum(not site.whole_block for site in anatomy.sites)
 
 
 @pytest.mark.parametrize("score", ["influence", "angular"])
@@ -193,7 +275,7 @@ def test_settings_that_leave_no_choice_are_refused(settings, said):
 def test_what_whole_blocks_come_to_is_said_once(tokenizer, caplog):
     for depth in ("only", "auto"):
         caplog.clear()
-        prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.4, depth=depth, refine="none"))
+        prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.4, **{**PLAIN, "depth": depth}, refine="none"))
         said = [message for message in caplog.messages if "were to go" in message]
         assert len(said) == (depth == "only")  # widths make up for the rest
 

@@ -28,7 +28,7 @@ TOKENS = torch.randint(3, 2048, (16, 24), generator=torch.Generator().manual_see
 
 def visited(model, folder=None, **overrides):
     recipe = resolve(small_recipe(**overrides), model)
-    anatomy = with_depth(find_anatomy(model), recipe.depth)
+    anatomy = with_depth(find_anatomy(model), recipe.depth, recipe.layout)
     run = Run(recipe, Clock(torch.device("cpu")), Journal(folder))
     return anatomy, recipe, visit_dense(anatomy, TOKENS, run)
 

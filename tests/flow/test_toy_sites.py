@@ -14,9 +14,10 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy, find_anatomy, make_site
 from snp_llm.models.blocks import capture_calls, run_block
 from snp_llm.models.calls import BlockCall
+from snp_llm.models.modeling_snp import NoHeads
 from snp_llm.models.projections import inputs_as_rows
 from snp_llm.models.site import Heads, Producer, Rows, Site, site_bias, site_weight
-from snp_llm.models.surgery import NoBlock, NoHeads, prune_site
+from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.repair import DAMPENINGS
 from snp_llm.pruning.run import Run, read_calibration, resolve
 from snp_llm.pruning.sensitivity import visit_dense

@@ -92,7 +92,9 @@ class Shapes:
 
 def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     """The shapes of a prune; weights are not looked at."""
-    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
+    anatomy = with_depth(
+        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
+    )
     size = model_size(model, recipe.seq_len, recipe.experts)
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in anatomy.blocks]
     channels = max(site.load for site in anatomy.sites)

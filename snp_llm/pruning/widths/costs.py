@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.projections import Projection
-from snp_llm.models.site import Site, site_weight, tensor_or_module
+from snp_llm.models.projections import Projection, bias_of
+from snp_llm.models.site import Site, consumers_of, site_weight, tensor_or_module
 from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, unit_flops
 from snp_llm.models.task import task_of
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
@@ -48,7 +48,7 @@ class Costs:
 
 def sparsity_costs(sites: Sequence[Site], block_linear: int) -> Costs:
     """Costs in block-linear parameters, of which a model has so many: sparsity is a fraction of them."""
-    costs = [linear_costs(site.units, site.cost) for site in sites]
+    costs = [linear_costs(site.units, site.cost, site.beside) for site in sites]
     return Costs("block-linear parameters", float(block_linear), costs)
 
 
@@ -66,35 +66,35 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
     blocks, sites, size = anatomy.blocks, anatomy.sites, model_size(anatomy.model, recipe.seq_len)
     if budget.kind == "latency":
         return latency_costs(sites, read_or_measure(anatomy, recipe))
-    per_unit = []
+    found = []
     for site in sites:
-        parameters = site.cost + unit_values(blocks[site.block], site)
+        block = blocks[site.block]
+        parameters = site.cost + unit_values(block, site)
         attended = site.unit_size if site.heads is not None else 0
         weights = 0 if site.whole else site.cost * site.passes / site.parts  # that a token goes through
         if site.whole_block:
             parameters, weights = _beside(anatomy, site)
-        per_unit.append(
-            {
-                "params": parameters,
-                "size": parameters * site_weight(blocks[site.block], site).element_size(),
-                "flops": unit_flops(anatomy.model, weights, attended, recipe.seq_len),
-            }[budget.kind]
+        item = site_weight(block, site).element_size()
+        of_unit, beside = (
+            {"params": p, "size": p * item, "flops": unit_flops(anatomy.model, w, a, recipe.seq_len)}[budget.kind]
+            for p, w, a in ((parameters, weights, attended), (values_beside(block, site), site.beside, 0))
         )
+        found.append(linear_costs(site.units, of_unit, beside))
     unit, dense = {
         "params": ("parameters", size.parameters),
         "size": ("bytes", size.bytes),
         "flops": (f"FLOPs {task_of(anatomy.model.config).work}", size.flops),
     }[budget.kind]
-    return Costs(unit, float(dense), [linear_costs(s.units, cost) for s, cost in zip(sites, per_unit, strict=True)])
+    return Costs(unit, float(dense), found)
 
 
 def _beside(anatomy: Anatomy, site: Site) -> tuple[int, float]:
     """Parameters of a block beside the units of its other sites, and linear weights that a token goes through."""
     block, inside = anatomy.blocks[site.block], [s for s in anatomy.sites_of(site.block) if not s.whole_block]
     parameters = sum(p.numel() for p in block.parameters())
-    parameters -= sum(s.units * (s.cost + unit_values(block, s)) for s in inside)
+    parameters -= sum(s.units * (s.cost + unit_values(block, s)) + values_beside(block, s) for s in inside)
     weights = linear_weights(block) + routed_weights(anatomy.model, block)
-    return parameters, weights - sum(s.units * s.cost * s.passes / s.parts for s in inside)
+    return parameters, weights - sum(s.units * s.cost * s.passes / s.parts + s.beside for s in inside)
 
 
 def unit_values(block: nn.Module, site: Site) -> int:
@@ -111,6 +111,16 @@ def unit_values(block: nn.Module, site: Site) -> int:
         beside = [t for t in own if not isinstance(found, Projection) or t.dim() == 1]
         count += producer.per_unit * sum(tensor[0].numel() for tensor in beside if tensor.dim())
     return count
+
+
+def values_beside(block: nn.Module, site: Site) -> int:
+    """Parameters of an attention that may go that are no unit's, and go with all of them; its last bias stays."""
+    if not site.droppable or site.heads is None or site.module is None:
+        return 0
+    module, (out,) = block.get_submodule(site.module), consumers_of(block, site)
+    stays = 0 if (bias := bias_of(out)) is None else bias.numel()
+    whole = sum(p.numel() for p in module.parameters()) - stays
+    return whole - site.units * (site.cost + unit_values(block, site))
 
 
 def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:

@@ -1,13 +1,15 @@
 """Which blocks go, and how many units the others keep, under one budget. Cuts nothing.
 
 Blocks go in the order of what their absence is predicted to cost the loss for what it saves, and what the budget then
-still asks for is taken from the widths of the others; so many go that both together are predicted to cost least.
+still asks for is taken from the widths of the others, which may be none of an attention or an FFN; so many go that both
+together are predicted to cost least. Where nothing else may go, blocks, attentions and FFNs go in that order.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
-from snp_llm.linalg.allocation import ROUNDING
+from snp_llm.linalg.allocation import ROUNDING, lower_hull
 from snp_llm.models.anatomy import Anatomy, find_blocks
 from snp_llm.models.depth import shortened
 from snp_llm.models.site import Site
@@ -79,6 +81,46 @@ def _by_loss(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[int]:
     return sorted(range(len(each)), key=lambda block: (lost[block] or 0.0) / max(each[block], 1e-30))
 
 
+def all_or_nothing(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[list[int]]:
+    """Widths where nothing goes, and then ever more, each time what costs the loss least for what it saves.
+
+    Of a block that is nothing, its attention or its FFN, or all of it; what is not on the lower hull of losses over
+    savings is passed by, and one block stays. Where distances were read, whole blocks go.
+    """
+    everything = [site.units for site in sites]
+    if any(curve is not None and curve.distances is not None for curve in curves):
+        going = blocks_that_go(sites, curves, costs)
+        return [[0 if s.block in gone else s.units for s in sites] for gone in going]
+    steps = []
+    for whole in (i for i, site in enumerate(sites) if site.whole_block):
+        inside = [i for i, site in enumerate(sites) if site.block == sites[whole].block and i != whole]
+        ways = [[], *([i] for i in inside if sites[i].droppable), [whole, *inside]]
+        points = []
+        for number, gone in enumerate(ways):
+            widths = [0 if i in gone else width for i, width in enumerate(everything)]
+            lost = sum(loss or 0.0 for loss in lost_with(sites, curves, widths))
+            points.append((_saved(costs, widths), lost, number))
+        for (cost, low, _), (more, high, number) in pairwise(lower_hull(sorted(points))):
+            steps.append(((high - low) / max(more - cost, 1e-30), ways[number]))
+    steps.sort(key=lambda step: step[0])
+    plans, blocks = [everything], sum(site.whole_block for site in sites)
+    for _, gone in steps:
+        widths = [0 if i in gone else width for i, width in enumerate(plans[-1])]
+        if sum(not width for site, width in zip(sites, widths, strict=True) if site.whole_block) < blocks:
+            plans.append(widths)
+    return plans
+
+
+def _nearest(plans: Sequence[list[int]], costs: Costs, amount: float, *, exceeds: bool) -> list[int]:
+    """The plan that saves nearest to an amount, which it may fall short of where it may be exceeded."""
+    enough = [plan for plan in plans if exceeds or _saved(costs, plan) >= amount * (1 - ROUNDING)]
+    return min(enough, key=lambda plan: abs(_saved(costs, plan) - amount))
+
+
+def _saved(costs: Costs, widths: Sequence[int]) -> float:
+    return sum(float(cost[-1] - cost[width]) for cost, width in zip(costs.sites, widths, strict=True))
+
+
 def depth_plan(
     anatomy: Anatomy,
     curves: Curves,
@@ -102,12 +144,10 @@ def depth_plan(
     """
     sites = anatomy.sites
     check_blocks_enough(sites, costs, amount, recipe)
+    if recipe.depth == "only":
+        return _nearest(all_or_nothing(sites, curves, costs), costs, amount, exceeds=recipe.budget is None)
     going, each = blocks_that_go(sites, curves, costs), block_costs(sites, costs)
     saved = [sum(each[block] for block in gone) for gone in going]
-    if recipe.depth == "only":
-        enough = [k for k, s in enumerate(saved) if recipe.budget is None or s >= amount * (1 - ROUNDING)]
-        nearest = min(enough, key=lambda k: abs(saved[k] - amount))
-        return [0 if site.block in going[nearest] else site.units for site in sites]
     best: tuple[float, list[int]] | None = None
     failed: SnpError | None = None
     behind = 0

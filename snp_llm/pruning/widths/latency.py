@@ -80,12 +80,19 @@ def key(site: Site) -> str:
 def read_or_measure(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
     """The table of `recipe.latency_table` if that file is there; else a new one, written there if it is named.
 
+    One that was written where nothing went as a whole is written anew where something may.
+
     Raises:
         SnpError: the file is no such table.
     """
     file = None if recipe.latency_table is None else Path(recipe.latency_table)
     if file is not None and file.exists():
-        return read_table(file)
+        table = read_table(file)
+        if all(0 in table.sites.get(key(site), [0]) for site in anatomy.sites if site.droppable) and not (
+            {key(site) for site in anatomy.sites if site.whole_block} - table.sites.keys()
+        ):
+            return table
+        log.warning("latency table %s does not say what is saved without blocks: measured anew", file)
     table = measure_table(anatomy, recipe)
     if file is not None:
         try:
@@ -176,8 +183,10 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
 
 
 def _widths(site: Site) -> list[int]:
-    """Widths to measure: equal steps, whole units of every group."""
-    return sorted({max(site.step, round(site.units * i / STEPS / site.step) * site.step) for i in range(1, STEPS + 1)})
+    """Widths to measure: equal steps, whole units of every group; none where all of them may go."""
+    return sorted({0} if site.droppable else set()) + sorted(
+        {max(site.step, round(site.units * i / STEPS / site.step) * site.step) for i in range(1, STEPS + 1)}
+    )
 
 
 def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: BlockCall) -> dict[tuple[str, int], float]:

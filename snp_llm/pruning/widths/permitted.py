@@ -43,13 +43,14 @@ def site_budgets(
             permitted = whole_widths(site)
         elif site.droppable and site.units == 1:
             permitted = (0,)
+        fewest = 0 if site.droppable else multiple
         found.append(
             SiteBudget(
                 kind=kind,
                 units=site.units,
                 costs=cost,
                 multiple=multiple,
-                minimum=min(permitted, default=site.units) if permitted is not None else multiple,
+                minimum=fewest if permitted is None else min(permitted, default=site.units),
                 energy=None if curve is None else curve.energy,
                 loss=None if curve is None else curve.loss,
                 permitted=permitted,

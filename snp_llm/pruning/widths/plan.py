@@ -122,7 +122,9 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
-    anatomy = with_depth(find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.experts)
+    anatomy = with_depth(
+        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
+    )
     check_something_goes(anatomy.sites, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
@@ -170,18 +172,19 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
 
         widths = depth_plan(anatomy, curves, removals.costs, all_of_it.amount, recipe, rest)
     for removal in removals.parts:
-        say_what_goes(anatomy.sites, widths, removal, removals.costs)
+        whose = f"{' and '.join(removal.kinds)}: " if len(removals.parts) > 1 else ""
+        say_what_goes(anatomy.sites, widths, removal, removals.costs, whose)
     return widths
 
 
-def say_what_goes(sites: Sequence[Site], widths: Sequence[int], removal: Removal, costs: Costs) -> None:
+def say_what_goes(sites: Sequence[Site], widths: Sequence[int], removal: Removal, costs: Costs, whose: str) -> None:
     """Says where whole units, or whole blocks, come to something else than what has to go."""
     of_each = zip(sites, costs.sites, widths, strict=True)
     removed = sum(float(cost[-1] - cost[width]) for site, cost, width in of_each if site.kind in removal.kinds)
     if abs(removed - removal.amount) > FARTHEST_FROM_BUDGET * removal.whole:
         log.warning(
-            "%s: %.3g %% of the %s were to go, whole units give %.3g %%",
-            " and ".join(removal.kinds),
+            "%s%.3g %% of the %s were to go, whole units give %.3g %%",
+            whose,
             100 * removal.amount / removal.whole,
             costs.unit,
             100 * removed / removal.whole,
