@@ -104,7 +104,8 @@ def check_expressible(model: PreTrainedModel) -> None:
     for fault, what in wrong:
         if fault:
             raise SnpError(f"--to gguf: {what}, which is not written here; {ALONE}.")
-    if any(isinstance(block.self_attn, NoHeads) and block.self_attn.o_proj.bias is not None for block in layers):
+    gone: list[Any] = [block.self_attn for block in layers if isinstance(block.self_attn, NoHeads)]
+    if any(attention.o_proj.bias is not None for attention in gone):
         raise SnpError(f"--to gguf: an attention that has gone left its bias, which has no place here; {ALONE}.")
     if _heads(model)[0][0] == 0:
         raise SnpError(f"--to gguf: the first block has no attention left, which llama.cpp does not load; {ALONE}.")

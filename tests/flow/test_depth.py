@@ -273,11 +273,11 @@ def test_settings_that_leave_no_choice_are_refused(settings, said):
 
 
 def test_what_whole_blocks_come_to_is_said_once(tokenizer, caplog):
-    for depth in ("only", "auto"):
+    for settings in (PLAIN, {"depth": "auto"}):
         caplog.clear()
-        prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.4, **{**PLAIN, "depth": depth}, refine="none"))
+        prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.4, **settings, refine="none"))
         said = [message for message in caplog.messages if "were to go" in message]
-        assert len(said) == (depth == "only")  # widths make up for the rest
+        assert len(said) == (settings is PLAIN)  # widths make up for the rest
 
 
 def test_one_block_stays(tokenizer):
@@ -288,4 +288,4 @@ def test_one_block_stays(tokenizer):
 def test_a_config_that_cannot_say_what_the_others_are_is_refused(tokenizer):
     model = small_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(SnpError, match="the config of a gpt2 cannot say what the others are"):
-        prune(model, tokenizer, small_recipe(sparsity=0.5, depth="only"))
+        prune(model, tokenizer, small_recipe(sparsity=0.5, **PLAIN))
