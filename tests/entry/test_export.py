@@ -1,14 +1,20 @@
 """Files for other engines: refused in words, read back to the bit, and run where the engine is installed."""
 
+import copy
 import re
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snp_llm import checkpoint
 from snp_llm.cli.parse import export_main
 from snp_llm.engines import gguf
+from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.models.layouts import assemble
+from snp_llm.models.site import site_weight
+from snp_llm.models.surgery import prune_site
 from snp_llm.pruning.pipeline import prune
 from tests.conftest import small_opt, small_recipe
 
@@ -141,6 +147,31 @@ def test_a_gguf_file_is_the_model_and_llama_cpp_says_what_it_says(kind, layout, 
         assert code == 0, said
         assert "run in llama.cpp" in said and ("deci" in said) == (layout == "compact")
     assert float(re.search(r"differs by (\S+)", export(capsys, path, "--to", "gguf", "--overwrite")[1])[1]) < 1e-4
+
+
+def halved(kind: str, *, first: int):
+    """A model without the attention of one block and the FFN of the next."""
+    model = small(kind)
+    anatomy, blocks = find_anatomy(model), [*find_blocks(model)]
+    for site in anatomy.sites:
+        if (site.block, site.kind) in ((first, "attention"), (first + 1, "ffn")):
+            block = blocks[site.block] = copy.deepcopy(blocks[site.block])
+            prune_site(block, site, torch.arange(0), site_weight(block, site)[:, :0], None)
+    return assemble(model, anatomy.family, nn.ModuleList(blocks))
+
+
+def test_blocks_that_lost_half_of_them_run_in_llama_cpp(tokenizer, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    for name, kind, first, says in (
+        ("ours", "llama", 1, ""),
+        ("first", "llama", 0, "the first block has no attention left"),
+        ("biases", "llama tied", 1, "left its bias"),
+    ):
+        checkpoint.save(halved(kind, first=first), tokenizer, tmp_path / name)
+        code, said = export(capsys, tmp_path / name, "--to", "gguf")
+        assert code == (2 if says else 0) and says in said, said
+        assert says or float(re.search(r"differs by (\S+)", said)[1]) < 1e-4
 
 
 def test_a_file_of_another_model_is_noticed(folder, tmp_path):

@@ -116,11 +116,19 @@ def test_what_does_not_split_is_refused_in_words(tmp_path):
     assert "block 1: 4 query heads, 2 KV heads and 383 FFN channels do not split evenly" in run.stdout + run.stderr
 
 
-def test_query_heads_alone_are_refused_in_words():
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_attention_heads": 2}, "blocks 0 and 1: 4 and 2 query heads with 2 KV heads in both"),
+        ({"num_attention_heads": 0, "num_key_value_heads": 0}, "block 1: has no attention"),
+        ({"intermediate_size": 0}, "block 1: has no FFN"),
+    ],
+)
+def test_what_has_no_place_is_refused_in_words(changed, says):
     from snp_llm.engines.vllm_models import check_widths
 
     config = AutoConfig.for_model("llama", **{**BASE, **HEAD})
     config.pruned_structure = structure_of(AutoModelForCausalLM.from_config(config))
-    config.pruned_layers = {"1": {"num_attention_heads": 2}}
-    with pytest.raises(ValueError, match="blocks 0 and 1: 4 and 2 query heads with 2 KV heads in both"):
+    config.pruned_layers = {"1": changed}
+    with pytest.raises(ValueError, match=says):
         check_widths(config, 1)
