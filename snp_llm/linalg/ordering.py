@@ -99,32 +99,29 @@ def obs(problem: OrderingProblem) -> Tensor:
 
 @dataclass
 class _Pending:
-    """What has yet to come off an inverse for the units removed since it was last written: `rows^T shares`.
+    """What has yet to come off an inverse for the units removed since it was last written: `H^T H`.
 
     Attributes:
-        rows, shares: (room, n); as many of them as are filled count.
+        halves: H, (room, n); as many of its rows are filled as channels went. With `[G^-1]_PP = C C^T` those of units P
+            are `C^-1 [G^-1]_P`.
         filled: how many.
     """
 
-    rows: Tensor
-    shares: Tensor
+    halves: Tensor
     filled: int = 0
-
-    @classmethod
-    def of(cls, inverse: Tensor, room: int) -> "_Pending":
-        """No removals yet, with room for so many channels."""
-        rows = inverse.new_empty(room, len(inverse))
-        return cls(rows, torch.empty_like(rows))
 
     def taken_off(self, part: Tensor, at: Tensor | slice, columns: Tensor | slice) -> Tensor:
         """A part of the inverse as it is after the removals, in place of what it was."""
-        return part.addmm_(self.rows[: self.filled, at].mT, self.shares[: self.filled, columns], alpha=-1)
+        rows = self.halves[: self.filled, at]
+        return part.addmm_(rows.mT, rows if columns is at else self.halves[: self.filled, columns], alpha=-1)
 
-    def add(self, rows: Tensor, shares: Tensor) -> None:
-        """Takes up the rows and shares of units that went."""
-        new = slice(self.filled, self.filled + len(rows))
-        self.rows[new], self.shares[new] = rows, shares
-        self.filled = new.stop
+    def add(self, inverse: Tensor, P: Tensor, factor: Tensor) -> Tensor:
+        """Rows of H for channels P that go now, (p, n); the factor is C."""
+        half = self.halves[self.filled : self.filled + len(P)]
+        torch.index_select(inverse, 0, P, out=half)
+        self.taken_off(half, P, slice(None))
+        self.filled += len(P)
+        return torch.linalg.solve_triangular(factor, half, upper=False, out=half)
 
 
 def greedy(problem: OrderingProblem) -> Tensor:
@@ -142,41 +139,34 @@ def greedy(problem: OrderingProblem) -> Tensor:
     units = len(gram) // size
     block, last = max(1, units // GREEDY_ROUNDS), units - problem.keep
     panel = PANEL if device.type == "cpu" else GPU_PANEL
-    scores = torch.empty(units, dtype=torch.float64, device=device)
     inverse = problem.definite.inverse().mT  # row order
     W = problem.W.mT.clone(memory_format=torch.contiguous_format)  # what is read and written of it are whole channels
     alive = torch.arange(units, device=device)  # units that the matrices still hold
-    fresh, removed = units, 0
+    order, fresh, removed = [alive[:0]], units, 0
     while True:
         pivots = diagonal_blocks(inverse, size).clone()
-        gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
-        pending = _Pending.of(inverse, panel + block * size)
+        pending = _Pending(inverse.new_empty(panel + block * size, len(inverse)))
+        went = [alive[:0]]
         while pending.filled < panel and removed < last:
-            costs = _removal_costs(W, pivots).masked_fill(gone, torch.inf)
+            costs, pool = torch.sort(_removal_costs(W, pivots), stable=True)
             count = min(block, last - removed)
-            going = torch.argsort(costs, stable=True)[: min(count + EXCHANGES + 1, CANDIDATES * block, units - removed)]
-            if block == 1:
-                going = going[:1]
-            else:
-                C = unit_channels(going, size)
-                among = pending.taken_off(inverse[C[:, None], C], C, C)
-                going = going[_cheap_together(among, W[C], costs[going], count, size)]
-            scores[alive[going]] = torch.arange(removed, removed + len(going), dtype=torch.float64, device=device)
-            gone[going] = True
+            pool = pool[: min(count + EXCHANGES + 1, CANDIDATES * block, units - removed) if block > 1 else 1]
+            C = unit_channels(pool, size)
+            among = pending.taken_off(inverse[C[:, None], C], C, C)
+            going, factor, lost = _cheap_together(pool, among, W[C], costs[: len(pool)], count)
+            half = pending.add(inverse, C if block == 1 else unit_channels(going, size), factor)
+            W.addmm_(half.mT, lost, alpha=-1)
+            by_unit = half.reshape(len(half), len(alive), size)
+            pivots -= torch.einsum("pua,pub->uab", by_unit, by_unit)
+            pivots.index_fill_(0, going, 0)  # from now on they can only fall
+            went.append(going)
             removed += len(going)
-            P = unit_channels(going, size)
-            now = pending.taken_off(inverse[P], P, slice(None))
-            share = _shares(now, P)
-            W.addmm_(share.mT, W[P], alpha=-1)
-            by_unit = (len(P), len(alive), size)
-            pivots -= torch.einsum("pua,pub->uab", now.reshape(by_unit), share.reshape(by_unit))
-            pivots[going] = torch.eye(size, dtype=W.dtype, device=device)  # was zero up to rounding
-            pending.add(now, share)
+        gone = torch.zeros(len(alive), dtype=torch.bool, device=device).index_fill_(0, torch.cat(went), True)
+        order.append(alive[torch.cat(went)])
         if removed == last:
             places = torch.argsort(_removal_costs(W, pivots)[~gone], stable=True)
-            scores[alive[~gone][places]] = torch.arange(last, units, dtype=torch.float64, device=device)
-            return scores
-        left = len(alive) - int(gone.sum())
+            return torch.argsort(torch.cat([*order, alive[~gone][places]])).double()
+        left = units - removed
         if 2 * left <= fresh:
             W, alive = W[unit_channels((~gone).nonzero().squeeze(1), size)], alive[~gone]
             channels = unit_channels(alive, size)
@@ -190,57 +180,52 @@ def greedy(problem: OrderingProblem) -> Tensor:
         target, source = unit_channels(target, size), unit_channels(source, size)
         for matrix in (W, inverse):
             matrix[target] = matrix[source]
-        for matrix in (inverse, pending.rows, pending.shares):
+        for matrix in (inverse, pending.halves):
             matrix[:, target] = matrix[:, source]
         W, alive, inverse = W[: left * size], alive[:left], inverse[: left * size, : left * size]
         pending.taken_off(inverse, slice(len(W)), slice(len(W)))
 
 
-def _shares(now: Tensor, P: Tensor) -> Tensor:
-    """`[G^-1]_PP^-1` times rows of `G^-1` at channels P, (p, n)."""
-    if now.device.type == "cpu":
-        return torch.linalg.solve(now[:, P], now)
-    factor, _ = torch.linalg.cholesky_ex(now[:, P])  # asks the device for nothing, unlike what raises
-    half = torch.linalg.solve_triangular(factor, now, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
-
-
-def _cheap_together(inverse: Tensor, W: Tensor, costs: Tensor, count: int, size: int) -> Tensor:
+def _cheap_together(
+    pool: Tensor, inverse: Tensor, W: Tensor, costs: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which of a pool of units go at once: the cheapest, without those that these make dear.
 
     Of two equal channels each is free to remove, but not both. With `[G^-1]_PP = C C^T` the rows of `C^-1 W_P` that are
     a unit's have as their squared norm what it costs once those before it are gone. The first unit for which that is
     more than `RISE` times what the next in line costs alone waits for a later round, and the next takes its place.
-    After some such exchanges only those before it go.
+    After some such exchanges only those before it go. A device computes those norms and is asked for them once; what
+    is small is decided on the CPU.
 
     Args:
-        inverse: `[G^-1]` of the pool's channels, cheapest unit first, (u * size, u * size).
+        pool: units, cheapest first, (u,), int64.
+        inverse: `[G^-1]` of their channels, (u * size, u * size).
         W: out-projection weight, a row a channel, (u * size, d_out).
-        costs: of removing each unit alone, ascending, (u,).
+        costs: of removing each unit alone, (u,).
         count: units that go at most.
-        size: channels a unit has.
 
     Returns:
-        Places in the pool, ascending, the first among them, int64.
+        Units P that go, the cheapest of the pool among them, C, and `C^-1 W_P`.
     """
-    pool = places = torch.arange(len(costs), device=W.device)
-    exchanged = 0
-    while True:
-        going, waiting = pool[:count], pool[count:]
-        P = unit_channels(going, size)
-        factor, info = torch.linalg.cholesky_ex(inverse[P[:, None], P])
-        rows = torch.linalg.solve_triangular(factor, W[P], upper=False)
-        limit = RISE * (costs[waiting[:1]] if len(waiting) else costs[-1:])
-        cheap = per_unit(rows.square().sum(1), size) <= limit
-        cheap &= (info == 0) | (places[: len(going)] < (info - 1) // size)  # beyond, the factor holds nothing
-        dear = (~cheap[1:]).nonzero()
-        if not len(dear):
-            return going
-        first = 1 + int(dear[0])
-        if exchanged == EXCHANGES:
-            return going[:first]
-        exchanged += 1
-        pool = torch.cat([pool[:first], pool[first + 1 :]])
+    size = len(W) // len(pool)
+    for exchanged in range(EXCHANGES + 1):
+        going = first = min(count, len(pool))
+        factor, info = torch.linalg.cholesky_ex(inverse[: going * size, : going * size])
+        lost = torch.linalg.solve_triangular(factor, W[: going * size], upper=False)
+        if going > 1:
+            told = torch.cat([per_unit(lost.square().sum(1), size), costs, info[None]]).cpu()
+            limit = RISE * told[going + min(count + exchanged, len(costs) - 1)]
+            first = 1 + int((told[1:going] <= limit).cumprod(0).sum())
+            if told[-1] > 0:  # from there on the factor holds nothing
+                first = max(1, min(first, (int(told[-1]) - 1) // size))
+        if first == going or exchanged == EXCHANGES:
+            break
+        places = torch.arange(len(pool), device=pool.device)
+        stay = torch.cat([places[:first], places[first + 1 :]])
+        C = unit_channels(stay, size)
+        pool, inverse, W = pool[stay], inverse[C[:, None], C], W[C]
+    end = first * size
+    return pool[:first], factor[:end, :end], lost[:end]
 
 
 def random(problem: OrderingProblem) -> Tensor:
@@ -302,12 +287,15 @@ def order_units(name: str, problem: OrderingProblem) -> Tensor:
 def _removal_costs(W: Tensor, pivots: Tensor) -> Tensor:
     """`trace(W_u ([G^-1]_uu)^-1 W_u^T)` of every unit, (units,).
 
+    Infinite for one that went, or that rounding has spoilt: its pivot is not positive.
+
     Args:
         W: out-projection weight, a row a channel, (n, d_out).
         pivots: `[G^-1]_uu`, (units, unit_size, unit_size).
     """
     if pivots.shape[1] == 1:
-        return torch.linalg.vector_norm(W, dim=1).square_() / pivots[:, 0, 0]
+        pivot = pivots[:, 0, 0]
+        return (torch.linalg.vector_norm(W, dim=1).square_() / pivot).masked_fill(pivot <= 0, torch.inf)
     factors, info = torch.linalg.cholesky_ex(pivots)  # asks the device for nothing, unlike what raises
     rows = torch.linalg.solve_triangular(factors, W.reshape(len(pivots), pivots.shape[1], -1), upper=False)
-    return rows.square().sum((1, 2)).masked_fill(info > 0, torch.inf)  # no number is known of what rounding has spoilt
+    return rows.square().sum((1, 2)).masked_fill(info > 0, torch.inf)
