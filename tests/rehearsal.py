@@ -30,8 +30,8 @@ class Device:
         device: that tensors seem to be on.
         size, used, peak: bytes.
         uploads: bytes that went to the device, by the shape of the tensor.
-        waits: how often the host had to wait for a number.
-        kernels: how many it was asked for.
+        waits: how often the host had to wait for what is there.
+        kernels: how many it was asked for; those of one operation count as one, and views as none.
     """
 
     def __init__(self, kind: str, size: int) -> None:
@@ -124,6 +124,7 @@ class Placed(TorchFunctionMode):
         if here == there:
             return tensor.to(dtype, copy=copy, **options)
         result = tensor.to(dtype, copy=True, **options)
+        self.gpu.waits += here
         if there:
             self.gpu.uploads[tuple(tensor.shape)] += tensor.numel() * dtype.itemsize
         return self.put(result) if there else take_off(result)
@@ -194,6 +195,12 @@ WAITING = {
 }
 
 
+def computes(func) -> bool:
+    """Whether an operation is more than a view of its arguments, or room for what is yet to come."""
+    seen = any(made.alias_info is not None and not made.alias_info.is_write for made in func._schema.returns)
+    return not seen and "empty" not in func.name()
+
+
 class Kernels(TorchDispatchMode):
     """ATen's view: every kernel, and what its tensors are on."""
 
@@ -218,7 +225,7 @@ class Kernels(TorchDispatchMode):
                 self.placed.put(tensor)
             by_mask = func in INDEXING and any(t.dtype == torch.bool for t in tensors_in(args[1]))
             self.gpu.waits += func in WAITING or by_mask
-            self.gpu.kernels += 1
+            self.gpu.kernels += computes(func)
             return result
 
     def wide_product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

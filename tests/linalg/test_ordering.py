@@ -14,6 +14,7 @@ from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
 from snp_llm.runtime.errors import SnpError
 from tests.counting import Products
 from tests.linalg.problems import least_squares, make_inputs, make_weight
+from tests.rehearsal import rehearsed
 
 SIZES = [1, 3]  # channels, and heads of three
 
@@ -136,6 +137,17 @@ def test_greedy_in_blocks_removes_all_units_once():
     problem, _ = make_problem(1, units=300, dampening=0.01)
     scores = ORDERINGS["greedy"](problem)
     assert sorted(scores.tolist()) == list(range(300))
+
+
+def test_a_round_of_greedy_asks_a_device_for_few_operations_and_one_answer():
+    problem, _ = make_problem(1, units=512, dampening=0.01)
+    order, rounds = order_units("greedy", problem), 512 // 4
+    with rehearsed("cuda") as gpu:
+        gram, W, in_weight = (t.to("cuda") for t in (problem.definite.gram, problem.W, problem.in_weight))
+        there = replace(problem, definite=make_definite(gram, 0.0), W=W, in_weight=in_weight)
+        gpu.kernels = gpu.waits = 0
+        assert torch.equal(order_units("greedy", there).cpu(), order)
+        assert rounds < gpu.waits < 2 * rounds and gpu.kernels < 40 * rounds
 
 
 def related(kind, X):
