@@ -4,7 +4,8 @@
     python benchmarks/cost.py --shape opt-1.3b --dtype bfloat16 --blocks 2 --num-samples 8 --seq-len 128
 
 Forward pass and pruning take turns, so that drift of the machine cancels in the ratio, each in a process of its own,
-whose peak memory is then its own. A prune is all of it: the checkpoint is read block by block from disk, blocks and
+whose peak memory is then its own. On a CPU with one thread (OMP_NUM_THREADS=1) seconds are those of the CPU, since
+machines are shared. A prune is all of it: the checkpoint is read block by block from disk, blocks and
 gradients are written when they are finished, and the model is saved. Evaluation and the reloading check are apart.
 
 A shape is that of a published OPT with random weights, which costs the same. With `--blocks k` the model has only its
@@ -29,7 +30,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm import Recipe, checkpoint, prune
+from snp_llm import Recipe, checkpoint
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.data.sources import BUNDLED
@@ -37,6 +38,7 @@ from snp_llm.evaluate.peak import resident_peak
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import run_without_blocks
 from snp_llm.pruning.estimate.estimate import estimate
+from snp_llm.pruning.pipeline import prune
 from snp_llm.pruning.run import read_calibration, resolve
 from snp_llm.runtime.device import ONCE, PHASES, Clock, compute_device, matmul_rates, synchronize
 
@@ -132,7 +134,9 @@ def parse() -> argparse.Namespace:
 
 def heading(args: argparse.Namespace, factor: float, device: torch.device) -> str:
     name = args.shape or Path(args.model).name
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    count = torch.get_num_threads()
+    threads = "1 thread, CPU seconds" if count == 1 else f"{count} threads"
+    threads = threads if device.type == "cpu" else torch.cuda.get_device_name()
     few = f" Extrapolated from {args.blocks} blocks, times {factor:g}." if factor > 1 else ""
     return (
         f"{name}: windows of {args.seq_len} tokens, batches of {args.batch_size}, sparsity {args.sparsity:g}, "
@@ -278,6 +282,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 def quieten() -> None:
+    if torch.get_num_threads() == 1:
+        time.perf_counter = time.process_time
+    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
+        time.perf_counter = time.process_time  # what else the machine does costs none of these
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     transformers.logging.get_logger("accelerate.big_modeling").setLevel("ERROR")
