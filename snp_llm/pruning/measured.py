@@ -221,9 +221,10 @@ def _divergences(visit: Visit, dense: Tensor, hidden: Tensor) -> Tensor:
             for window in range(len(dense)):  # one at a time: logits are large
                 tokens, at = visit.tokens[window : window + 1].to(device), slice(window, window + 1)
                 wanted = predictions(tokens, dense[at])
+                weights = wanted.exp()
                 for number, states in enumerate(hidden):
                     found = predictions(tokens, states[at])
-                    total[number] += functional.kl_div(found, wanted, log_target=True, reduction="sum").cpu()
+                    total[number] += torch.sub(wanted, found, out=found).mul_(weights).sum().cpu()
 
     where_it_fits("logits of a window", visit.run.clock.device, add)
     return total / visit.tokens.numel()
