@@ -27,7 +27,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.depth import block_costs
-from snp_llm.pruning.widths.permitted import site_budgets
+from snp_llm.pruning.widths.paired import paired_budgets
 from snp_llm.recipe.commands import InspectRecipe, Talk
 from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
 from snp_llm.runtime.numbers import human_bytes
@@ -174,13 +174,13 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, shaped: dict[Layout, Resol
     costs = sparsity_costs(sites, size.block_linear)
     for layout in ("compact", "uniform"):
         gone, whole = (dict.fromkeys(("attention", "ffn"), 0.0) for _ in range(2))
-        budgets = site_budgets(anatomy, shaped[layout], [None] * len(sites), costs.sites)
+        budgets, _ = paired_budgets(anatomy, shaped[layout], [None] * len(sites), costs.sites)
         for site, budget in zip(sites, budgets, strict=True):
             if site.whole_block:
                 continue
             kind = "attention" if site.heads is not None else "ffn"  # experts are FFNs
             gone[kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
-            whole[kind] += site.parameters
+            whole[kind] += 0 if site.nested else site.parameters
         largest[layout] = {
             "ffn": gone["ffn"] / (whole["ffn"] or 1),
             "heads": gone["attention"] / (whole["attention"] or 1),

@@ -131,7 +131,8 @@ def find_sites(
         family: theirs.
         head_unit: "kv_group": a key-value head and all its query heads. "query": query heads, evenly from every group.
             A block with one key-value head can only lose query heads; without groups (MHA) both are the same.
-        experts: whether experts that only some tokens come by stay as they are, lose channels, or go as a whole.
+        experts: whether experts that only some tokens come by stay as they are, lose channels, or go as a whole; with
+            "both" some go and the others lose channels.
 
     Raises:
         SnpError: no block has a site; shapes that do not fit together; two projections that are one tensor.
@@ -150,7 +151,11 @@ def find_sites(
             if ffn is not None and ffn.channels:
                 sites.append(_ffn_site(index, block, ffn))
             if experts != "never" and (mixture := find_experts(block)) is not None:
-                sites.append(experts_site(index, block, mixture, whole=experts == "whole"))
+                both = experts == "both"
+                if both or experts == "whole":
+                    sites.append(experts_site(index, block, mixture, whole=True))
+                if both or experts == "channels":
+                    sites.append(experts_site(index, block, mixture, nested=both))
         except SnpError as error:
             raise SnpError(f"block {index} {error}") from error
     if not sites:
@@ -248,13 +253,16 @@ def _ffn_site(index: int, block: nn.Module, found: Ffn) -> Site:
     )
 
 
-def experts_site(index: int, block: nn.Module, mixture: Mixture, *, whole: bool = False) -> Site:
-    """The channels of a block's experts, of which each keeps as many, its own; or these experts themselves."""
+def experts_site(index: int, block: nn.Module, mixture: Mixture, *, whole: bool = False, nested: bool = False) -> Site:
+    """The channels of a block's experts, of which each keeps as many, its own; or these experts themselves.
+
+    Nested ones are cut after those experts that go have gone.
+    """
     weights = [block.get_parameter(path).numel() for path in mixture.stacked if not path.endswith("_bias")]
     return Site(
         block=index,
         kind="experts",
-        stage=1,
+        stage=2 if nested else 1,
         producers=(),
         consumers=(),
         module=None,
@@ -265,7 +273,15 @@ def experts_site(index: int, block: nn.Module, mixture: Mixture, *, whole: bool 
         groups=mixture.groups if whole and mixture.groups > 1 else 0,
         mixture=mixture,
         whole=whole,
+        nested=nested,
     )
+
+
+def by_now(block: nn.Module, site: Site) -> Site:
+    """A site of experts with those that its block has now, some of which may have gone."""
+    mixture = find_experts(block)
+    assert mixture is not None
+    return experts_site(site.block, block, mixture, whole=site.whole, nested=site.nested)
 
 
 def expert_site(site: Site) -> Site:
@@ -281,6 +297,7 @@ def expert_site(site: Site) -> Site:
         units=channels,
         groups=0,
         whole=False,
+        nested=False,
         cost=site.parameters // (mixture.count * channels),
         parameters=site.parameters // mixture.count,
         routed=True,

@@ -46,7 +46,8 @@ def with_depth(anatomy: Anatomy, depth: Depth, layout: Layout, experts: Experts 
     sites: list[Site] = []
     for index, block in enumerate(anatomy.blocks):
         inside = [_droppable(block, s) if layout == "compact" and leaves(s) else s for s in anatomy.sites_of(index)]
-        rest = counted_weights(block, experts) - sum(site.units * site.cost + site.beside for site in inside)
+        gone = sum(site.units * site.cost + site.beside for site in inside if not site.nested)
+        rest = counted_weights(block, experts) - gone
         sites += [Site(index, "block", -1, (), (), None, 1, hidden, rest, rest, droppable=True), *inside]
     return replace(anatomy, sites=tuple(sites))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snp_llm.models.experts import Mixture
+from snp_llm.models.experts import OUTWARD, Mixture
 from snp_llm.models.projections import Projection, bias_of, projection, weight_of
 
 
@@ -115,6 +115,7 @@ class Site:
         order: of units, most important first, where it is known before the cut, as for sites that share them.
         mixture: experts that the units are channels of, as many and not the same of each; None elsewhere.
         whole: whether these experts themselves are the units.
+        nested: whether its units are in those of the site before it: channels of experts that may go as a whole.
         drifts: whether units before it have gone, so that its norm sees something else.
     """
 
@@ -141,11 +142,14 @@ class Site:
     drifts: bool = False
     mixture: Mixture | None = None
     whole: bool = False
+    nested: bool = False
 
     @property
     def path(self) -> str:
         """Where its channels are read, which no other site of the block shares."""
-        return ", ".join(self.consumers) if self.mixture is None else self.mixture.module
+        if self.mixture is None:
+            return ", ".join(self.consumers)
+        return f"{self.mixture.module}.{OUTWARD}" if self.nested else self.mixture.module
 
     @property
     def name(self) -> str:

@@ -158,14 +158,15 @@ def narrow_experts(block: nn.Module, site: Site, kept: Tensor) -> None:
         site: of these experts.
         kept: channels of each in a column, ascending, (u, experts), int64.
     """
-    assert site.mixture is not None
+    mixture = find_experts(block)
+    assert mixture is not None
     inner, experts = expert_site(site), []
-    for number in range(site.mixture.count):
-        expert = expert_of(block, site.mixture, number)
+    for number in range(mixture.count):
+        expert = expert_of(block, mixture, number)
         W = weight_of(expert.outward)
         prune_site(expert, inner, kept[:, number], W[:, kept[:, number].to(W.device)], None)
         experts.append(expert)
-    put_experts(block, site.mixture, experts)
+    put_experts(block, mixture, experts)
 
 
 def drop_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:

@@ -11,6 +11,7 @@ from snp_llm.models.site import Site, site_weight
 from snp_llm.pruning.experts import Arrivals, experts_curves
 from snp_llm.pruning.factor import FactoredSite, factor_site
 from snp_llm.pruning.measured import measures, tried_cuts
+from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Statistics, Sums, add_inputs, empty_sums, held_out, over_all_ranks, with_algebra
 from snp_llm.pruning.stream import Stream, Visit, check_finite
 from snp_llm.pruning.taps import tapped
@@ -51,15 +52,11 @@ def read_curves(visit: Visit, gradients: Journal) -> None:
             for s, W in zip(here, weights, strict=True)
         ]
         with on_device(block, clock.device):
-            arrivals = {site: Arrivals.awaited(block, site, stream) for site in mixtures}
+            arrivals = {site: Arrivals.awaited(block, site, stream) for site in mixtures[:1]}  # at all of its experts
             sums = sum_up(block, here, sums, stream.before(index), held_here, clock, arrivals)
             known[index] = {}
-            for site, came in arrivals.items():
-                gradient = gradients.get(index, site.path)
-                if site.whole:
-                    known[index].update(whole_curves(block, site, came, gradient, visit.run))
-                else:
-                    known[index].update(experts_curves(block, site, came, held_here, gradient, visit.run))
+            for came in arrivals.values():
+                known[index] = curves_of_experts(block, mixtures, came, held_here, gradients, visit.run)
             with clock.phase("Gram matrices"):
                 sums = [over_all_ranks(s) for s in sums]
             if ranks.owner(index) == ranks.rank():
@@ -69,6 +66,21 @@ def read_curves(visit: Visit, gradients: Journal) -> None:
                 _factorise(visit, summed, gradients, known)
                 journal.save_state(done, {"hidden": stream.hidden}, windows, last=done == len(blocks))
         visit.run.signs.step(f"block {index}: curves of the dense model")
+
+
+def curves_of_experts(
+    block: nn.Module, sites: Sequence[Site], came: Arrivals, held: Tensor, gradients: Journal, run: Run
+) -> dict[str, Tensor]:
+    """Curves of a block's sites of experts, those of whole ones first, from what arrives at them."""
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        gradient = gradients.get(site.block, site.path)
+        if site.whole:
+            found |= whole_curves(block, site, came, gradient, run)
+        else:
+            order = found.get(f"{site.mixture.module} order") if site.mixture is not None else None
+            found |= experts_curves(block, site, came, held, gradient, run, order)
+    return found
 
 
 def _apart(sites: Sequence[Site]) -> tuple[list[Site], list[Site]]:

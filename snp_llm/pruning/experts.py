@@ -96,7 +96,13 @@ def tokens_of(sums: Sums) -> int:
 
 @torch.no_grad()
 def experts_curves(
-    block: nn.Module, site: Site, arrivals: Arrivals, held: Tensor, gradient: Tensor | None, run: Run
+    block: nn.Module,
+    site: Site,
+    arrivals: Arrivals,
+    held: Tensor,
+    gradient: Tensor | None,
+    run: Run,
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Curves of a site of experts as `SiteCurves` holds them: the sum of what each expert's widths cost.
 
@@ -110,30 +116,51 @@ def experts_curves(
         held: which windows are held out.
         gradient: F, (d_out, d_out), or None where not needed.
         run: of this phase.
+        order: of the experts where some may go, most important first, (experts,), int64.
     """
     inner, mixture = expert_site(site), site.mixture
     assert mixture is not None
     energies: list[Tensor] = []
-    losses = torch.zeros(site.units + 1, dtype=torch.float64)
+    losses = torch.zeros(mixture.count, site.units + 1, dtype=torch.float64)
+    tokens = torch.zeros(mixture.count, dtype=torch.float64)
     everything = arrivals.stream.total * arrivals.inputs.shape[1]
     for number in range(mixture.count):
         expert = expert_of(block, mixture, number)
         sums = _empty(inner, expert, arrivals, holding_out=bool(held.any()))
         with run.clock.phase("Gram matrices"):
             sums = arrivals.added(block, site, number, expert, sums, held)
+        tokens[number] = tokens_of(sums)
         if sums.fitted.moments.tokens == 0 or ranks.owner(site.block) != ranks.rank():
             continue
-        scaled = None if gradient is None else gradient * (tokens_of(sums) / everything)
+        scaled = None if gradient is None else gradient * (float(tokens[number]) / everything)
         apart = Statistics(sums.fitted.moments, held=sums.held, gradient=scaled, files=sums.files)
         with run.clock.phase("factorisation"), named(site, number):
             read = partial(_curves, expert, inner, dampened(run, sums, site))
             energy, loss = with_algebra(site.name, apart, read)
         energies.append(energy)
-        losses += 0 if loss is None else loss
+        losses[number] = 0 if loss is None else loss
     if not energies:
         energies = [torch.linspace(0, 1, site.units + 1, dtype=torch.float64)]
     found = {f"{site.path} energy": torch.stack(energies).mean(0)}
-    return found if gradient is None else {**found, f"{site.path} loss": losses}
+    if gradient is not None:
+        found[f"{site.path} loss"] = losses.cumsum(0)[-1]
+        if order is not None:
+            found[f"{site.path} left"] = curves_of_those_left(losses[order], tokens[order])
+    return found
+
+
+def curves_of_those_left(losses: Tensor, tokens: Tensor) -> Tensor:
+    """Predicted rise of the loss where only the first experts are left, by their number, (experts + 1, units + 1).
+
+    The sum of their curves, times what all tokens are of those that came by them: tokens of experts that go come by
+    others, and are taken to cost there what those did that came by before.
+
+    Args:
+        losses: of every expert at every width, most important first, (experts, units + 1), float64.
+        tokens: that came by each, (experts,), float64.
+    """
+    times = tokens.sum() / tokens.cumsum(0).clamp(min=1)
+    return torch.cat([torch.zeros_like(losses[:1]), losses.cumsum(0) * times[:, None]])
 
 
 def _curves(expert: Expert, inner: Site, run: Run, statistics: Statistics) -> tuple[Tensor, Tensor | None]:

@@ -10,8 +10,8 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.blocks import on_device
 from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.surgery import pad_experts, pad_site
+from snp_llm.pruning.finished import keep_block
 from snp_llm.pruning.result import SiteResult
-from snp_llm.pruning.sequential import keep_block
 from snp_llm.runtime import ranks
 
 

@@ -40,11 +40,14 @@ class SiteCurves:
         energy: share of the latent energy at every width, (units + 1,); None where no curve was asked for.
         loss: predicted rise of the mean loss at every width, (units + 1,); None without gradients.
         order, rises: of units that several sites share, most important first, and what each of them, the last that has
-            gone, adds to that loss, or to the relative error; (units,) both, None elsewhere.
+            gone, adds to that loss, or to the relative error; (units,) both, None elsewhere. Whole experts have an
+            order as well.
         read_gradient: reads F, second moment of the loss gradient at the site's output, (d_out, d_out), summed over as
             many positions as there is a loss for: a token of a text, an image with all of its positions.
         distances: of a whole block, where another score than the loss is asked for: how far it moves the stream, and it
             and each of the blocks behind it together; (1,) or as many as there are blocks.
+        left: of channels of experts that may go, that loss by how many are left, (experts + 1, units + 1); None
+            elsewhere.
     """
 
     energy: Tensor | None
@@ -53,6 +56,12 @@ class SiteCurves:
     rises: Tensor | None
     read_gradient: Callable[[], Tensor | None]
     distances: Tensor | None = None
+    left: Tensor | None = None
+
+    def lost(self, width: int, experts: int | None = None) -> float | None:
+        """Predicted rise of the loss at a width, or where so many experts of that width are left; None if unknown."""
+        curve = self.loss if experts is None or self.left is None else self.left[experts]
+        return None if curve is None else float(curve[width])
 
     @property
     def gradient(self) -> Tensor | None:
@@ -138,6 +147,7 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
             order=curves.journal.get(site.block, f"{site.path} order"),
             rises=curves.journal.get(site.block, f"{site.path} rises"),
             read_gradient=partial(gradients.journal.get, site.block, site.path),
+            left=curves.journal.get(site.block, f"{site.path} left"),
         )
         for site, loss in zip(sites, losses, strict=True)
     ]

@@ -3,37 +3,35 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.units import unit_channels
-from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.anatomy import Anatomy, by_now
 from snp_llm.models.blocks import arrived_at, fixed_output, on_device, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
 from snp_llm.models.experts import Arrived, find_experts
-from snp_llm.models.offload import copy_unhooked, leave_on_disk, read_buffers
+from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import NoBlock
-from snp_llm.pruning.cut import cut_alike, cut_site
+from snp_llm.pruning.cut import cut_site
 from snp_llm.pruning.experts import Arrivals, cut_experts, uncut_experts
+from snp_llm.pruning.finished import facts_of, finished_block, keep_block, result_of
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.refine import gains_nothing, refine_block
-from snp_llm.pruning.result import Curve, SiteResult, nothing_left
+from snp_llm.pruning.result import SiteResult, nothing_left
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.pruning.whole_experts import cut_whole
 from snp_llm.recipe.recipe import Recipe
-from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
 from snp_llm.runtime.storage import store
 
@@ -64,7 +62,7 @@ def prune_blocks(
     results: list[SiteResult] = []
     for index in range(first):
         pairs = zip(anatomy.sites_of(index), journal.facts(index), strict=True)
-        found = [_result(site, facts) for site, facts in pairs]
+        found = [result_of(site, facts) for site, facts in pairs]
         pruned_blocks.append(finished_block(blocks[index], found, journal.file(index)))
         results += found
     for index in range(first, len(blocks)):
@@ -80,7 +78,7 @@ def prune_blocks(
         results += found
         with clock.phase("saving"):
             block = block.to("cpu" if home.type == "meta" else home)
-            pruned_blocks.append(keep_block(block, index, journal, [_facts(result) for result in found]))
+            pruned_blocks.append(keep_block(block, index, journal, [facts_of(result) for result in found]))
             state = {"hidden": stream.hidden, **dense.state()}
             journal.save_state(index + 1, state, stream.windows, last=index == len(blocks) - 1)
     return nn.ModuleList(pruned_blocks), results
@@ -152,7 +150,8 @@ def prune_block(
                 return NoBlock(), [nothing_left(site) for site in anatomy.sites_of(stream.index)]
             results.append(SiteResult(whole, torch.arange(width), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
             continue
-        start, goes_on = time.perf_counter(), stage is not stages[-1]
+        start = time.perf_counter()
+        goes_on = any(not later.nested for later in anatomy.sites_of(stream.index) if later.stage > stage[0].stage)
         mixtures = [site for site in stage if site.mixture is not None]
         plain = [site for site in stage if site.mixture is None]
         with run.clock.phase("forward passes"), torch.no_grad():
@@ -166,10 +165,10 @@ def prune_block(
             held = held_out(stream.total)[stream.windows.start : stream.windows.stop]
             result = uncut_experts(site)
             if site in arrivals:
-                given = (block, site, arrivals.pop(site), held, widths[number], gradients(number), run)
+                given = (block, by_now(block, site), arrivals.pop(site), held, widths[number], gradients(number), run)
                 again = partial(gather_arrivals, block, stream=stream, fixed=fixed, run=run)
                 result = cut_whole(*given, again) if site.whole else cut_experts(*given)
-            mixed.append(replace(result, seconds=time.perf_counter() - start))
+            mixed.append(replace(result, site=site, seconds=time.perf_counter() - start))
             run.signs.step(str(mixed[-1]))
         for site in plain:
             number = anatomy.sites.index(site)
@@ -311,42 +310,3 @@ def _fixing(fixed: Sequence[FixedSite], at: slice, device: torch.device) -> Iter
             outputs.append(site.output(at, device))
             stack.enter_context(fixed_output(site.module, with_first_tensor(site.form, outputs[-1])))
         yield outputs
-
-
-def keep_block(block: nn.Module, index: int, journal: Journal, facts: Any = None) -> nn.Module:
-    """A block that is done, which waits on disk from now on where the journal is there, with facts beside it."""
-    if journal.folder is None:
-        return block
-    if ranks.rank() == 0:
-        journal.put(index, dict(block.state_dict()), facts)
-    leave_on_disk(block, journal.file(index))
-    return block
-
-
-def finished_block(block: nn.Module, results: Sequence[SiteResult], file: Path) -> nn.Module:
-    """A block that an interrupted run has finished. What was done to it is done again, to tensors that are not there.
-
-    Args:
-        block: as it was before the cut; left as it is.
-        results: what happened at its sites.
-        file: that its tensors are in.
-    """
-    pruned = copy_unhooked(block)
-    for result in results:
-        if not result.site.whole_block:
-            cut_alike(pruned, result)
-        elif not len(result.kept):
-            return NoBlock()
-    read_buffers(pruned, file)
-    leave_on_disk(pruned, file)
-    return pruned
-
-
-def _facts(result: SiteResult) -> dict[str, Any]:
-    facts = {f.name: getattr(result, f.name) for f in fields(result) if f.name != "site"}
-    return {**facts, "kept": result.kept.tolist(), "curve": result.curve and asdict(result.curve)}
-
-
-def _result(site: Site, facts: dict[str, Any]) -> SiteResult:
-    kept, curve = torch.tensor(facts["kept"], dtype=torch.int64), facts["curve"]
-    return SiteResult(site=site, **{**facts, "kept": kept, "curve": curve and Curve(**curve)})

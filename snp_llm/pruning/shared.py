@@ -14,9 +14,9 @@ from snp_llm.models.offload import copy_unhooked
 from snp_llm.models.projections import Projection, weight_of
 from snp_llm.models.site import Shared, tensor_or_module
 from snp_llm.models.surgery import drop_shared
+from snp_llm.pruning.finished import keep_block
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.sensitivity import SiteCurves
-from snp_llm.pruning.sequential import keep_block
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 

@@ -71,15 +71,17 @@ def importance(found: Tensor, site: Site) -> Tensor:
 def whole_curves(
     block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | None, run: Run
 ) -> dict[str, Tensor]:
-    """Curves of a site of whole experts as `SiteCurves` holds them: what those lose that go in the order chosen."""
+    """Curves of a site of whole experts as `SiteCurves` holds them: what those lose that go in the order chosen; and
+    this order."""
     recipe = run.recipe
     losses = scores(block, site, arrivals, gradient, "loss", recipe.seed)
     by = recipe.expert_score
     found = losses if by == "loss" else scores(block, site, arrivals, gradient, by, recipe.seed)
-    kept = losses[importance(found, site)].cumsum(0)
+    order = importance(found, site)
+    kept = losses[order].cumsum(0)
     kept = torch.cat([kept.new_zeros(1), kept])
-    energy = {f"{site.path} energy": kept / kept[-1].clamp(min=1e-30)}
-    return energy if gradient is None else {**energy, f"{site.path} loss": kept[-1] - kept}
+    known = {f"{site.path} order": order, f"{site.path} energy": kept / kept[-1].clamp(min=1e-30)}
+    return known if gradient is None else {**known, f"{site.path} loss": kept[-1] - kept}
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ class InspectRecipe:
     head_unit: Literal["kv_group", "query"] = "kv_group"
     """As for prune: which heads go together."""
     experts: Experts = "never"
-    """As for prune: whether experts that only some tokens come by lose channels, or go."""
+    """As for prune: whether experts that only some tokens come by lose channels, go, or both."""
     depth: Depth = "never"
     """As for prune: whether whole blocks may go."""
     num_samples: int = 128

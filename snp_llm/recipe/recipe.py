@@ -14,7 +14,7 @@ from snp_llm.runtime.errors import SnpError
 
 HeadUnit = Literal["kv_group", "query"]
 
-Experts = Literal["never", "channels", "whole"]
+Experts = Literal["never", "channels", "whole", "both"]
 
 ExpertScore = Literal["loss", "reap", "frequency", "random"]
 
@@ -94,8 +94,9 @@ class Recipe:
     every group; the only choice where there is one key-value head."""
     experts: Experts = "never"
     """Whether experts that only some tokens come by lose anything. never: they stay, and sparsity does not count them.
-    channels: each keeps as many as the others of its block, its own. whole: some go, with their rows of the router; of
-    both sparsity is a fraction of experts as well."""
+    channels: each keeps as many as the others of its block, its own. whole: some go, with their rows of the router.
+    both: some go, and the others lose channels, as the loss curves say is best. But for never, sparsity is a fraction
+    of experts as well."""
     expert_score: ExpertScore = "loss"
     """Which experts go first as a whole: those of least predicted loss; reap: of least router weight times output norm;
     frequency: that fewest tokens come by; random."""
@@ -208,8 +209,13 @@ class Recipe:
             self._check_depth()
         if self.depth_score != "loss" and self.depth != "only":
             raise SnpError(f"--depth-score {self.depth_score}: expected together with --depth only.")
-        if self.expert_score != "loss" and self.experts != "whole":
-            raise SnpError(f"--expert-score {self.expert_score}: expected together with --experts whole.")
+        if self.expert_score != "loss" and self.experts not in ("whole", "both"):
+            raise SnpError(f"--expert-score {self.expert_score}: expected together with --experts whole or both.")
+        if self.experts == "both" and self.allocation != "loss":
+            raise SnpError(
+                "--experts both: expected --allocation loss, whose curves weigh an expert against channels; got "
+                f"{self.allocation}."
+            )
         if self.latency_table is not None and self.target_latency is None:
             raise SnpError("--latency-table: expected together with --target-latency.")
         if self.output is not None:

@@ -102,8 +102,9 @@ def summary(report: Mapping[str, Any]) -> list[Row]:
         rows.append(("key-value heads", *key_value, ",.0f"))
     if ffn:
         rows.append(("FFN channels", *_units(ffn), ",.0f"))
-    if experts := [s for s in report["sites"] if s["kind"] == "experts"]:
-        rows.append(("channels of every expert", *_units(experts), ",.0f"))
+    experts = [s for s in report["sites"] if s["kind"] == "experts"]
+    for unit in dict.fromkeys(s["unit"] for s in experts):
+        rows.append((unit, *_units([s for s in experts if s["unit"] == unit]), ",.0f"))
     rows += [
         ("size on disk, MB", dense["disk"] / 1e6, pruned["disk"] / 1e6, ",.2f"),
         (f"MFLOPs {words.work}", dense["size"]["flops"] / 1e6, pruned["size"]["flops"] / 1e6, ",.2f"),

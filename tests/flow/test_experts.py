@@ -315,7 +315,7 @@ def test_a_router_that_is_to_choose_more_experts_than_there_are_is_refused(tmp_p
         load_skeleton(str(tmp_path))
 
 
-@pytest.mark.parametrize("experts", ["channels", "whole"])
+@pytest.mark.parametrize("experts", ["channels", "whole", "both"])
 def test_experts_that_two_blocks_share_are_refused(experts):
     model = differing_model("mixtral")
     one, other = (b.mlp.experts for b in (find_blocks(model)[0], find_blocks(model)[1]))
@@ -340,7 +340,7 @@ def test_an_expert_that_no_token_came_by_goes_first_as_a_whole(idle, tokenizer):
     assert torch.isfinite(pruned.model(TOKENS).logits).all()
 
 
-@pytest.mark.parametrize("experts", ["never", "channels", "whole"])
+@pytest.mark.parametrize("experts", ["never", "channels", "whole", "both"])
 def test_blocks_and_experts_go_under_one_budget(experts, tokenizer):
     dense = differing_model("qwen3_moe", num_experts=6)
     pruned = prune(

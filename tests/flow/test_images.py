@@ -30,9 +30,9 @@ from snp_llm.models.site import site_bias, site_weight
 from snp_llm.models.size import linear_weights, model_size
 from snp_llm.models.surgery import drop_shared
 from snp_llm.models.task import drawn_labels
+from snp_llm.pruning.cut import cut_alike
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.sensitivity import SiteCurves
-from snp_llm.pruning.sequential import cut_alike
 from snp_llm.pruning.shared import readers, shared_order
 from snp_llm.pruning.widths.coupled import coupled_costs
 from snp_llm.pruning.widths.plan import widths_of

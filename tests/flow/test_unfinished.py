@@ -124,7 +124,7 @@ def test_blocks_that_are_gone_stay_gone(prune, dense, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("experts", ["channels", "whole"])
+@pytest.mark.parametrize("experts", ["channels", "whole", "both"])
 def test_blocks_of_experts(experts, prune, tokenizer, tmp_path):
     differing_model("qwen3_moe", num_experts=6, num_hidden_layers=6, mlp_only_layers=[]).save_pretrained(
         tmp_path / "in"

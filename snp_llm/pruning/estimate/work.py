@@ -76,7 +76,8 @@ def work_by_phase(shapes: Shapes) -> Iterator[Work]:
     cuts = [site.parts * cut_flops(d, site, width, recipe) for site, width in zip(sites, widths, strict=True)]
     yield from _algebra("linear algebra", dtype, sites, cuts)
     if refined:
-        kept = 1 - sum(s.units * s.cost * recipe.sparsity_of(s.kind) for s in sites) / max(shapes.size.block_linear, 1)
+        gone = sum(s.units * s.cost * recipe.sparsity_of(s.kind) for s in sites if not s.nested)
+        kept = 1 - gone / max(shapes.size.block_linear, 1)
         passes = refine_tokens(recipe.refine_steps or 0, shapes.refined, recipe.seq_len)
         yield Work("refinement", kept * forward * passes, sums)
 

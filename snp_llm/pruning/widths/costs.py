@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from snp_llm.linalg.allocation import linear_costs
 from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection, bias_of
 from snp_llm.models.site import Site, consumers_of, site_weight, tensor_or_module
 from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, unit_flops
@@ -92,9 +93,10 @@ def _beside(anatomy: Anatomy, site: Site) -> tuple[int, float]:
     """Parameters of a block beside the units of its other sites, and linear weights that a token goes through."""
     block, inside = anatomy.blocks[site.block], [s for s in anatomy.sites_of(site.block) if not s.whole_block]
     parameters = sum(p.numel() for p in block.parameters())
-    parameters -= sum(s.units * (s.cost + unit_values(block, s)) + values_beside(block, s) for s in inside)
+    own = [s.units * (s.cost + unit_values(block, s)) + values_beside(block, s) for s in inside if not s.nested]
     weights = linear_weights(block) + routed_weights(anatomy.model, block)
-    return parameters, weights - sum(s.units * s.cost * s.passes / s.parts + s.beside for s in inside)
+    weights -= sum(s.units * s.cost * s.passes / s.parts + s.beside for s in inside if not s.whole)
+    return parameters - sum(own), weights
 
 
 def unit_values(block: nn.Module, site: Site) -> int:
@@ -103,7 +105,8 @@ def unit_values(block: nn.Module, site: Site) -> int:
     if site.mixture is not None:
         stacked, rows = site.mixture.stacked, dict(site.mixture.rows) if site.whole else {}
         named = dict(block.named_parameters())
-        counted = [path for path, p in named.items() if path in rows or (path in stacked and p.dim() == 2)]
+        biases = [path for path, p in named.items() if p.dim() == 2 and (site.whole or path in stacked)]
+        counted = {*(path for path in biases if of_experts(path)), *(path for path in rows if path in named)}
         return sum(named[path].numel() for path in counted) // site.units
     for producer in site.producers:
         found = tensor_or_module(block, producer.path)
@@ -133,10 +136,28 @@ def latency_costs(sites: Sequence[Site], table: LatencyTable) -> Costs:
         curves.append(_interpolate(torch.arange(site.units + 1, dtype=torch.float64), widths, seconds))
     for number, site in enumerate(sites):
         if site.whole_block:  # what the block takes beside its other sites
-            inside = [c for s, c in zip(sites, curves, strict=True) if s.block == site.block and not s.whole_block]
-            beside = curves[number][1] - sum(float(curve[-1] - curve[0]) for curve in inside)
+            inside = [i for i, s in enumerate(sites) if s.block == site.block and not s.whole_block]
+            gone = saved([sites[i] for i in inside], [curves[i] for i in inside], [0] * len(inside))
+            beside = curves[number][1] - sum(gone)
             curves[number] = torch.stack([beside.new_zeros(()), beside.clamp(min=0)])
     return Costs("seconds", table.whole, curves)
+
+
+def share_left(cost: Tensor) -> Tensor:
+    """What a site of whole experts costs at every width, as a share of all of it, (units + 1,); 1 where that is none.
+
+    So much of what their channels cost is left: of FLOPs, in which a token comes by as many experts, it is all.
+    """
+    return cost / cost[-1] if cost[-1] > 0 else torch.ones_like(cost)
+
+
+def saved(sites: Sequence[Site], costs: Sequence[Tensor], widths: Sequence[int]) -> list[float]:
+    """What goes at every site, in the unit of its costs; of channels of experts, at those that are left."""
+    found, left = [], 1.0
+    for site, cost, width in zip(sites, costs, widths, strict=True):
+        found.append((left if site.nested else 1.0) * float(cost[-1] - cost[width]))
+        left = float(share_left(cost)[width])
+    return found
 
 
 def removal_wanted(costs: Costs, budget: Budget) -> float:

@@ -14,7 +14,7 @@ from snp_llm.models.anatomy import Anatomy, find_blocks
 from snp_llm.models.depth import shortened
 from snp_llm.models.site import Site
 from snp_llm.pruning.sensitivity import SiteCurves
-from snp_llm.pruning.widths.costs import Costs
+from snp_llm.pruning.widths.costs import Costs, saved
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -27,8 +27,8 @@ Rest = Callable[[Anatomy, Curves, Costs, float], list[int]]
 def block_costs(sites: Sequence[Site], costs: Costs) -> list[float]:
     """What each block costs with all of its units, in the order of blocks."""
     found: dict[int, float] = {}
-    for site, cost in zip(sites, costs.sites, strict=True):
-        found[site.block] = found.get(site.block, 0.0) + float(cost[-1] - cost[0])
+    for site, cost in zip(sites, saved(sites, costs.sites, [0] * len(sites)), strict=True):
+        found[site.block] = found.get(site.block, 0.0) + cost
     return [found[block] for block in sorted(found)]
 
 
@@ -49,11 +49,11 @@ def lost_with(sites: Sequence[Site], curves: Curves, widths: Sequence[int]) -> l
     gone = {site.block for site, width in zip(sites, widths, strict=True) if site.whole_block and not width}
     return [
         None
-        if curve is None or curve.loss is None
+        if curve is None
         else 0.0
         if not site.whole_block and site.block in gone
-        else float(curve.loss[width])
-        for site, curve, width in zip(sites, curves, widths, strict=True)
+        else curve.lost(width, before if site.nested else None)
+        for site, curve, width, before in zip(sites, curves, widths, [0, *widths][: len(sites)], strict=True)
     ]
 
 

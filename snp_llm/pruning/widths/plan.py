@@ -25,10 +25,10 @@ from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import counted_weights
 from snp_llm.pruning.sensitivity import SiteCurves
-from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sparsity_costs
+from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, saved, sparsity_costs
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
 from snp_llm.pruning.widths.depth import check_blocks_enough, depth_plan
-from snp_llm.pruning.widths.permitted import site_budgets
+from snp_llm.pruning.widths.paired import paired_budgets
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -83,7 +83,7 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
         return Removals(costs, [Removal(all_kinds, recipe.sparsity_of(all_kinds[0]) * costs.dense, costs.dense)])
     parts = []
     for kinds, sparsity in recipe.sparsities:
-        whole = float(sum(site.parameters for site in anatomy.sites if site.kind in kinds))
+        whole = float(sum(s.parameters for s in anatomy.sites if s.kind in kinds and not s.nested))
         own = recipe.head_sparsity if "attention" in kinds else recipe.ffn_sparsity
         if not whole and own:
             option, what = ("--head-sparsity", "attention") if "attention" in kinds else ("--ffn-sparsity", "FFN")
@@ -94,10 +94,10 @@ def find_removals(anatomy: Anatomy, recipe: ResolvedRecipe) -> Removals:
 
 def check_something_goes(sites: Sequence[Site], recipe: Recipe) -> None:
     """Raises SnpError if units are to go, and none may, or whole experts that would be filled up again."""
-    if recipe.experts == "whole" and recipe.layout == "padded":
+    if recipe.experts in ("whole", "both") and recipe.layout == "padded":
         raise SnpError(
-            "--experts whole: expected layout compact or uniform, got padded: a router would still choose an expert of "
-            "zeros."
+            f"--experts {recipe.experts}: expected layout compact or uniform, got padded: a router would still choose "
+            "an expert of zeros."
         )
     asked = recipe.budget is not None or recipe.perplexity_increase is not None
     asked = asked or any(recipe.sparsity_of(site.kind) for site in sites)
@@ -137,7 +137,7 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     if recipe.depth != "never":
         check_blocks_enough(sites, removals.costs, removals.parts[0].amount, recipe)
         return
-    all_budgets = site_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
+    all_budgets, _ = paired_budgets(anatomy, recipe, [None] * len(sites), removals.costs.sites)
     for removal in removals.parts:
         concerned = [i for i, site in enumerate(sites) if site.kind in removal.kinds]
         own = [sites[i] for i in concerned]
@@ -179,8 +179,8 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
 
 def say_what_goes(sites: Sequence[Site], widths: Sequence[int], removal: Removal, costs: Costs, whose: str) -> None:
     """Says where whole units, or whole blocks, come to something else than what has to go."""
-    of_each = zip(sites, costs.sites, widths, strict=True)
-    removed = sum(float(cost[-1] - cost[width]) for site, cost, width in of_each if site.kind in removal.kinds)
+    of_each = zip(sites, saved(sites, costs.sites, widths), strict=True)
+    removed = sum(cost for site, cost in of_each if site.kind in removal.kinds)
     if abs(removed - removal.amount) > FARTHEST_FROM_BUDGET * removal.whole:
         log.warning(
             "%s%.3g %% of the %s were to go, whole units give %.3g %%",
@@ -196,7 +196,8 @@ def removed_weights(dense: PreTrainedModel, block_linear: int, plan: Sequence[tu
     anatomy = find_anatomy(dense)
     if isinstance(anatomy.blocks, Segments):
         return block_linear - round(weights_kept(anatomy, [width for _, width in plan]))
-    return sum((site.units - width) * site.cost for site, width in plan)
+    sites, widths = zip(*plan, strict=True)
+    return round(sum(saved(sites, sparsity_costs(sites, block_linear).sites, widths)))
 
 
 def plan_widths(
@@ -214,7 +215,7 @@ def plan_widths(
         SnpError: the budget cannot be met with the units that may go.
     """
     sites = anatomy.sites
-    budgets = site_budgets(anatomy, recipe, curves, removals.costs.sites)
+    budgets, pairs = paired_budgets(anatomy, recipe, curves, removals.costs.sites)
     widths = [site.units for site in sites]
     for removal in removals.parts:
         concerned = [i for i, s in enumerate(sites) if s.kind in removal.kinds]
@@ -222,6 +223,8 @@ def plan_widths(
         found = fit_budget([sites[i] for i in concerned], chosen, removal, removals.costs, recipe)
         for i, width in zip(concerned, found, strict=True):
             widths[i] = width
+    for i, known in pairs.items():
+        widths[i], widths[i + 1] = known[widths[i]]
     if recipe.layout == "uniform":
         check_uniform(anatomy, widths)
     return widths
