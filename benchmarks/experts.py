@@ -34,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole, refined": {"experts": "whole", "refine": STEPS},
     "channels": {"experts": "channels", "refine": "none"},
     "channels, refined": {"experts": "channels", "refine": STEPS},
+    "both": {"experts": "both", "refine": "none"},
     "channels, by chance": {"experts": "channels", "ordering": "random", **BARE},
 }
 

@@ -28,16 +28,17 @@ def widths(report: Mapping[str, Any]) -> list[Picture]:
     if layers:
         return [segment_widths(layers)]
     found = []
-    for kind, title in KINDS.items():
-        sites = [s for s in report["sites"] if s["kind"] == kind]
-        if not sites:
-            continue
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for site in sorted((s for s in report["sites"] if s["kind"] in KINDS), key=lambda s: [*KINDS].index(s["kind"])):
+        groups.setdefault(_sort(site), []).append(site)
+    for (kind, *rest), sites in groups.items():
         kept, before = [s["units_after"] for s in sites], [s["units_before"] for s in sites]
         unit = sites[0]["unit"]
         note = f"{count(sum(kept))} of {count(sum(before))} {unit} kept; the faint bar is what there was."
         said = ", ".join(f"block {block} {k}" for block, k in enumerate(kept))
         figure = figures.widths_figure(kind, kept, before, unit)
-        found.append(as_picture(figure, title, note, f"{unit} kept in every block: {said}", f"widths{kind}"))
+        name = "".join(["widths", kind, *rest]).replace(" ", "")
+        found.append(as_picture(figure, KINDS[kind], note, f"{unit} kept in every block: {said}", name))
     return found
 
 
@@ -154,13 +155,18 @@ def repairs(report: Mapping[str, Any]) -> list[Picture]:
 
 
 def _blocks(sites: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The block of every site, by name: sites of a kind come in the order of their blocks."""
-    seen: dict[str, int] = {}
+    """The block of every site, by name: sites of a sort come in the order of their blocks."""
+    seen: dict[tuple[str, ...], int] = {}
     found = {}
     for site in sites:
-        found[site["site"]] = seen.get(site["kind"], 0)
-        seen[site["kind"]] = found[site["site"]] + 1
+        found[site["site"]] = seen.get(_sort(site), 0)
+        seen[_sort(site)] = found[site["site"]] + 1
     return found
+
+
+def _sort(site: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a block has one site of: a kind, of experts those that go and channels of the others apart."""
+    return (site["kind"], site["unit"]) if site["kind"] == "experts" else (site["kind"],)
 
 
 def _site_points(sites: Sequence[Mapping[str, Any]], places: Mapping[str, int], key: str) -> list[SitePoint]:

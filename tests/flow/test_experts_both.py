@@ -23,7 +23,8 @@ from tests.conftest import small_recipe, zeroed
 from tests.differing import differing_model
 from tests.flow.test_experts import CLOSE, FEW, MORE, TOKENS, watch_router
 
-SOME = [*FEW, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE if name != "jamba")]
+REST = [name for name in (*FEW, *MORE) if name not in ("qwen3_moe", "jamba")]  # the last has no experts to spare
+SOME = ["qwen3_moe", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in REST)]
 
 
 def both(model_type: str, tokenizer, **overrides):
@@ -67,7 +68,7 @@ def test_some_go_and_the_others_lose_channels(model_type, layout, tokenizer, tmp
     sizes = [model_size(model, 32, "both").block_linear for model in (dense, pruned.model)]
     removed = sum(saved(sites, sparsity_costs(sites, sizes[0]).sites, widths))  # rows of some routers go as well
     assert sizes[0] - sizes[1] == pytest.approx(removed, rel=0.01)
-    assert 1 - sizes[1] / sizes[0] == pytest.approx(0.4, abs=0.03)
+    assert 0.37 < 1 - sizes[1] / sizes[0] < 0.5  # more, where that is predicted to lose less
     if layout == "uniform":
         assert pruned.model.config.model_type == model_type and len({(m.count, m.channels) for m in left}) == 1
     checkpoint.save(pruned.model, tokenizer, tmp_path)
@@ -88,8 +89,9 @@ def test_a_model_that_lost_both_is_an_input_like_any_other(model_type, tokenizer
     assert torch.equal(*written)
 
 
-@pytest.mark.parametrize("kind", ["params", "size", "flops"])
-@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("model_type", "kind"), [("gpt_oss", "params"), ("qwen2_moe", "size"), ("llama4_text", "flops")]
+)
 def test_costs_are_those_of_the_model_that_is_left(model_type, kind, tokenizer):
     dense, pruned = both(model_type, tokenizer, sparsity=None, **{f"target_{kind}": "0.75x"})
     recipe, anatomy = pruned.recipe, find_anatomy(dense, experts="both")
@@ -114,7 +116,7 @@ def random_curves(anatomy, seed: int) -> list[SiteCurves]:
 
 
 @pytest.mark.parametrize("layout", ["compact", "uniform"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_other_numbers_are_predicted_to_do_better(seed, layout, tokenizer):
     """At what the least of loss and costs costs, by brute force over all experts and channels, nothing loses less."""
     dense = differing_model("qwen3_moe", mlp_only_layers=[0])

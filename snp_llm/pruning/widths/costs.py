@@ -94,7 +94,7 @@ def _beside(anatomy: Anatomy, site: Site) -> tuple[int, float]:
     block, inside = anatomy.blocks[site.block], [s for s in anatomy.sites_of(site.block) if not s.whole_block]
     parameters = sum(p.numel() for p in block.parameters())
     own = [s.units * (s.cost + unit_values(block, s)) + values_beside(block, s) for s in inside if not s.nested]
-    weights = linear_weights(block) + routed_weights(anatomy.model, block)
+    weights: float = linear_weights(block) + routed_weights(anatomy.model, block)
     weights -= sum(s.units * s.cost * s.passes / s.parts + s.beside for s in inside if not s.whole)
     return parameters - sum(own), weights
 

@@ -99,7 +99,7 @@ def all_or_nothing(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[
         for number, gone in enumerate(ways):
             widths = [0 if i in gone else width for i, width in enumerate(everything)]
             lost = sum(loss or 0.0 for loss in lost_with(sites, curves, widths))
-            points.append((_saved(costs, widths), lost, number))
+            points.append((_saved(sites, costs, widths), lost, number))
         for (cost, low, _), (more, high, number) in pairwise(lower_hull(sorted(points))):
             steps.append(((high - low) / max(more - cost, 1e-30), ways[number]))
     steps.sort(key=lambda step: step[0])
@@ -111,14 +111,16 @@ def all_or_nothing(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[
     return plans
 
 
-def _nearest(plans: Sequence[list[int]], costs: Costs, amount: float, *, exceeds: bool) -> list[int]:
+def _nearest(
+    plans: Sequence[list[int]], sites: Sequence[Site], costs: Costs, amount: float, *, exceeds: bool
+) -> list[int]:
     """The plan that saves nearest to an amount, which it may fall short of where it may be exceeded."""
-    enough = [plan for plan in plans if exceeds or _saved(costs, plan) >= amount * (1 - ROUNDING)]
-    return min(enough, key=lambda plan: abs(_saved(costs, plan) - amount))
+    enough = [plan for plan in plans if exceeds or _saved(sites, costs, plan) >= amount * (1 - ROUNDING)]
+    return min(enough, key=lambda plan: abs(_saved(sites, costs, plan) - amount))
 
 
-def _saved(costs: Costs, widths: Sequence[int]) -> float:
-    return sum(float(cost[-1] - cost[width]) for cost, width in zip(costs.sites, widths, strict=True))
+def _saved(sites: Sequence[Site], costs: Costs, widths: Sequence[int]) -> float:
+    return sum(saved(sites, costs.sites, widths))
 
 
 def depth_plan(
@@ -145,7 +147,7 @@ def depth_plan(
     sites = anatomy.sites
     check_blocks_enough(sites, costs, amount, recipe)
     if recipe.depth == "only":
-        return _nearest(all_or_nothing(sites, curves, costs), costs, amount, exceeds=recipe.budget is None)
+        return _nearest(all_or_nothing(sites, curves, costs), sites, costs, amount, exceeds=recipe.budget is None)
     going, each = blocks_that_go(sites, curves, costs), block_costs(sites, costs)
     saved = [sum(each[block] for block in gone) for gone in going]
     best: tuple[float, list[int]] | None = None
