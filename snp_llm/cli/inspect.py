@@ -58,7 +58,7 @@ def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
 
 UNITS = ("blocks", "heads", "KV groups", "channels a head", "FFN channels", "channels of every expert", "experts")
 
-SITES = ("block", "attention", "ffn", "experts")
+SITES = ("block", "attention", "ffn", "experts", "channels of experts")
 
 KINDS = ("embeddings", "attention", "FFN", "mixers", "experts", "norms", "head", "other")
 
@@ -76,7 +76,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     if isinstance(anatomy.blocks, Segments):
         return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks
-    firsts = {site.kind: site for site in reversed(anatomy.sites)}
+    firsts = {SITES[-1] if site.nested else site.kind: site for site in reversed(anatomy.sites)}
     shaped = {
         layout: resolve(replace(recipe, layout=layout), model)
         for layout in LAYOUTS
@@ -179,7 +179,7 @@ def sparsity_facts(anatomy: Anatomy, size: ModelSize, shaped: dict[Layout, Resol
             if site.whole_block:
                 continue
             kind = "attention" if site.heads is not None else "ffn"  # experts are FFNs
-            gone[kind] += budget.cost(site.units) - budget.cost(budget.widths()[0])
+            gone[kind] += budget.cost(budget.units) - budget.cost(budget.widths()[0])
             whole[kind] += 0 if site.nested else site.parameters
         largest[layout] = {
             "ffn": gone["ffn"] / (whole["ffn"] or 1),

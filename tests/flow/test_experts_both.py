@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from snp_llm import SnpError, checkpoint, prune
+from snp_llm.cli.inspect import inspect
 from snp_llm.linalg.allocation import finest_step
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.experts import experts_module, find_experts
@@ -163,6 +164,18 @@ def test_those_left_take_over_the_tokens_of_those_that_go():
     for left in range(1, 6):
         wanted = sum(losses[:left]) * 20 / sum(tokens[:left])
         torch.testing.assert_close(found[left], wanted)
+
+
+@pytest.mark.parametrize("depth", ["never", "auto"])
+def test_inspect_says_the_most_that_both_may_give(depth):
+    dense = differing_model("qwen3_moe", mlp_only_layers=[])  # four experts of 32 channels, two for a token
+    facts = inspect(dense, small_recipe(experts="both", depth=depth))
+    assert facts["sparsity"]["largest"]["compact"]["ffn"] == pytest.approx(1 - 2 / 4 * 8 / 32)
+    assert [facts["sites"][name]["unit"] for name in ("experts", "channels of experts")] == [
+        "experts",
+        "channels of every expert",
+    ]
+    assert facts["units"][0]["experts"] == 4 and facts["units"][0]["expert_channels"] == 32
 
 
 def test_settings_that_leave_nothing_to_weigh_are_refused():
