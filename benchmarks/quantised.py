@@ -127,10 +127,12 @@ def perplexity(logits: list[Tensor], texts: list[list[int]]) -> float:
 
 
 class Torch:
-    """A model in transformers, in a type of torch's or with weights quantised in bfloat16."""
+    """A model in transformers: in a type of torch's, with weights quantised in bfloat16, or as it is stored."""
 
     def __init__(self, folder: Path, kind: str, length: int, work: Path) -> None:
-        if kind.startswith("bnb"):
+        if kind == "stored":
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        elif kind.startswith("bnb"):
             how = {"load_in_8bit": True} if kind == "bnb-int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
             config = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.bfloat16)
             more: dict[str, Any] = {"quantization_config": config, "device_map": "cpu"}
@@ -141,6 +143,8 @@ class Torch:
             quantise(self.model, kind)
         self.model.eval()
         self.bytes = sum(bytes_of(p) for p in {id(p): p for p in self.model.parameters()}.values())
+        if kind == "stored":  # what loads it may have unpacked it
+            self.bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
     @torch.no_grad()
     def perplexity(self, texts: list[list[int]]) -> float:
@@ -251,9 +255,7 @@ class Vllm:
 
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
         self.engine = start(folder, {"f32": "float32", "bf16": "bfloat16"}[kind], length=length + 1)
-        files = folder.glob("*.safetensors")
-        stored = 2 if kind == "bf16" else 4
-        self.bytes = sum(stored * parameters_in(file) for file in files)
+        self.bytes = sum(bytes_in(file, 2 if kind == "bf16" else 4) for file in folder.glob("*.safetensors"))
 
     def generate(self, prompts: list[list[int]], **sampling: Any) -> list[Any]:
         import vllm
@@ -277,16 +279,18 @@ class Vllm:
         self.generate([prompt], max_tokens=count)
 
 
-def parameters_in(file: Path) -> int:
-    """Values in a safetensors file."""
+def bytes_in(file: Path, each: int) -> int:
+    """What the tensors of a safetensors file take where floats take so many bytes, and integers what they do there."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        tensors = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+    whole = {"I8": 1, "U8": 1, "I32": 4, "I64": 8}
+    return sum(whole.get(tensor.get_dtype(), each) * math.prod(tensor.get_shape()) for tensor in tensors)
 
 
 TYPES = {
-    **{f"transformers:{kind}": Torch for kind in ("f32", "bf16", "int8", "int4", "bnb-int8", "bnb-nf4")},
+    **{f"transformers:{kind}": Torch for kind in ("f32", "bf16", "int8", "int4", "bnb-int8", "bnb-nf4", "stored")},
     **{f"llama.cpp:{kind}": Llama for kind in ("f32", "bf16", "q8_0", "q4_0", "q4_k_m")},
     **{f"vllm:{kind}": Vllm for kind in ("f32", "bf16")},
 }
