@@ -68,12 +68,14 @@ def to_onnx(recipe: ExportRecipe, model: PreTrainedModel, reader: Any) -> dict[s
     """A folder with an ONNX graph, config and what makes its inputs, whole or not at all."""
     if recipe.dtype != "f32":
         raise SnpError(f"--dtype {recipe.dtype}: ONNX graphs are written in f32. Quantise the file with onnxruntime.")
+    if recipe.with_cache and task_of(model.config) is not TEXT:
+        raise SnpError("--with-cache: expected a model of texts, which goes on from what it has read.")
     folder = Path(recipe.output or f"{recipe.folder.rstrip('/')}-onnx")
     if folder.exists():
         raise SnpError(f"{folder}: is there already. Choose another --output, or remove it.")
     source = checkpoint.find_model(recipe.folder)
     with output.finished_folder(folder, overwrite=False) as partial:
-        onnx.write_onnx(model, partial)
+        onnx.write_onnx(model, partial, cache=recipe.with_cache)
         engine, apart = "onnxruntime", None
         if is_there(engine):
             apart = onnx.difference(model, partial)
@@ -81,7 +83,7 @@ def to_onnx(recipe: ExportRecipe, model: PreTrainedModel, reader: Any) -> dict[s
         model.config.save_pretrained(partial)
         carry_over(reader_for(model.config).files(source, reader), partial)
     size = sum(file.stat().st_size for file in folder.glob(f"{onnx.FILE}*"))
-    what = f"{onnx.input_name(model)} to logits"
+    what = f"{onnx.input_name(model)} to logits{', with a cache' if recipe.with_cache else ''}"
     return {"output": str(folder), "bytes": size, "what": what, "engine": engine, "difference": apart}
 
 

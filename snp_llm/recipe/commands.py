@@ -121,6 +121,9 @@ class ExportRecipe:
     """Where it goes. Default: FOLDER.gguf, or the folder FOLDER-onnx."""
     dtype: Literal["f32", "f16", "bf16"] = "f32"
     """Type of the matrices in a GGUF file; llama-quantize makes smaller ones of it."""
+    with_cache: bool = False
+    """An ONNX graph of a model of texts that also takes keys and values of the tokens before and puts out those of all,
+    to write token by token. Default: logits of whole texts."""
     overwrite: bool = False
     """Replace a GGUF file that is there."""
     trust_remote_code: bool = False
@@ -128,6 +131,8 @@ class ExportRecipe:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.with_cache and self.to != "onnx":
+            raise SnpError(f"--with-cache: expected --to onnx, got --to {self.to}; llama.cpp has a cache of its own.")
 
 
 @dataclass(frozen=True)

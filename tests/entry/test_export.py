@@ -129,6 +129,7 @@ def test_other_bad_input_is_refused(folder, tmp_path, capsys):
         ((path, "--to", "onnx", "--output", path), "is there already"),
         ((path, "--to", "onnx", "--dtype", "f16"), "--dtype f16"),
         ((path, "--to", "coreml"), "expected one of gguf, onnx"),
+        ((path, "--to", "gguf", "--with-cache"), "expected --to onnx"),
         ((path,), "--to"),
         ((tmp_path / "nothing", "--to", "gguf"), "nothing"),
     ):
@@ -188,8 +189,9 @@ def test_a_file_of_another_model_is_noticed(folder, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("cache", [[], ["--with-cache"]], ids=["whole", "by_the_token"])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_an_onnx_graph_says_what_the_model_says(kind, folder, tokenizer, tmp_path, capsys):
+def test_an_onnx_graph_says_what_the_model_says(kind, cache, folder, tokenizer, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     path = tmp_path / "pruned"
@@ -197,8 +199,15 @@ def test_an_onnx_graph_says_what_the_model_says(kind, folder, tokenizer, tmp_pat
         checkpoint.save(prune(small_opt(), tokenizer, small_recipe(sparsity=0.4, round_to=4)).model, tokenizer, path)
     else:
         folder(kind)
-    code, said = export(capsys, path, "--to", "onnx")
+    code, said = export(capsys, path, "--to", "onnx", *cache)
     assert code == 0 and float(re.search(r"differs by (\S+)", said)[1]) < 1e-4, said
     assert {"model.onnx", "config.json", "tokenizer.json"} <= {
         file.name for file in (tmp_path / "pruned-onnx").iterdir()
     }
+
+
+def test_a_cache_of_another_kind_is_refused(tokenizer, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    checkpoint.save(small("mistral", sliding_window=8), tokenizer, tmp_path / "model")
+    code, said = export(capsys, tmp_path / "model", "--to", "onnx", "--with-cache")
+    assert code == 2 and "DynamicSlidingWindowLayer" in said

@@ -67,6 +67,7 @@ MODULES = {"snp_llm.prune": "prune", "snp_llm.evaluate": "eval", "snp_llm.recove
 # Programs that are not this project's: nothing of their commands is checked but that they are these.
 FOREIGN = {"vllm", "llama-quantize", "convert_hf_to_gguf.py", "build", "twine"}
 OPTIONAL = {"gguf", "llama_cpp", "onnx", "onnxscript", "onnxruntime", "matplotlib", "psutil"}  # of extras
+OPTIONAL |= {"compressed_tensors", "llmcompressor"}  # of environments of their own
 # What pieces of code for the inside of the package may take as given.
 GIVEN = {
     "Family": Family,
