@@ -91,7 +91,7 @@ def write_gguf(model: PreTrainedModel, folder: Path, path: Path, dtype: str) -> 
 
 def check_expressible(model: PreTrainedModel) -> None:
     """Raises SnpError for what the file's architecture does not compute."""
-    config, kind, layers = model.config, dense_type(model.config), model.model.layers
+    config, kind = model.config, dense_type(model.config)
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     wrong = [
         (kind not in KNOWN, f"{kind} is not among {', '.join(KNOWN)}"),
@@ -104,7 +104,7 @@ def check_expressible(model: PreTrainedModel) -> None:
     for fault, what in wrong:
         if fault:
             raise SnpError(f"--to gguf: {what}, which is not written here; {ALONE}.")
-    gone: list[Any] = [block.self_attn for block in layers if isinstance(block.self_attn, NoHeads)]
+    gone: list[Any] = [block.self_attn for block in model.model.layers if isinstance(block.self_attn, NoHeads)]
     if any(attention.o_proj.bias is not None for attention in gone):
         raise SnpError(f"--to gguf: an attention that has gone left its bias, which has no place here; {ALONE}.")
     if _heads(model)[0][0] == 0:
