@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,14 @@ BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The commands of a block, as words; of one with prompts, what stands behind them."""
+    """The commands of a block, as words without variables before them; of one with prompts, what stands behind them."""
     text = block.text.replace("\\\n", " ")
     lines = text.splitlines()
     if text.startswith("$ "):
         lines = [line[2:] for line in lines if line.startswith("$ ")]
     parts = [part for line in lines for part in line.split(" && ")]
-    return [words for part in parts if (words := shlex.split(part, comments=True))]
+    read = [shlex.split(part, comments=True) for part in parts]
+    return [[*dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)] for words in read if words]
 
 
 class ParsedError(Exception):
