@@ -5,6 +5,8 @@ A module on disk has meta tensors and one of accelerate's hooks, which knows the
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,18 @@ def wait_on_disk(module: nn.Module, index: Index) -> None:
         if any(parameter is not None and parameter.is_meta for parameter in part._parameters.values()):
             weights = PrefixedDataset(loader, f"{path}." if path else "")
             add_hook_to_module(part, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+
+
+@contextmanager
+def same_tensors(model: nn.Module) -> Iterator[None]:
+    """Leaves a model on disk that runs in this context the tensors that it had: hooks that read them put new meta
+    tensors in their place, so that tied ones come apart."""
+    held = [(module._parameters, {**module._parameters}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in held:
+            now.update(before)
 
 
 def copy_unhooked(block: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from snp_llm.models.calls import BlockCall, without_cache
 from snp_llm.models.experts import experts_module, put_together
 from snp_llm.models.layouts import assemble
 from snp_llm.models.logits import logits_block_by_block
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.offload import copy_unhooked, same_tensors
 from snp_llm.models.site import Site, block_dtype, consumers_of, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.taps import inputs_at
@@ -180,7 +180,8 @@ def _try_blocks(model: PreTrainedModel, window: Tensor) -> None:
     home = next(model.get_input_embeddings().parameters()).device
     texts = texts.to("cpu" if home.type == "meta" else home)
     try:
-        wanted = model(texts, **without_cache(model)).logits.cpu().double()
+        with same_tensors(model):
+            wanted = model(texts, **without_cache(model)).logits.cpu().double()
     except AttributeError as error:  # of its own code
         raise SnpError(
             f"{type(model).__name__} does not run over a text in transformers {transformers.__version__}, dense or "

@@ -39,6 +39,15 @@ def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_p
     assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
 
 
+@pytest.mark.parametrize("model_type", ["opt", "arcee"])  # the second runs as a whole first, for it is no known family
+def test_tied_tensors_stay_tied(model_type, tokenizer, tmp_path):
+    save_model(small_model(model_type, tie_word_embeddings=True), tokenizer, tmp_path / "dense")
+    dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=tmp_path / "scratch")
+    size = model_size(dense, 24)
+    assert is_on_disk(dense) and prune(dense, tokenizer, small_recipe())
+    assert model_size(dense, 24) == size and dense.lm_head.weight is dense.get_input_embeddings().weight
+
+
 @every_family()
 def test_weights_of_a_finished_block_go_at_once(model_type, tokenizer, tmp_path, monkeypatch):
     """And not when Python next looks for modules that refer to themselves."""
