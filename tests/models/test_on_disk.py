@@ -40,10 +40,9 @@ def test_a_model_on_disk_is_pruned_as_one_in_memory(model_type, tokenizer, tmp_p
     assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["opt", "qwen3_moe"]
-)  # the second runs as a whole first: it is of no known family
+@pytest.mark.parametrize("model_type", ["opt", "qwen3_moe"])
 def test_tied_tensors_stay_tied(model_type, tokenizer, tmp_path):
+    """Also where the model runs as a whole first, being of no family that is known well."""
     tied = (small_model if model_type == "opt" else differing_model)(model_type, tie_word_embeddings=True)
     save_model(tied, tokenizer, tmp_path / "dense")
     dense, _ = checkpoint.load(str(tmp_path / "dense"), "auto", on_disk=tmp_path / "scratch")
