@@ -348,7 +348,8 @@ def test_blocks_and_experts_go_under_one_budget(experts, tokenizer):
     )
     sizes = [model_size(model, 32, experts).block_linear for model in (dense, pruned.model)]
     assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.08)
-    shorter = prune(dense, tokenizer, small_recipe(sparsity=0.34, depth="only", experts=experts, num_samples=8))
+    whole_blocks = {"depth": "only", "layout": "uniform"}
+    shorter = prune(dense, tokenizer, small_recipe(sparsity=0.34, **whole_blocks, experts=experts, num_samples=8))
     assert len(shorter.gone) == 1 and shorter.model.config.num_hidden_layers == 2
     with torch.no_grad():
         assert torch.isfinite(shorter.model(TOKENS).logits).all() and torch.isfinite(pruned.model(TOKENS).logits).all()
