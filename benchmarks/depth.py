@@ -82,7 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         table = str(Path(scratch) / "latencies.json")
         if args.latencies:  # one for all
-            read_or_measure(visited.anatomy, replace(recipe, latency_table=table))
+            asked = {"target_latency": args.latencies[0], "latency_table": table, "sparsity": None}
+            read_or_measure(visited.anatomy, replace(recipe, **asked))
         budgets = [(f"{float(s):.0%}", {"sparsity": float(s)}) for s in args.sparsities]
         budgets += [
             (f"{x} time", {"target_latency": x, "latency_table": table, "sparsity": None}) for x in args.latencies

@@ -15,6 +15,7 @@ from snp_llm.checkpoint.loading import explained, find_model, read_config
 from snp_llm.checkpoint.readers import reader_for
 from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
 from snp_llm.models.families.decoders import EXPERT_KEYS, find_family
+from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.models.size import EXPERTS_A_TOKEN
 from snp_llm.models.task import task_of
@@ -108,7 +109,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
         for path, parameter in model.named_parameters():
-            if not parameter.numel():
+            if not parameter.numel() and not needs_code(config):  # of a pruned model an attention or an FFN may be gone
                 shape = " x ".join(map(str, parameter.shape))
                 raise SnpError(f"model {name}: by its config {path} is {shape}; expected widths of at least 1.")
         family = find_family(config)

@@ -46,7 +46,7 @@ def plain_config(dense: PreTrainedModel, family: Family, widths: Sequence[Widths
     for kind in ffn_kinds(structure):
         channels = {width for index in kind.blocks if (width := widths[index][1]) is not None}
         key = ffn_key(dense, family, kind.facts) if channels != {kind.facts["width"]} or family.alike else None
-        if len(channels) > 1 or (key is None and channels != {kind.facts["width"]}):
+        if len(channels) > 1 or 0 in channels or (key is None and channels != {kind.facts["width"]}):
             return None
         if key in values:
             values.update(_ffn_values(values, key, kind.facts["width"], channels.pop()))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.evaluate.prefill import prefill_times
 from snp_llm.linalg.allocation import SiteBudget, loss
 from snp_llm.models.anatomy import find_anatomy, find_blocks
@@ -81,7 +82,8 @@ def test_a_model_pruned_in_width_before_loses_blocks_with_their_own_widths(token
     anatomy = with_depth(find_anatomy(narrow), "only", "compact")
     assert recipe.layout == "compact" and any(site.droppable and not site.whole_block for site in anatomy.sites)
     again = prune(narrow, tokenizer, small_recipe(sparsity=0.5, depth="only"))
-    left = [width for r in again.sites if not r.site.whole_block for width in [len(r.kept)]]
+    left = [len(r.kept) for r in again.sites if not r.site.whole_block]
+    assert again.model.config.model_type == "snp_llama"  # also where no FFN is left
     assert 0 in left and {*left} <= {0, *(r.site.units for r in again.sites)}
 
 
@@ -223,6 +225,7 @@ def test_attentions_and_ffns_go_as_a_whole(model_type, tokenizer, alone, tmp_pat
     run = alone(RELOAD, tmp_path)
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), short(TOKENS).logits)
+    load_skeleton(str(tmp_path / "short"))
     sites = find_anatomy(checkpoint.load(str(tmp_path / "short"), "auto")[0]).sites
     assert len(sites) < sum(not site.whole_block for site in anatomy.sites)
 
