@@ -109,7 +109,9 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
                 config, dtype=wanted, trust_remote_code=trust_remote_code
             )
         for path, parameter in model.named_parameters():
-            if not parameter.numel() and not needs_code(config):  # of a pruned model an attention or an FFN may be gone
+            if not parameter.numel():
+                if needs_code(config) and path.startswith(f"{blocks_path(model)}."):
+                    continue  # an attention or an FFN of a pruned model that has gone
                 shape = " x ".join(map(str, parameter.shape))
                 raise SnpError(f"model {name}: by its config {path} is {shape}; expected widths of at least 1.")
         family = find_family(config)

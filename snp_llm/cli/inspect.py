@@ -14,8 +14,8 @@ from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.estimates import print_estimate, resource_facts
 from snp_llm.cli.inspect_segments import inspect_segments, print_segments
 from snp_llm.cli.layouts import LAYOUTS, layout_facts
-from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, text_modules
-from snp_llm.models.depth import with_depth
+from snp_llm.models.anatomy import Anatomy, blocks_path, text_modules
+from snp_llm.models.depth import recipe_anatomy
 from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection
 from snp_llm.models.segments import Segments
@@ -70,9 +70,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         model: a model or its skeleton on the meta device.
         recipe: of the prune whose resources are estimated; not resolved.
     """
-    anatomy = with_depth(
-        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
-    )
+    anatomy = recipe_anatomy(model, recipe)
     if isinstance(anatomy.blocks, Segments):
         return {**inspect_segments(anatomy, recipe), "prune": resource_facts(model, resolve(recipe, model))}
     family, blocks = anatomy.family, anatomy.blocks

@@ -8,18 +8,28 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from snp_llm.models.anatomy import Anatomy, blocks_path, find_blocks
+from snp_llm.models.anatomy import Anatomy, blocks_path, find_anatomy, find_blocks
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import counted_weights, linear_weights
 from snp_llm.models.structure import fills_keys
 from snp_llm.models.text_part import text_config
-from snp_llm.recipe.recipe import Depth, Experts, Layout
+from snp_llm.recipe.recipe import Depth, Experts, Layout, Recipe
 from snp_llm.runtime.errors import SnpError
 
 # Config keys of lists of block numbers, and of how many of the first blocks are of another kind.
 NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_every_n_layers")
 LEADING = ("first_k_dense_replace", "moe_layer_start_index", "moe_num_first_k_dense", "num_dense_layers")
+
+
+def recipe_anatomy(model: PreTrainedModel, recipe: Recipe) -> Anatomy:
+    """What of a model may go by a recipe: units of the kinds that it names, and blocks and halves of blocks.
+
+    Raises:
+        SnpError: as of `find_anatomy` and `with_depth`.
+    """
+    found = find_anatomy(model, recipe.head_unit, recipe.experts)
+    return with_depth(found, recipe.depth, recipe.layout, recipe.experts)
 
 
 def with_depth(anatomy: Anatomy, depth: Depth, layout: Layout, experts: Experts = "never") -> Anatomy:

@@ -14,7 +14,7 @@ from snp_llm.data.windows import Windows, split_windows
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy, find_anatomy, find_blocks
-from snp_llm.models.depth import gone_blocks, with_depth
+from snp_llm.models.depth import gone_blocks, recipe_anatomy
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
 from snp_llm.models.staying import what_stays
@@ -222,9 +222,7 @@ def visit(model: PreTrainedModel, windows: Windows | None, run: Run) -> Visited:
         run: of this phase.
     """
     recipe = run.recipe
-    anatomy = with_depth(
-        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
-    )
+    anatomy = recipe_anatomy(model, recipe)
     run.signs.begin("checking the weights")
     with run.clock.phase("loading"):
         check_weights(anatomy, run.clock.device)

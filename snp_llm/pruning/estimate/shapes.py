@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import Anatomy, find_anatomy
+from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.carried import stream_channels
-from snp_llm.models.depth import with_depth
+from snp_llm.models.depth import recipe_anatomy
 from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.text_part import text_config
@@ -92,9 +92,7 @@ class Shapes:
 
 def read_shapes(model: PreTrainedModel, recipe: ResolvedRecipe) -> Shapes:
     """The shapes of a prune; weights are not looked at."""
-    anatomy = with_depth(
-        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
-    )
+    anatomy = recipe_anatomy(model, recipe)
     size = model_size(model, recipe.seq_len, recipe.experts)
     blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in anatomy.blocks]
     channels = max(site.load for site in anatomy.sites)

@@ -18,7 +18,7 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.depth import with_depth
+from snp_llm.models.depth import recipe_anatomy
 from snp_llm.models.outline import Widths
 from snp_llm.models.plain import plain_config
 from snp_llm.models.segments import Segments
@@ -122,9 +122,7 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
     Raises:
         SnpError: the model costs less already, or the budget asks for more than all units that may go.
     """
-    anatomy = with_depth(
-        find_anatomy(model, recipe.head_unit, recipe.experts), recipe.depth, recipe.layout, recipe.experts
-    )
+    anatomy = recipe_anatomy(model, recipe)
     check_something_goes(anatomy.sites, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
