@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,8 @@ def prune_blocks(
             reference = dense.reference(index, widths)
             if reference is not None and gains_nothing([result.refinement for result in results]):
                 reference = replace(reference, behind=None)
-            block = copy_unhooked(blocks[index])
-            block, found = prune_block(block, anatomy, stream.before(index), widths, gradients, reference, run)
+            before, copied = stream.before(index), copy_unhooked(blocks[index])
+            block, found = prune_block(Cutting(copied, anatomy, before, widths, gradients, reference, run))
         if reference is None or not dense.referred:
             dense.follow(stream)
         results += found
@@ -119,80 +119,75 @@ class FixedSite:
         return output
 
 
-def prune_block(
-    block: nn.Module,
-    anatomy: Anatomy,
-    stream: Stream,
-    widths: Sequence[int],
-    gradients: Gradients,
-    reference: Reference | None,
-    run: Run,
-) -> tuple[nn.Module, list[SiteResult]]:
+@dataclass(frozen=True)
+class Cutting:
+    """A block that is being cut.
+
+    Attributes:
+        block: a copy of the dense one, changed in place.
+        anatomy: of the dense model.
+        stream: what arrives at the block.
+        widths: units to keep at every site of the model.
+        gradients: F of every site, or None.
+        reference: what the block is to put out, or None.
+        run: of this phase.
+        fixed: sites that have been cut, in stages that others come after.
+    """
+
+    block: nn.Module
+    anatomy: Anatomy
+    stream: Stream
+    widths: Sequence[int]
+    gradients: Gradients
+    reference: Reference | None
+    run: Run
+    fixed: list[FixedSite] = field(default_factory=list)
+
+    def width(self, site: Site) -> int:
+        """Units that a site keeps."""
+        return self.widths[self.anatomy.sites.index(site)]
+
+    def gradient(self, site: Site) -> Tensor | None:
+        """F of a site, or None."""
+        return self.gradients(self.anatomy.sites.index(site))
+
+    def goes_on(self, stage: Sequence[Site]) -> bool:
+        """Whether a later stage reads what the sites of this one put out."""
+        sites = self.anatomy.sites_of(self.stream.index)
+        return any(not later.nested for later in sites if later.stage > stage[0].stage)
+
+
+def prune_block(cutting: Cutting) -> tuple[nn.Module, list[SiteResult]]:
     """The block with its sites cut, stage after stage; the stream moves on to what it then puts out.
 
     A block costs little more than one forward pass: the inputs of an out-projection are computed once and kept, so that
     after its cut only the out-projection has to run, and the next stage sees exactly what the pruned block will give
     it. Of a dense out-projection no output is computed: what that lacks is known from the sums.
     """
-    fixed: list[FixedSite] = []
+    block, stream, run = cutting.block, cutting.stream, cutting.run
     results: list[SiteResult] = []
     mixed: list[SiteResult] = []
-    stages = anatomy.stages(stream.index)
-
-    def goes(site: Site) -> bool:
-        return widths[anatomy.sites.index(site)] < site.units
-
-    for stage in stages:
+    for stage in cutting.anatomy.stages(stream.index):
         if stage[0].whole_block:
             (whole,) = stage
-            width = widths[anatomy.sites.index(whole)]
+            width = cutting.width(whole)
             if not width:
-                return NoBlock(), [nothing_left(site) for site in anatomy.sites_of(stream.index)]
+                return NoBlock(), [nothing_left(site) for site in cutting.anatomy.sites_of(stream.index)]
             results.append(SiteResult(whole, torch.arange(width), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
             continue
-        start = time.perf_counter()
-        goes_on = any(not later.nested for later in anatomy.sites_of(stream.index) if later.stage > stage[0].stage)
-        mixtures = [site for site in stage if site.mixture is not None]
-        plain = [site for site in stage if site.mixture is None]
-        with run.clock.phase("forward passes"), torch.no_grad():
-            forms = [_form(block, site, stream, fixed) if goes_on and site.module else None for site in plain]
-            sums, inputs = gather(block, plain, stream, fixed, reference, run, keep=goes_on) if plain else ([], [])
-            arrivals = {site: gather_arrivals(block, site, stream, fixed, run) for site in mixtures if goes(site)}
-        for earlier in fixed:
-            earlier.inputs = None if plain or arrivals else earlier.inputs
-        for site in mixtures:
-            number = anatomy.sites.index(site)
-            held = held_out(stream.total)[stream.windows.start : stream.windows.stop]
-            result = uncut_experts(site)
-            if site in arrivals:
-                given = (block, by_now(block, site), arrivals.pop(site), held, widths[number], gradients(number), run)
-                again = partial(gather_arrivals, block, stream=stream, fixed=fixed, run=run)
-                result = cut_whole(*given, again) if site.whole else cut_experts(*given)
-            mixed.append(replace(result, site=site, seconds=time.perf_counter() - start))
-            run.signs.step(str(mixed[-1]))
-        for site in plain:
-            number = anatomy.sites.index(site)
-            with run.clock.phase("Gram matrices"):
-                summed = over_all_ranks(sums.pop(0))
-            result = cut_site(block, site, summed, widths[number], partial(gradients, number), run)
-            results.append(replace(result, seconds=time.perf_counter() - start))
-            run.signs.step(str(results[-1]))
-            form, seen = forms.pop(0), inputs.pop(0)
-            if seen is not None:
-                fixed.append(fix(block, result, form, seen, stream))
-        with run.clock.phase("forward passes"):
-            estimate(block, norms_left(results[len(results) - len(plain) :]), stream)
+        for result in cut_stage(cutting, stage):
+            (results if result.site.mixture is None else mixed).append(result)
     if run.recipe.norm_statistics == "pass":
         with run.clock.phase("forward passes"):
             estimate(block, norms_of(block), stream)
 
     if run.recipe.refine_steps:
-        results = refine(block, stream, reference, results, run)
+        results = refine(cutting, results)
         if results and (results[-1].refinement or 1) < 1:
-            fixed.clear()  # what they put out is no longer what the block does
+            cutting.fixed.clear()  # what they put out is no longer what the block does
 
     def run_on(at: slice) -> Tensor:
-        with _fixing(fixed, at, run.clock.device):
+        with _fixing(cutting.fixed, at, run.clock.device):
             return run_block(block, stream.hidden[at], stream.call)
 
     with run.clock.phase("forward passes"):
@@ -202,32 +197,69 @@ def prune_block(
     return block, results + mixed
 
 
-def refine(
-    block: nn.Module, stream: Stream, reference: Reference | None, results: list[SiteResult], run: Run
-) -> list[SiteResult]:
+def cut_stage(cutting: Cutting, stage: Sequence[Site]) -> list[SiteResult]:
+    """Cuts the sites of a stage, which see the same stream: first those of experts."""
+    block, stream, fixed, run = cutting.block, cutting.stream, cutting.fixed, cutting.run
+    start = time.perf_counter()
+    keep = cutting.goes_on(stage)
+    mixtures = [site for site in stage if site.mixture is not None]
+    plain = [site for site in stage if site.mixture is None]
+    with run.clock.phase("forward passes"), torch.no_grad():
+        forms = [_form(block, site, stream, fixed) if keep and site.module else None for site in plain]
+        sums, inputs = gather(cutting, plain, keep=keep) if plain else ([], [])
+        going = [site for site in mixtures if cutting.width(site) < site.units]
+        arrivals = {site: gather_arrivals(cutting, site) for site in going}
+    for earlier in fixed:
+        earlier.inputs = None if plain or arrivals else earlier.inputs
+    results = []
+
+    def done(result: SiteResult, site: Site) -> None:
+        results.append(replace(result, site=site, seconds=time.perf_counter() - start))
+        run.signs.step(str(results[-1]))
+
+    for site in mixtures:
+        done(cut_mixture(cutting, site, arrivals.pop(site, None)), site)
+    for site in plain:
+        with run.clock.phase("Gram matrices"):
+            summed = over_all_ranks(sums.pop(0))
+        done(cut_site(block, site, summed, cutting.width(site), partial(cutting.gradient, site), run), site)
+        form, seen = forms.pop(0), inputs.pop(0)
+        if seen is not None:
+            fixed.append(fix(block, results[-1], form, seen, stream))
+    with run.clock.phase("forward passes"):
+        estimate(block, norms_left(results[len(mixtures) :]), stream)
+    return results
+
+
+def cut_mixture(cutting: Cutting, site: Site, arrivals: Arrivals | None) -> SiteResult:
+    """Cuts a site of experts by what arrives there; None: nothing of it goes."""
+    if arrivals is None:
+        return uncut_experts(site)
+    block, windows = cutting.block, cutting.stream.windows
+    held = held_out(cutting.stream.total)[windows.start : windows.stop]
+    width, gradient = cutting.width(site), cutting.gradient(site)
+    given = (block, by_now(block, site), arrivals, held, width, gradient, cutting.run)
+    return cut_whole(*given, partial(gather_arrivals, cutting)) if site.whole else cut_experts(*given)
+
+
+def refine(cutting: Cutting, results: list[SiteResult]) -> list[SiteResult]:
     """Refines a block after its last cut, where there is something to refine it towards; the last of its results says
     how much that gained."""
-    behind = None if reference is None else reference.behind
+    stream, run = cutting.stream, cutting.run
+    behind = None if cutting.reference is None else cutting.reference.behind
     if behind is None:
         run.signs.step(f"block {stream.index}: not refined")
         return results
     with run.clock.phase("refinement"):
-        gain = refine_block(block, stream, behind, run)
+        gain = refine_block(cutting.block, stream, behind, run)
     run.signs.step(f"block {stream.index}: refined, error {gain:.3f} of what it was")
     return [*results[:-1], *(replace(last, refinement=gain) for last in results[-1:])]  # some blocks have no site
 
 
-def gather(
-    block: nn.Module,
-    stage: Sequence[Site],
-    stream: Stream,
-    fixed: Sequence[FixedSite],
-    reference: Reference | None,
-    run: Run,
-    *,
-    keep: bool,
-) -> tuple[list[Sums], list[Tensor | None]]:
+def gather(cutting: Cutting, stage: Sequence[Site], *, keep: bool) -> tuple[list[Sums], list[Tensor | None]]:
     """Sums over the inputs of a stage's consumers, in one pass; with `keep` also the inputs, of sites to be fixed."""
+    block, stream, fixed, run = cutting.block, cutting.stream, cutting.fixed, cutting.run
+    reference = cutting.reference
     device, windows = run.clock.device, len(stream.windows)
     weights = [site_weight(block, site) for site in stage]
     referred = stream.total if reference is None else reference.windows  # the first of all windows
@@ -261,15 +293,16 @@ def gather(
     return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 
-def gather_arrivals(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite], run: Run) -> Arrivals:
+def gather_arrivals(cutting: Cutting, site: Site) -> Arrivals:
     """What arrives at a site of experts, in one pass."""
+    block, stream, device = cutting.block, cutting.stream, cutting.run.clock.device
     mixture = find_experts(block)  # as many as there are now
     assert mixture is not None
     arrivals = Arrivals.awaited(block, site, stream)
 
     def to_experts(at: slice) -> Arrived:
-        hidden: Tensor = move(stream.hidden[at], run.clock.device)
-        with _fixing(fixed, at, run.clock.device):
+        hidden: Tensor = move(stream.hidden[at], device)
+        with _fixing(cutting.fixed, at, device):
             return arrived_at(mixture, block, hidden, stream.call)
 
     for at, came in in_batches(len(stream.windows), stream.batch, to_experts):
