@@ -5,9 +5,11 @@ without hub and GPU, in a temporary folder, with these in place of what they nam
 
 - a folder `*-snp-*` that is read: `tiny-opt` pruned once, with evaluation and the check in a fresh process, which the
   other runs do without;
-- any other model: `small-opt`, a random OPT of three blocks;
+- any other model: `small-opt`, a random OPT of three blocks, or with `--for`, `wide-opt` of one block whose rows fit;
 - datasets of the hub: `bundled`; local texts: files with the bundled text; budgets: ones that a small model can meet;
 - 8 windows of 32 tokens.
+
+Python code that reads what another engine or quantiser makes is compiled and no more.
 
 Those of other pages than the README are only parsed unless exhaustive tests are asked for, which run them as well.
 
@@ -62,7 +64,8 @@ OFFLINE = {  # values of options that would need the hub, a GPU or a large model
     "--max-perplexity-increase": "50%",
     "--stride": "16",
 }
-QUICK = ["--num-samples", "8", "--seq-len", "32", "--round-to", "4", "--no-eval"]
+QUICK = ["--num-samples", "8", "--seq-len", "32", "--no-eval"]
+ENGINES = re.compile("import onnxruntime|BitsAndBytesConfig")  # in code that reads what they have made
 MODULES = {"snp_llm.prune": "prune", "snp_llm.evaluate": "eval", "snp_llm.recovery": "recover"}
 # Programs that are not this project's: nothing of their commands is checked but that they are these.
 FOREIGN = {"vllm", "llama-quantize", "convert_hf_to_gguf.py", "build", "twine"}
@@ -77,9 +80,9 @@ GIVEN = {
     "Sequence": Sequence,
     "Tensor": torch.Tensor,
 }
-# Commands with these go no further than the parser: they write to the Hub, print, need an extra, or depend on how busy
-# the machine is.
-PARSED_ONLY = {"--push-to-hub", "--help", "--target-latency", "--tasks", "--include-path"}
+# Commands with these go no further than the parser: they write to the Hub, print, need an extra or a GPU, or depend on
+# how busy the machine is.
+PARSED_ONLY = {"--push-to-hub", "--help", "--target-latency", "--tasks", "--include-path", "cuda"}
 FOREIGN_OPTIONS = {"--help", "--no-deps", "--machine"}  # of pip and accelerate
 
 
@@ -128,6 +131,8 @@ def files(tmp_path_factory, tokenizer):
     """Where blocks are read: a model, texts and recipes under the names that the docs give them."""
     folder = tmp_path_factory.mktemp("docs")
     save_model(small_opt(), tokenizer, folder / "small-opt")
+    wide = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 512, "num_hidden_layers": 1}
+    save_model(small_opt(**wide), tokenizer, folder / "wide-opt")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     text = (BUNDLED / "calibration.txt").read_text()[:20_000]
     for name in {"notes.txt", *re.findall(r"[\w-]+\.(?:txt|jsonl)", EVERYTHING)}:
@@ -146,7 +151,7 @@ def files(tmp_path_factory, tokenizer):
 def folder(files):
     """Where blocks run: pruned models besides."""
     folder = files
-    options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK]
+    options = ["--calibration", "bundled", "--eval-dataset", "notes.txt", *QUICK, "--round-to", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         without_reloading(patch.setattr)
@@ -216,7 +221,7 @@ def run_python(block: Block) -> None:
     code = block.text.replace('"facebook/opt-1.3b"', '"small-opt"').replace('"wikitext2"', '"bundled"')
     code = code.replace("snp_llm.prune(", "quick_prune(")
     compiled = compile(code, str(block), "exec")
-    if "torch.onnx" in code and find_spec("onnxscript") is None:
+    if ENGINES.search(code) or ("torch.onnx" in code and find_spec("onnxscript") is None):
         return
     exec(compiled, dict(GIVEN))
 
@@ -288,7 +293,8 @@ def substitute(words: list[str]) -> list[str]:
         model = [] if recipe.endswith("/recipe.yaml") else ["small-opt"]
     else:
         count = next((at for at, word in enumerate(rest) if word.startswith("-")), len(rest))
-        model = [word if Path(word).exists() else "small-opt" for word in rest[:count]]
+        other = "wide-opt" if "--for" in rest else "small-opt"
+        model = [word if Path(word).exists() else other for word in rest[:count]]
         rest = rest[count:]
     for at, (option, value) in enumerate(pairwise(rest), start=1):
         if option in OFFLINE and value != "random" and not Path(value).exists():
@@ -297,7 +303,8 @@ def substitute(words: list[str]) -> list[str]:
         given = [] if "--dataset" in rest else ["--dataset", "bundled"]
         return [program, command, *model, *rest, *given, "--seq-len", "32", "--max-windows", "4"]
     given = [] if "--calibration" in rest else ["--calibration", "bundled"]
-    return [program, command, *model, *rest, *given, *QUICK, "--overwrite"]
+    rounded = [] if "--for" in rest else ["--round-to", "4"]
+    return [program, command, *model, *rest, *given, *QUICK, *rounded, "--overwrite"]
 
 
 def call_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
