@@ -144,6 +144,8 @@ def prune(
             raise SnpError(f"prune: {name}: is a setting of the command; here a model is saved by .save(folder).")
         if name not in {field.name for field in fields(Recipe)}:
             raise SnpError(f"prune: {unknown(name)}")
+    if not isinstance(recipe, Recipe | None):
+        raise SnpError(f"prune: recipe: expected a Recipe, got {recipe!r}. Settings have names, such as sparsity=0.3.")
     name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if isinstance(data, str | Path):
@@ -203,8 +205,11 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
     parts = [part for part in model.modules() if not hasattr(part, "_hf_hook")]  # which fetches weights from disk
     if any(parameter.is_meta for part in parts for parameter in part.parameters(recurse=False)):
         raise SnpError(f"prune: {kind} has weights on the meta device, which hold nothing; load them first.")
-    if tokenizer is None:
-        raise SnpError(f"prune: expected the tokenizer of {kind}, or its image processor, got None.")
+    if not callable(tokenizer):
+        raise SnpError(
+            f"prune: expected the tokenizer of {kind}, or its image processor, got {tokenizer!r}. Settings have names, "
+            "such as sparsity=0.3."
+        )
 
 
 @contextmanager

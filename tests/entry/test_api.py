@@ -164,6 +164,10 @@ def test_what_is_no_plain_model_is_refused_in_words(tokenizer):
         snp_llm.prune(torch.nn.DataParallel(model), tokenizer)
     with pytest.raises(SnpError, match="tokenizer"):
         snp_llm.prune(model)
+    with pytest.raises(SnpError, match=r"got 0\.3\. Settings have names"):
+        snp_llm.prune(model, 0.3)
+    with pytest.raises(SnpError, match=r"recipe: expected a Recipe, got 0\.3"):
+        snp_llm.prune(model, tokenizer, 0.3)
     with torch.device("meta"), pytest.raises(SnpError, match="meta device"):
         snp_llm.prune(OPTForCausalLM(model.config), tokenizer)
     model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
