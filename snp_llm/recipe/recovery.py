@@ -14,7 +14,7 @@ COUNTED = ("tokens", "images")  # what a budget may be of
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
-LEARNING_RATES = {("blocks", "adamw"): 3e-4, ("blocks", "sgd"): 1e-2, ("lora", "adamw"): 1e-3, ("lora", "sgd"): 1e-1}
+LEARNING_RATES = {("blocks", "adamw"): 1e-4, ("blocks", "sgd"): 1e-2, ("lora", "adamw"): 1e-3, ("lora", "sgd"): 1e-1}
 
 # What the bits of a recovered model do not depend on.
 ASIDE = ("folder", "dense", "output", "overwrite", "resume", "save_every", "dense_logits", "eval", "eval_dataset")
@@ -43,7 +43,7 @@ class RecoverRecipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with momentum 0.9; both without weight decay, gradients of norm 1 at most."""
     learning_rate: float | None = None
-    """At its highest, after the warm-up; from there it falls as a cosine. Default: 3e-4 for AdamW and 1e-2 for SGD,
+    """At its highest, after the warm-up; from there it falls as a cosine. Default: 1e-4 for AdamW and 1e-2 for SGD,
     with --train lora 1e-3 and 1e-1."""
     warmup: float = 0.05
     """Share of the training in which the learning rate rises to that."""

@@ -1,9 +1,12 @@
 """How far a pruned model's logits are from the dense one's, all of these or the largest. Pure torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+AT_A_TIME = 2**21  # logits of a piece: what a cache holds in float32
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,34 @@ def divergence(targets: Targets, logits: Tensor) -> Tensor:
     Returns:
         Nats, a float32 scalar.
     """
-    own = logits.float().log_softmax(-1) if targets.largest is None else _gathered(logits, targets.largest)
-    return (targets.chances.exp() * (targets.chances - own)).sum()
+    if targets.largest is None:
+        found: Tensor = _OfAll.apply(targets.chances, logits)
+        return found
+    return (targets.chances.exp() * (targets.chances - _gathered(logits, targets.largest))).sum()
+
+
+class _OfAll(torch.autograd.Function):
+    """The divergence over all classes, some positions at a time, with its gradient ``q - p``: logits of many positions
+    are the largest tensors of a training, and what autograd keeps of them is several times that."""
+
+    @staticmethod
+    def forward(ctx: Any, chances: Tensor, logits: Tensor) -> Tensor:
+        wanted, found = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (chances, logits))
+        total, slope = chances.new_zeros(()), torch.empty_like(found) if ctx.needs_input_grad[1] else None
+        step = max(AT_A_TIME // found.shape[-1], 1)
+        for at in range(0, len(found), step):
+            given = wanted[at : at + step]
+            own, weights = found[at : at + step].float().log_softmax(-1), given.exp()
+            total += (given - own).mul_(weights).sum()
+            if slope is not None:
+                slope[at : at + step] = own.exp_().sub_(weights)
+        if slope is not None:
+            ctx.save_for_backward(slope.view_as(logits))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.saved_tensors[0] * given[0]
 
 
 def hidden_difference(targets: Targets, hidden: tuple[Tensor, ...]) -> Tensor:
