@@ -23,12 +23,11 @@ from snp_llm.checkpoint.loading import explained, find_model
 from snp_llm.checkpoint.readers import reader_for
 from snp_llm.checkpoint.tokenizer import carry_over, without_code
 from snp_llm.models.anatomy import block_prefixes, find_blocks
-from snp_llm.models.blocks import on_device
 from snp_llm.models.calls import without_cache
 from snp_llm.models.config_file import config_for_both, tokenizer_for_both
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.logits import logits_block_by_block
-from snp_llm.models.offload import complete_index, disk_index, read_tensor
+from snp_llm.models.offload import complete_index, disk_index, on_device, read_tensor
 from snp_llm.models.registry import auto_class
 from snp_llm.models.segments import Segments
 from snp_llm.models.surgery import NoBlock

@@ -119,7 +119,6 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     evaluation = material.evaluation(tokenizer, resolved, dense) if resolved.eval else None
     journal = Journal(partial / contents.JOURNAL, resolved.save_every, behind=device.type != "cpu")
     figures: list[Figures] = [{}, {}]
-    measured_on: str | None = None
     more: dict[str, Any] = {"command": shlex.join(command)}
     with ExitStack() as stack:
 
@@ -148,7 +147,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         with clock.phase("saving"), watching(f"saving {human_bytes(sizes[1].bytes)}"):
             ranks.from_rank(0, save)
         if evaluation is not None:  # while the other process loads
-            figures, measured_on = evaluation.measure(models, device, watching)
+            figures, more["evaluation"] = evaluation.measure(models, device, watching)
             with watching("examples of what both models say"):
                 if shown := evaluation.shown(models, device):
                     more["samples"] = shown
@@ -165,8 +164,6 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     )
     more |= {"largest_logit_difference": difference, "device": describe_device(device)}
     more["speed_up"] = asdict(speeds.ratio)
-    if measured_on is not None:
-        more["evaluation"] = measured_on
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     return describe(partial, pruned, (before, after), more, base_model)
 

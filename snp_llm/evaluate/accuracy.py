@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.evaluate.turns import in_turns, timed
-from snp_llm.models.blocks import on_device
+from snp_llm.models.offload import on_device
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import UNWATCHED, Signs
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from snp_llm.evaluate.samples import Sample
-from snp_llm.models.blocks import on_device
 from snp_llm.models.calls import without_cache
+from snp_llm.models.offload import on_device
 from snp_llm.models.size import model_size
 from snp_llm.runtime.device import free_bytes, free_host_bytes
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from snp_llm.evaluate.turns import in_turns, timed
 from snp_llm.models.anatomy import find_blocks
-from snp_llm.models.blocks import capture_calls, on_device, rest_on_device, run_block, run_without_blocks
+from snp_llm.models.blocks import capture_calls, run_block, run_without_blocks
 from snp_llm.models.calls import move
+from snp_llm.models.offload import on_device, rest_on_device
 from snp_llm.runtime.signs import unheard
 
 FEWEST_TURNS, MOST_TURNS = 5, 25

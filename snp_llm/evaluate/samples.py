@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softmax
 from transformers import PreTrainedModel
 
-from snp_llm.models.blocks import on_device
+from snp_llm.models.offload import on_device
 
 LOOKED_AT = 64  # images, from which those to be shown are taken
 

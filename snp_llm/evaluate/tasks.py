@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snp_llm.models.blocks import on_device
+from snp_llm.models.offload import on_device
 from snp_llm.runtime.errors import SnpError
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from snp_llm.models.calls import BlockCall, call_of, for_windows, in_dtype, move, through, without_cache
 from snp_llm.models.carried import lay_out, like
 from snp_llm.models.experts import Arrived, Mixture, watch_arrivals
+from snp_llm.models.offload import rest_on_device
 from snp_llm.models.segments import Segments
 from snp_llm.models.task import Loss, task_of
 from snp_llm.runtime.errors import SnpError, shown
@@ -201,14 +201,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
-    """Has everything but the blocks (embeddings, last norm, head) on a device, as long as the context lasts."""
-    inside = set(blocks.modules())
-    with _present([module for module in model.modules() if module not in inside], device):
-        yield
-
-
 @torch.no_grad()
 def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The input tensor that `module` gets inside the block; nothing after that point is computed."""
@@ -287,49 +279,6 @@ def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Lets `module` return `output` without computing anything, as long as the context lasts."""
     with _replaced_forwards({module: lambda *_args, **_kwargs: output}):
         yield
-
-
-@contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Has a module on the compute device, as long as the context lasts; weights that wait on disk are read for it."""
-    with _present([*module.modules()], device):
-        yield
-
-
-@contextmanager
-def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Puts what the modules themselves hold on a device and afterwards back.
-
-    Weights on disk are the meta tensors that accelerate's hooks know how to read. They are put in place of the meta
-    tensors for a while, with the hooks, which would read them anew for every batch, asleep. Objects are exchanged, not
-    moved, so that a tensor in two places (tied embeddings) stays one, and one copy of it is on the device.
-    """
-    hooks = [(module, hook) for module in modules if isinstance(hook := getattr(module, "_hf_hook", None), ModelHook)]
-    replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
-    here: dict[int, Tensor] = {}
-
-    def present(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-        hook: Any = getattr(module, "_hf_hook", None)
-        value = hook.weights_map[name].to(device) if tensor.is_meta else tensor.detach().to(device)
-        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-    try:
-        for module in modules:
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is not None and tensor.device != device:
-                        if id(tensor) not in here:
-                            here[id(tensor)] = present(module, name, tensor)
-                        replaced.append((held, name, tensor))  # type: ignore[arg-type]
-                        held[name] = here[id(tensor)]  # type: ignore[assignment]
-        for module, _ in hooks:
-            module._hf_hook = ModelHook()
-        yield
-    finally:
-        for module, hook in hooks:
-            module._hf_hook = hook
-        for held, name, tensor in replaced:
-            held[name] = tensor
 
 
 def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:

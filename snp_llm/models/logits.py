@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.models.anatomy import embedding_rows, find_blocks
-from snp_llm.models.blocks import capture_calls, logits_of, on_device, rest_on_device, run_block
+from snp_llm.models.blocks import capture_calls, logits_of, run_block
 from snp_llm.models.calls import BlockCall
+from snp_llm.models.offload import on_device, rest_on_device
 from snp_llm.models.text_part import text_config
 from snp_llm.models.window import capture_window
 from snp_llm.runtime.batches import BatchSize, in_batches

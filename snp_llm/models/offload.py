@@ -1,20 +1,21 @@
 """Weights that stay in safetensors files until they are needed, the way transformers offloads to disk.
 
-A module on disk has meta tensors and one of accelerate's hooks, which knows the file; `blocks.on_device` reads it.
+A module on disk has meta tensors and one of accelerate's hooks, which knows the file; `on_device` reads it.
 """
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from snp_llm.runtime.files import checksum
 
@@ -117,6 +118,57 @@ def wait_on_disk(module: nn.Module, index: Index) -> None:
         if any(parameter is not None and parameter.is_meta for parameter in part._parameters.values()):
             weights = PrefixedDataset(loader, f"{path}." if path else "")
             add_hook_to_module(part, AlignDevicesHook("cpu", offload=True, weights_map=weights))
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Has a module on the compute device, as long as the context lasts; weights that wait on disk are read for it."""
+    with _present([*module.modules()], device):
+        yield
+
+
+@contextmanager
+def rest_on_device(model: PreTrainedModel, blocks: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """Has everything but the blocks (embeddings, last norm, head) on a device, as long as the context lasts."""
+    inside = set(blocks.modules())
+    with _present([module for module in model.modules() if module not in inside], device):
+        yield
+
+
+@contextmanager
+def _present(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Puts what the modules themselves hold on a device and afterwards back.
+
+    Weights on disk are the meta tensors that accelerate's hooks know how to read. They are put in place of the meta
+    tensors for a while, with the hooks, which would read them anew for every batch, asleep. Objects are exchanged, not
+    moved, so that a tensor in two places (tied embeddings) stays one, and one copy of it is on the device.
+    """
+    hooks = [(module, hook) for module in modules if isinstance(hook := getattr(module, "_hf_hook", None), ModelHook)]
+    replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    here: dict[int, Tensor] = {}
+
+    def present(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        hook: Any = getattr(module, "_hf_hook", None)
+        value = hook.weights_map[name].to(device) if tensor.is_meta else tensor.detach().to(device)
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+    try:
+        for module in modules:
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.device != device:
+                        if id(tensor) not in here:
+                            here[id(tensor)] = present(module, name, tensor)
+                        replaced.append((held, name, tensor))  # type: ignore[arg-type]
+                        held[name] = here[id(tensor)]  # type: ignore[assignment]
+        for module, _ in hooks:
+            module._hf_hook = ModelHook()
+        yield
+    finally:
+        for module, hook in hooks:
+            module._hf_hook = hook
+        for held, name, tensor in replaced:
+            held[name] = tensor
 
 
 @contextmanager

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from snp_llm.checkpoint.journal import Journal
-from snp_llm.models.blocks import on_device, run_block
+from snp_llm.models.blocks import run_block
 from snp_llm.models.calls import move
+from snp_llm.models.offload import on_device
 from snp_llm.models.site import Site, site_weight
+from snp_llm.pruning.algebra import with_algebra
 from snp_llm.pruning.experts import Arrivals, experts_curves
 from snp_llm.pruning.factor import FactoredSite, factor_site
 from snp_llm.pruning.measured import measures, tried_cuts
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics, Sums, add_inputs, empty_sums, held_out, over_all_ranks, with_algebra
+from snp_llm.pruning.statistics import Statistics, Sums, add_inputs, empty_sums, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, Visit, check_finite
 from snp_llm.pruning.taps import tapped
 from snp_llm.pruning.whole_experts import whole_curves

@@ -13,12 +13,13 @@ from snp_llm.linalg.least_squares import Cut, absorb_mean, factored_repair_flops
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import drop_experts, narrow_experts, prune_site
+from snp_llm.pruning.algebra import with_algebra
 from snp_llm.pruning.factor import DAMPENING, factor_flops, factor_site
 from snp_llm.pruning.norms import restate
 from snp_llm.pruning.repair import repair_is_open, repair_site, repair_site_flops
 from snp_llm.pruning.result import Curve, SiteResult, sample_curve
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics, Sums, with_algebra
+from snp_llm.pruning.statistics import Statistics, Sums
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError

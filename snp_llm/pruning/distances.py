@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import frozen, on_device
+from snp_llm.models.blocks import frozen
+from snp_llm.models.offload import on_device
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.stream import advance, capture

@@ -17,12 +17,13 @@ from snp_llm.models.experts import Arrived, Expert, activated, expert_of, put_ex
 from snp_llm.models.projections import weight_of
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import prune_site
+from snp_llm.pruning.algebra import with_algebra
 from snp_llm.pruning.cut import cut_site
 from snp_llm.pruning.factor import DAMPENING, factor_site
 from snp_llm.pruning.repair import DAMPENINGS
 from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics, Sums, add_batch, empty_sums, over_all_ranks, with_algebra
+from snp_llm.pruning.statistics import Statistics, Sums, add_batch, empty_sums, over_all_ranks
 from snp_llm.pruning.stream import Stream
 from snp_llm.runtime import ranks
 from snp_llm.runtime.errors import SnpError

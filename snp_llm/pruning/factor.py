@@ -27,7 +27,8 @@ from snp_llm.linalg.ordering import FLOPS, OrderingProblem, order_units
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.projections import weight_of
 from snp_llm.models.site import Site, projecting, site_bias, site_weight, tap_weights
-from snp_llm.pruning.statistics import ALGEBRA_MATRICES, Statistics, algebra_dtype
+from snp_llm.pruning.algebra import ALGEBRA_MATRICES, algebra_dtype
+from snp_llm.pruning.statistics import Statistics
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.linalg.gram import Moments, add_moments, empty_moments, gram_matrix
-from snp_llm.models.blocks import loss_gradient, on_device, rest_on_device
+from snp_llm.models.blocks import loss_gradient
 from snp_llm.models.calls import move
+from snp_llm.models.offload import on_device, rest_on_device
 from snp_llm.models.site import Site, block_dtype, outputs_of
 from snp_llm.models.task import task_of
 from snp_llm.pruning.stream import Stream, Visit, advance

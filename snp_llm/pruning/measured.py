@@ -14,8 +14,8 @@ from torch.nn import functional
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.linalg.least_squares import absorb_mean
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import logits_of, on_device, rest_on_device, run_block
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.blocks import logits_of, run_block
+from snp_llm.models.offload import copy_unhooked, on_device, rest_on_device
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site, block_dtype, site_bias
 from snp_llm.models.surgery import prune_site

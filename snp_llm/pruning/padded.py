@@ -7,8 +7,7 @@ from torch import nn
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import on_device
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.offload import copy_unhooked, on_device
 from snp_llm.models.surgery import pad_experts, pad_site
 from snp_llm.pruning.finished import keep_block
 from snp_llm.pruning.result import SiteResult

@@ -14,8 +14,8 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows
 from snp_llm.evaluate.material import material_of
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.blocks import on_device, rest_on_device
 from snp_llm.models.layouts import FEWEST_STEPS, KERNEL_MULTIPLE, check_code
+from snp_llm.models.offload import on_device, rest_on_device
 from snp_llm.models.site import Site
 from snp_llm.models.task import Loss
 from snp_llm.models.text_part import text_config

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from snp_llm.linalg.allocation import NEEDS_CURVES
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import frozen, on_device
+from snp_llm.models.blocks import frozen
+from snp_llm.models.offload import on_device
 from snp_llm.models.site import Site, outputs_of
 from snp_llm.pruning.curves import HELD_OUT_OF, read_curves
 from snp_llm.pruning.gradients import read_gradients

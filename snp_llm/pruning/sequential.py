@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy, by_now
-from snp_llm.models.blocks import arrived_at, fixed_output, on_device, output_of, run_block
+from snp_llm.models.blocks import arrived_at, fixed_output, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
 from snp_llm.models.experts import Arrived, find_experts
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.offload import copy_unhooked, on_device
 from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import NoBlock

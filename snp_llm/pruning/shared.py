@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import on_device
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.offload import copy_unhooked, on_device
 from snp_llm.models.projections import Projection, weight_of
 from snp_llm.models.site import Shared, tensor_or_module
 from snp_llm.models.surgery import drop_shared

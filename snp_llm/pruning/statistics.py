@@ -23,19 +23,13 @@ from snp_llm.linalg.gram import (
 )
 from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import has_room, trim_host_memory, where_it_fits
+from snp_llm.runtime.device import has_room
 from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
-ALGEBRA_MATRICES = 5  # as large as a Gram matrix are held at most where it is factorised, in float64 if need be
-
-# From so many channels on a site is ordered and factored in float32: half the memory and half the time on a CPU, a
-# fraction of it on GPUs that have little float64. Smaller ones cost next to nothing anyway.
-SINGLE_PRECISION_FROM = 1024
 
 FILES_FROM = 4096  # channels, from which on sums are worth a file
 
@@ -151,7 +145,7 @@ def empty_sums(
     """
     (d_out, n), dtype = W.shape, W.dtype
     parts = {"drifting": drifting, "holding_out": holding_out, "some_unreferred": some_unreferred}
-    device = _where(name, "sums", sums_bytes(n, d_out, dtype, **parts), device)
+    device = place_for(name, "sums", sums_bytes(n, d_out, dtype, **parts), device)
 
     def empty() -> TokenSums:
         outputs = empty_output_sums(d_out, n, dtype, device) if drifting else None
@@ -180,7 +174,7 @@ def _in_files(sums: Sums, storage: Storage) -> Sums:
     """Sums of no tokens, those over pairs of channels moved into files."""
     files = []
 
-    def moved(part: Moments | OutputSums) -> Moments | OutputSums:
+    def in_file(part: Moments | OutputSums) -> Moments | OutputSums:
         name = "second" if isinstance(part, Moments) else "cross"
         matrix = getattr(part, name)
         tensor, pages = storage.file(*matrix.shape, dtype=matrix.dtype)
@@ -188,15 +182,15 @@ def _in_files(sums: Sums, storage: Storage) -> Sums:
         filed: dict[str, Any] = {name: tensor}
         return replace(part, **filed)
 
-    return replace(_with_each(sums, moved), files=files)
+    return replace(with_each(sums, in_file), files=files)
 
 
-def _with_each(value: Any, change: Callable[[Any], Any]) -> Any:
+def with_each(value: Any, change: Callable[[Any], Any]) -> Any:
     """What holds sums of a site, with each of its moments and sums of outputs changed, in the order of its fields."""
     if isinstance(value, Moments | OutputSums):
         return change(value)
     if isinstance(value, Sums | TokenSums | Statistics):
-        return replace(value, **{f.name: _with_each(getattr(value, f.name), change) for f in fields(value)})
+        return replace(value, **{f.name: with_each(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 
@@ -276,21 +270,21 @@ def _with_room(sums: Sums, inputs: Tensor) -> Sums:
     if has_room(second.device, copies):
         return sums
     log.info("no room on %s for what sums of %d channels take; they go on on the CPU", second.device, n)
-    return _moved(sums)
+    return moved(sums)
 
 
-def _moved(value: Any) -> Any:
+def moved(value: Any) -> Any:
     """Sums or statistics on the CPU, each tensor once."""
 
     @cache  # all tokens and those with a reference may be the same
-    def moved(tensor: Tensor) -> Tensor:
+    def on_cpu(tensor: Tensor) -> Tensor:
         return tensor.cpu()
 
     def with_moved(part: Any) -> Any:
-        tensors = {f.name: moved(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
+        tensors = {f.name: on_cpu(v) for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
         return replace(part, **tensors)
 
-    return _with_each(value, with_moved)
+    return with_each(value, with_moved)
 
 
 def _add(sums: TokenSums, inputs: Tensor, reference: Tensor | None) -> TokenSums:
@@ -299,48 +293,8 @@ def _add(sums: TokenSums, inputs: Tensor, reference: Tensor | None) -> TokenSums
     return replace(sums, moments=add_moments(sums.moments, inputs))
 
 
-def with_algebra(name: str, statistics: Statistics, compute: Callable[[Statistics], T]) -> T:
-    """What `compute` makes of a site's statistics, on the device where they are if there is room, else on the CPU.
-
-    Args:
-        name: of the site.
-        statistics: of it; left as they are.
-        compute: what factorises them; leaves no trace when it runs out of memory.
-    """
-    statistics = for_algebra(name, statistics)
-
-    def on(device: torch.device) -> T:
-        here = statistics.moments.second.device == device
-        return compute(statistics if here else _on_cpu(statistics))
-
-    return where_it_fits(f"{name}: linear algebra", statistics.moments.second.device, on)
-
-
-def for_algebra(name: str, statistics: Statistics) -> Statistics:
-    """Statistics on the device where they are if there is room for factorising them, else on the CPU.
-
-    What the batches before took of host memory is handed back first.
-    """
-    trim_host_memory()
-    statistics = _with_each(statistics, lambda part: completed(part) if isinstance(part, Moments) else part)
-    second = statistics.moments.second
-    size = ALGEBRA_MATRICES * second.numel() * algebra_dtype(len(second), second.dtype).itemsize
-    here = _where(name, "algebra", size, second.device) == second.device
-    return statistics if here else _on_cpu(statistics)
-
-
-def _on_cpu(statistics: Statistics) -> Statistics:
-    gradient = statistics.gradient
-    return replace(_moved(statistics), gradient=None if gradient is None else gradient.cpu())
-
-
-def algebra_dtype(n: int, weights: torch.dtype) -> torch.dtype:
-    """The type in which a site of n channels is ordered and factored, unless that solves badly; weights are of a type,
-    or sums are."""
-    return torch.float32 if n >= SINGLE_PRECISION_FROM and weights != torch.float64 else torch.float64
-
-
-def _where(name: str, what: str, size: int, device: torch.device) -> torch.device:
+def place_for(name: str, what: str, size: int, device: torch.device) -> torch.device:
+    """A device if it has room for so many bytes of what a site needs, else the CPU, said in a line."""
     if has_room(device, size):
         return device
     log.info("%s: no room for %s of %.1f GB on %s; computed on the CPU", name, what, size / 1e9, device)
@@ -357,7 +311,7 @@ def over_all_ranks(sums: Sums) -> Sums:
     outputs = [part.outputs for part in apart if part.outputs is not None]
     ranks.add_up([t for m in moments for t in (m.second, m.first)] + [t for o in outputs for t in (o.cross, o.first)])
     counts = map(sum, zip(*ranks.from_all([m.tokens for m in moments]), strict=True))
-    counted: Sums = _with_each(sums, lambda p: replace(p, tokens=next(counts)) if isinstance(p, Moments) else p)
+    counted: Sums = with_each(sums, lambda p: replace(p, tokens=next(counts)) if isinstance(p, Moments) else p)
     return counted
 
 

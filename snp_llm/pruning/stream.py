@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from snp_llm.models.anatomy import Anatomy
-from snp_llm.models.blocks import capture_calls, rest_on_device, run_block
+from snp_llm.models.blocks import capture_calls, run_block
 from snp_llm.models.calls import BlockCall
+from snp_llm.models.offload import rest_on_device
 from snp_llm.models.window import capture_window
 from snp_llm.pruning.run import Run
 from snp_llm.runtime import ranks

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy, find_blocks
-from snp_llm.models.blocks import arrived_at, capture_calls, on_device, run_block, watch_outputs
+from snp_llm.models.blocks import arrived_at, capture_calls, run_block, watch_outputs
 from snp_llm.models.calls import BlockCall, without_cache
 from snp_llm.models.experts import experts_module, put_together
 from snp_llm.models.layouts import assemble
 from snp_llm.models.logits import logits_block_by_block
-from snp_llm.models.offload import copy_unhooked, same_tensors
+from snp_llm.models.offload import copy_unhooked, on_device, same_tensors
 from snp_llm.models.site import Site, block_dtype, consumers_of, site_bias, site_weight
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.taps import inputs_at

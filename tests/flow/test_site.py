@@ -8,12 +8,13 @@ from snp_llm.linalg.gram import Moments, OutputSums
 from snp_llm.linalg.least_squares import KeptSums, choose_repair
 from snp_llm.models.anatomy import find_blocks, find_sites
 from snp_llm.models.families.decoders import find_family
+from snp_llm.pruning.algebra import for_algebra
 from snp_llm.pruning.cut import cut
 from snp_llm.pruning.factor import factor_site
 from snp_llm.pruning.repair import DAMPENINGS, VIEWS, viewed
 from snp_llm.pruning.result import CURVE_POINTS, sample_curve
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics, TokenSums, for_algebra
+from snp_llm.pruning.statistics import Statistics, TokenSums
 from snp_llm.runtime.device import Clock
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import small_opt, small_recipe
@@ -81,7 +82,7 @@ def test_a_large_site_is_cut_in_float32_as_it_is_in_float64(monkeypatch):
     drift = OutputSums(drift.cross + held_drift.cross, drift.first + held_drift.first)
     results = []
     for threshold in (10**9, 1):
-        monkeypatch.setattr("snp_llm.pruning.statistics.SINGLE_PRECISION_FROM", threshold)
+        monkeypatch.setattr("snp_llm.pruning.algebra.SINGLE_PRECISION_FROM", threshold)
         block = copy.deepcopy(find_blocks(model)[0])
         apart = TokenSums(total, drift), TokenSums(held, held_drift)
         statistics = for_algebra(site.name, Statistics(total, *apart, torch.eye(d_out)))

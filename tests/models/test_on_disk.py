@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 from snp_llm import checkpoint
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.models.anatomy import find_blocks
-from snp_llm.models.blocks import on_device
 from snp_llm.models.logits import logits_block_by_block
-from snp_llm.models.offload import copy_unhooked, disk_index, fingerprint, is_on_disk
+from snp_llm.models.offload import copy_unhooked, disk_index, fingerprint, is_on_disk, on_device
 from snp_llm.models.size import model_size
 from snp_llm.pruning.pipeline import prune
 from tests.conftest import save_model, small_model, small_opt, small_recipe

@@ -12,12 +12,13 @@ from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site, outputs_of
 from snp_llm.models.size import model_size
 from snp_llm.models.task import image_shape
+from snp_llm.pruning.algebra import algebra_dtype
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.memory import LIBRARIES, Part
 from snp_llm.pruning.estimate.work import Work
 from snp_llm.pruning.factor import algebra_bytes, factor_flops, loss_curve_flops
 from snp_llm.pruning.sensitivity import IMAGES, needs_curves
-from snp_llm.pruning.statistics import algebra_dtype, sums_bytes
+from snp_llm.pruning.statistics import sums_bytes
 from snp_llm.pruning.widths.costs import pruned_bytes
 from snp_llm.recipe.recipe import ResolvedRecipe
 from snp_llm.runtime.device import device_name

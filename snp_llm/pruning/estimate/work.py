@@ -9,11 +9,11 @@ from snp_llm.linalg.gram import drift_flops, multiplied_as, triangle_flops
 from snp_llm.models.anatomy import embedding_rows
 from snp_llm.models.site import Site
 from snp_llm.models.size import linear_weights, mean_positions, routed_weights, token_flops
+from snp_llm.pruning.algebra import algebra_dtype
 from snp_llm.pruning.cut import cut_flops
 from snp_llm.pruning.estimate.shapes import Shapes
 from snp_llm.pruning.factor import factor_flops, loss_curve_flops
 from snp_llm.pruning.refine import refine_tokens
-from snp_llm.pruning.statistics import algebra_dtype
 from snp_llm.runtime.device import ONCE
 
 # Factorisations, solves and the many narrow updates of an ordering do not reach the rate of one large product. On a CPU

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy, embedding_rows
-from snp_llm.models.blocks import (
-    BlockCall,
-    capture_calls,
-    move,
-    on_device,
-    rest_on_device,
-    run_block,
-    run_without_blocks,
-)
-from snp_llm.models.offload import copy_unhooked
+from snp_llm.models.blocks import BlockCall, capture_calls, move, run_block, run_without_blocks
+from snp_llm.models.offload import copy_unhooked, on_device, rest_on_device
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import drop_experts, narrow_experts, prune_site
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
