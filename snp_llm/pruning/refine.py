@@ -19,6 +19,7 @@ from snp_llm.pruning.stream import Stream
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
+from snp_llm.runtime.device import rough_products
 
 TOKENS = 65_536  # at most, that blocks are refined on
 
@@ -61,7 +62,8 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     """Moves the parameters of a block, in place, towards what the dense model has behind it.
 
     The error of a token is that of the stream behind the block, relative to that stream: `||f(h) - t||^2 / ||t||^2`.
-    Steps are taken in float32 at least, on windows drawn from those that are not held out. Of the way from the first
+    Steps are taken in float32 at least, on windows drawn from those that are not held out; on a GPU products of a step
+    are in TF32, of half precision's mantissa, those that errors are compared by are not. Of the way from the first
     state to the last a share is kept, that which errs least on the held-out windows: nothing, if none errs less.
 
     Args:
@@ -92,7 +94,9 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
         while len(coming) < size:
             coming += fitted[torch.randperm(len(fitted), generator=draw)].tolist()
         some, coming = coming[:size], coming[size:]
-        for weight, gradient in zip(moving.values(), task.gradient(moving, some), strict=True):
+        with rough_products(run.clock.device):
+            gradients = task.gradient(moving, some)
+        for weight, gradient in zip(moving.values(), gradients, strict=True):
             weight.grad = gradient
         adam.step()
         schedule.step()

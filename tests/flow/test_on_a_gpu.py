@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import where_it_fits
+from snp_llm.runtime.device import rough_products, where_it_fits
 from tests.conftest import small_model, small_recipe
 from tests.rehearsal import rehearsed
 
@@ -60,6 +61,16 @@ def test_a_device_prunes_as_the_cpu_does(name, kind, tokenizer):
     tolerance = 2e-2 if dtype == "bfloat16" else 1e-3 if dtype else 1e-4
     for one, other in zip(weights, wanted, strict=True):
         assert (one - other).norm() <= tolerance * other.norm().clamp_min(1e-12)
+
+
+def test_products_are_rough_on_a_gpu_alone_and_for_a_while():
+    setting = torch.backends.cuda.matmul
+    assert setting.fp32_precision == "none"
+    for kind, wanted in (("cuda", "tf32"), ("cpu", "none"), ("mps", "none")):
+        with suppress(RuntimeError), rough_products(torch.device(kind)):
+            assert setting.fp32_precision == wanted
+            raise RuntimeError
+        assert setting.fp32_precision == "none"
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
