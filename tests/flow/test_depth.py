@@ -288,6 +288,35 @@ def test_one_block_stays(tokenizer):
         prune(small_model("opt"), tokenizer, small_recipe(sparsity=0.99, depth="only"))
 
 
+def test_the_cheapest_block_stays_where_a_target_wants_all_others():
+    model = small_model("llama", num_hidden_layers=3)
+    anatomy = with_depth(find_anatomy(model), "only", "uniform")
+    scale = [1.0, 4.0, 9.0]  # the last block, which loses most for what it saves, costs most as well
+    costs = sparsity_costs(anatomy.sites, model_size(model, 32).block_linear)
+    costs = replace(costs, sites=[c * scale[s.block] for s, c in zip(anatomy.sites, costs.sites, strict=True)])
+    lost = [
+        torch.tensor([scale[s.block] ** 2, 0.0]) if s.whole_block else torch.zeros(s.units + 1) for s in anatomy.sites
+    ]
+    curves = [SiteCurves(None, loss.double(), None, None, lambda: None) for loss in lost]
+    each = block_costs(anatomy.sites, costs)
+    recipe = resolve(small_recipe(depth="only", layout="uniform", target_params="0.5x"), model)
+    for amount, stay in ((each[0] + each[1], {2}), (each[1] + each[2], {0})):
+        widths = depth_plan(anatomy, curves, costs, amount, recipe, lambda *_given: [])
+        assert {s.block for s, width in zip(anatomy.sites, widths, strict=True) if width} == stay
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.1}, {"sparsity": 0.3, "depth": "only"}])
+def test_a_model_that_lost_ffns_has_no_plain_config(settings, tokenizer):
+    model = small_model("llama", num_hidden_layers=3)
+    anatomy = with_depth(find_anatomy(model), "auto", "compact")
+    lost = {s.block: without(model, s)[0] for s in anatomy.sites if s.kind == "ffn" and s.block}
+    short = assemble(model, anatomy.family, nn.ModuleList([find_blocks(model)[0], *lost.values()]))
+    with pytest.raises(
+        SnpError, match="widths that one plain Llama config can hold in every block, got .* and 0.* FFN"
+    ):
+        prune(short, tokenizer, small_recipe(layout="uniform", measured_cuts=0, **settings))
+
+
 def test_a_config_that_cannot_say_what_the_others_are_is_refused(tokenizer):
     model = small_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(SnpError, match="the config of a gpt2 cannot say what the others are"):

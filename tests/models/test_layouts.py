@@ -133,7 +133,9 @@ def test_blocks_that_differ_can_be_made_uniform_or_are_refused(tokenizer):
     even = prune(once.model, tokenizer, small_recipe(sparsity=0.1, round_to=4, num_samples=2, layout="uniform"))
     assert not needs_code(even.model.config)
     fewer_heads = prune(small_opt(), tokenizer, small_recipe(head_sparsity=0.3, ffn_sparsity=0.0, num_samples=2))
-    with pytest.raises(SnpError, match="layout uniform: expected head counts that one plain OPT config can hold"):
+    with pytest.raises(
+        SnpError, match="layout uniform: expected head counts and widths that one plain OPT config can hold"
+    ):
         prune(fewer_heads.model, tokenizer, small_recipe(sparsity=0.1, num_samples=2, layout="uniform"))
 
 

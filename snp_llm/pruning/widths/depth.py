@@ -114,9 +114,17 @@ def all_or_nothing(sites: Sequence[Site], curves: Curves, costs: Costs) -> list[
 def _nearest(
     plans: Sequence[list[int]], sites: Sequence[Site], costs: Costs, amount: float, *, exceeds: bool
 ) -> list[int]:
-    """The plan that saves nearest to an amount, which it may fall short of where it may be exceeded."""
+    """The plan that saves nearest to an amount, which it may fall short of where it may be exceeded.
+
+    Where none saves enough, since the block that they leave to the last is not the cheapest, that one stays.
+    """
     enough = [plan for plan in plans if exceeds or _saved(sites, costs, plan) >= amount * (1 - ROUNDING)]
-    return min(enough, key=lambda plan: abs(_saved(sites, costs, plan) - amount))
+    each = block_costs(sites, costs)
+    cheapest = each.index(min(each))
+    return min(
+        enough or [[site.units if site.block == cheapest else 0 for site in sites]],
+        key=lambda plan: abs(_saved(sites, costs, plan) - amount),
+    )
 
 
 def _saved(sites: Sequence[Site], costs: Costs, widths: Sequence[int]) -> float:

@@ -18,8 +18,8 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.depth import recipe_anatomy
-from snp_llm.models.outline import Widths
+from snp_llm.models.depth import gone_blocks, recipe_anatomy, shortened
+from snp_llm.models.outline import Widths, block_widths
 from snp_llm.models.plain import plain_config
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
@@ -169,6 +169,8 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
             return plan_widths(left, curves, Removals(costs, [replace(all_of_it, amount=amount)]), recipe)
 
         widths = depth_plan(anatomy, curves, removals.costs, all_of_it.amount, recipe, rest)
+        if recipe.layout == "uniform":
+            check_uniform(anatomy, widths)
     for removal in removals.parts:
         whose = f"{' and '.join(removal.kinds)}: " if len(removals.parts) > 1 else ""
         say_what_goes(anatomy.sites, widths, removal, removals.costs, whose)
@@ -309,18 +311,21 @@ def _too_much(kinds: Sequence[str], removal: Removal, prunable: float, costs: Co
 
 def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
-    model, family, sites = anatomy.model, anatomy.family, anatomy.sites
+    family, sites, gone = anatomy.family, anatomy.sites, gone_blocks(anatomy.sites, widths)
+    kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
     chosen: list[Widths] = []
-    for index in range(len(anatomy.blocks)):
+    for index in kept:
         here = [(site, width) for site, width in zip(sites, widths, strict=True) if site.block == index]
-        heads = next((site.heads_after(width) for site, width in here if site.heads), None)
-        ffn = next((width for site, width in here if site.kind == "ffn"), None)
+        has = block_widths(anatomy.blocks[index])  # an FFN that has gone is no site, and no FFN of a plain config
+        heads = next((site.heads_after(width) for site, width in here if site.heads), has.heads)
+        ffn = next((width for site, width in here if site.kind == "ffn"), has.ffn)
         experts = {site.whole: width for site, width in here if site.mixture is not None}
-        chosen.append(Widths(heads, ffn, experts.get(False), experts.get(True)))
-    if plain_config(model, family, chosen) is None:
-        counts = ", ".join(sorted({f"{h.query} query and {h.key_value} key-value" for h, *_ in chosen if h}))
-        what, got = ("head counts", f"{counts} heads") if counts else ("FFN widths", "widths that differ")
+        chosen.append(Widths(heads, ffn, experts.get(False, has.channels), experts.get(True, has.experts)))
+    if plain_config(shortened(anatomy.model, kept) if gone else anatomy.model, family, chosen) is None:
+        counts = sorted({f"{h.query} query and {h.key_value} key-value heads" for h, *_ in chosen if h})
+        channels = [str(width) for width in sorted({width for _, width, *_ in chosen if width is not None})]
         raise SnpError(
-            f"layout uniform: expected {what} that one plain {family.name} config can hold in every block, got {got}. "
-            "The model was pruned before, block by block. Use --layout compact."
+            f"layout uniform: expected head counts and widths that one plain {family.name} config can hold in every "
+            f"block, got {', '.join(counts) or 'no heads'}, and {' and '.join(channels) or 'no'} FFN channels. The "
+            "model was pruned before, block by block. Use --layout compact."
         )
