@@ -78,6 +78,23 @@ def layout_line(layout: str, facts: dict[str, Any]) -> str:
     )
 
 
+def depth_line(model_type: str, facts: dict[str, Any], *, halves: bool) -> str:
+    """What is written where blocks alone go, and what loads that, on one line.
+
+    Args:
+        model_type: of the dense model.
+        facts: of its layout.
+        halves: whether attentions and FFNs may go as well and leave the rest of their block.
+    """
+    if not halves:
+        return f"whole blocks go, no heads or channels; saved as {model_type}, loads in what loads MODEL"
+    return (
+        "whole blocks, attentions and FFNs go, no single heads or channels; saved as "
+        f"{' or '.join(facts['saved_as'])}, loads in {', '.join(facts['loads_in'])}; if only whole blocks go, in what "
+        "loads MODEL"
+    )
+
+
 def segment_layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, Any]:
     """What a layout writes and what loads it, known before any calibration."""
     own = dense_type(anatomy.model.config)

@@ -19,7 +19,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.checkpoint.readers import reader_for
 from snp_llm.checkpoint.skeleton import check_reader, check_text_weights, load_config, load_skeleton
 from snp_llm.cli.estimates import estimate_facts, estimate_line, print_estimate
-from snp_llm.cli.layouts import layout_facts, layout_line
+from snp_llm.cli.layouts import depth_line, layout_facts, layout_line
 from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
 from snp_llm.data.sources import BUNDLED
@@ -239,7 +239,8 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     anatomy = find_anatomy(dense, recipe.head_unit, recipe.experts)
     written = layout_facts(anatomy, recipe.layout, recipe.round_to)
     if recipe.depth == "only":
-        say(f"whole blocks go, no heads or channels; saved as {dense.config.model_type}, loads in what loads MODEL")
+        halves = recipe.layout == "compact" and recipe.depth_score == "loss"  # other scores are of blocks alone
+        say(depth_line(dense.config.model_type, written, halves=halves))
     else:
         say(layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)

@@ -13,8 +13,11 @@ from snp_llm.cli.inspect import inspect
 from snp_llm.cli.layouts import layout_facts, layout_line
 from snp_llm.cli.main import main
 from snp_llm.cli.parse import inspect_main, prune_main
+from snp_llm.cli.prune import announce
 from snp_llm.models.anatomy import find_anatomy
-from tests.conftest import save_model, small_model, small_recipe
+from snp_llm.pruning.run import resolve
+from snp_llm.recipe.commands import Talk
+from tests.conftest import save_model, small_model, small_opt, small_recipe
 from tests.entry.test_cli import QUICK, refuse
 from tests.families import FAMILY_CONFIGS, every_family
 
@@ -99,6 +102,21 @@ def test_the_largest_sparsity_can_be_had_and_no_more(opt_folder, tmp_path, capsy
 )
 def test_what_a_layout_writes_and_what_loads_it_is_said_before(model_type, layout, expected):
     assert expected in layout_line(layout, layout_facts(find_anatomy(small_model(model_type)), layout, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "saved as snp_opt, loads in transformers with trust_remote_code; if only whole blocks go"),
+        ({"layout": "uniform"}, "saved as opt, loads in what loads MODEL"),
+        ({"depth_score": "influence"}, "saved as opt, loads in what loads MODEL"),
+    ],
+)
+def test_what_loads_blocks_and_halves_of_blocks_is_said_before(settings, said, tmp_path, capsys):
+    model = small_opt()
+    recipe = resolve(small_recipe(depth="only", dry_run=True, **settings), model)
+    announce(model, recipe, tmp_path, Talk())
+    assert said in capsys.readouterr().out
 
 
 def test_blocks_that_may_go_are_told_of(opt_folder, capsys):
