@@ -29,7 +29,7 @@ from snp_llm.pruning.run import resolve
 from snp_llm.recipe.commands import Talk
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.recipe.recovery import RecoverRecipe
-from snp_llm.recovery.recover import Tools, budget_of, recover, windows_wanted
+from snp_llm.recovery.recover import Tools, budget_of, check_dense, recover, windows_wanted
 from snp_llm.recovery.train import CHECKS, in_float32
 from snp_llm.report import recovery as recovery_report
 from snp_llm.report.card import write_card
@@ -161,6 +161,7 @@ def recover_into(
     device, scratch = compute_device(recipe.device), partial / contents.DENSE / str(ranks.rank())
     loaded = load_pruned(recipe, texts, scratch)
     dense, _ = checkpoint.load(dense_model, "auto", on_disk=scratch / "dense")
+    check_dense(dense, loaded.model, recipe)
     log.info("hashing the weights of both models")
     depends = {
         **identity(loaded.model, loaded.reader, loaded.windows, loaded.texts),

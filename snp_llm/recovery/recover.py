@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm.checkpoint.journal import Journal
+from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.calls import without_cache
 from snp_llm.models.segments import find_segments
 from snp_llm.models.task import task_of
+from snp_llm.models.text_part import text_config
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.recovery import COUNTED, RecoverRecipe
 from snp_llm.recovery.schedule import Budget
@@ -74,6 +76,28 @@ def budget_of(recipe: RecoverRecipe, item: str) -> Budget:
     if items is None and recipe.minutes is None:
         items = USUAL_BUDGET[item]
     return Budget(items, recipe.minutes and 60 * recipe.minutes)
+
+
+def check_dense(dense: PreTrainedModel, pruned: PreTrainedModel, recipe: RecoverRecipe) -> None:
+    """Raises SnpError if what a dense model says cannot be compared with what a pruned one says."""
+    found, own = (_classes(model) for model in (dense, pruned))
+    if found != own:
+        raise SnpError(
+            f"--dense: puts out {found:,} logits, the pruned model {own:,}; expected the model that it was made from."
+        )
+    streams = [(len(find_blocks(m)), getattr(text_config(m.config), "hidden_size", 0)) for m in (dense, pruned)]
+    if recipe.hidden_weight and streams[0] != streams[1]:
+        (blocks, width), (left, narrow) = streams
+        raise SnpError(
+            f"--hidden-weight: expected the dense model's {blocks} blocks, behind each of which states are compared, "
+            f"on a stream of {width:,}; the pruned model has {left}, on one of {narrow:,}. Leave it out."
+        )
+
+
+def _classes(model: PreTrainedModel) -> int:
+    """How many logits a position, or an image, has."""
+    head: Any = model.get_output_embeddings()
+    return len(head.weight) if head is not None else int(model.config.num_labels or 0)
 
 
 def windows_wanted(recipe: RecoverRecipe, item: str, length: int) -> tuple[int, int]:

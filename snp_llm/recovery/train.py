@@ -129,11 +129,6 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.precise):
             targets = self.teacher(windows, numbers)
             found = self.trained.model(as_input(windows, self.trained.model), **self.options)
-        if targets.largest is None and targets.chances.shape != found.logits.shape:
-            raise SnpError(
-                f"--dense: puts out {targets.chances.shape[-1]:,} logits, the pruned model {found.logits.shape[-1]:,}; "
-                "expected the model that it was made from."
-            )
         loss = divergence(targets, found.logits)
         if self.recipe.hidden_weight and not judged:
             loss = loss + self.recipe.hidden_weight * hidden_difference(targets, tuple(found.hidden_states[1:-1]))

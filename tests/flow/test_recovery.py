@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from snp_llm.models.task import TEXT
 from snp_llm.recipe.file import load_recipe
 from snp_llm.recipe.recovery import RecoverRecipe
 from snp_llm.recovery.divergence import all_of, divergence, largest_of
-from snp_llm.recovery.recover import Tools, recover
+from snp_llm.recovery.recover import Tools, check_dense, recover
 from snp_llm.recovery.schedule import Budget, Order, rate
 from snp_llm.recovery.teacher import Stored, live
 from snp_llm.recovery.train import CHECKS, Material, Training, train
@@ -251,6 +252,7 @@ def test_the_command(pruned_opt, tmp_path, capsys, monkeypatch):
         (["--dense-logits", "x"], "expected together with --dense-top-k"),
         (["--dense-top-k", "5000", "--tokens", "1K"], "expected fewer than the 2,048 logits"),
         (["--hidden-weight", "1", "--dense-top-k", "5"], "needs the dense model in memory"),
+        (["--hidden-weight", "1", "--dense", "tiny-opt"], "--hidden-weight: expected the dense model's 5 blocks"),
         (["--learning-rate", "nan"], "--learning-rate: expected a number"),
         (["--calibration", "gone.txt"], "gone.txt: no such file"),
         (["--minutes", "0"], "--minutes: expected a number"),
@@ -260,6 +262,19 @@ def test_what_cannot_be_is_said_in_a_line(pruned_opt, tmp_path, capsys, argument
     out = tmp_path / "out"
     assert recover_main([str(pruned_opt / "pruned"), "--no-eval", "--output", str(out), *arguments]) == 2
     assert said in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("dense", "settings", "said"),
+    [
+        ({"vocab_size": 2050}, {"dense_top_k": 5}, "--dense: puts out 2,050 logits, the pruned model 2,048"),
+        ({"num_hidden_layers": 4}, {"hidden_weight": 0.5}, "--hidden-weight: expected the dense model's 4 blocks"),
+        ({"num_hidden_layers": 4}, {"dense_top_k": 5}, None),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_training(dense, settings, said):
+    with nullcontext() if said is None else pytest.raises(SnpError, match=said):
+        check_dense(small_opt(**dense), small_opt(), RecoverRecipe(folder="-", **settings))
 
 
 def test_a_folder_that_is_none(opt_folder, tmp_path, capsys):
