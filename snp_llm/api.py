@@ -15,6 +15,7 @@ from snp_llm.cli.report import write_page
 from snp_llm.data.given import ORIGIN
 from snp_llm.evaluate.material import material_of
 from snp_llm.models import size
+from snp_llm.models.registry import auto_class, is_own
 from snp_llm.pruning import pipeline
 from snp_llm.recipe.file import unknown
 from snp_llm.recipe.groups import EVALUATION, ONCE
@@ -160,6 +161,8 @@ def prune(
         model, found = checkpoint.load(model, chosen.dtype, trust_remote_code=chosen.trust_remote_code)
         tokenizer = tokenizer or found
     check_in_memory(model, tokenizer)
+    if chosen.dtype not in ("auto", kind := str(model.dtype).removeprefix("torch.")):
+        raise SnpError(f"prune: dtype: expected {kind}, in which the model is, got {chosen.dtype}. Convert it first.")
     if loss is not None:
         if not chosen.needs_gradients:
             raise SnpError("loss: expected allocation='loss', or metric='loss', which alone ask for its gradients.")
@@ -201,6 +204,13 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
         raise SnpError(
             f"prune: {kind} is quantised; prune it before that, or what model.dequantize() gives, and quantise the "
             "pruned one."
+        )
+    whole = auto_class(model.config)._model_mapping.get(type(model.config), ()) if is_own(type(model)) else type(model)
+    if not isinstance(model, whole):
+        names = " or ".join(one.__name__ for one in (whole if isinstance(whole, tuple) else (whole,)))
+        raise SnpError(
+            f"prune: {kind}: expected {names}, whose logits say what a cut costs; got a body alone, or with another "
+            "head. Prune the whole model; bodies with other heads load from what .save(folder) writes, to be trained."
         )
     parts = [part for part in model.modules() if not hasattr(part, "_hf_hook")]  # which fetches weights from disk
     if any(parameter.is_meta for part in parts for parameter in part.parameters(recurse=False)):

@@ -6,7 +6,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    OPTForCausalLM,
+    OPTForSequenceClassification,
+)
 
 import snp_llm
 from snp_llm import Recipe, SnpError
@@ -170,6 +176,11 @@ def test_what_is_no_plain_model_is_refused_in_words(tokenizer):
         snp_llm.prune(model, tokenizer, 0.3)
     with torch.device("meta"), pytest.raises(SnpError, match="meta device"):
         snp_llm.prune(OPTForCausalLM(model.config), tokenizer)
+    for other in (model.model, OPTForSequenceClassification(model.config)):
+        with pytest.raises(SnpError, match="expected OPTForCausalLM, whose logits"):
+            snp_llm.prune(other, tokenizer)
+    with pytest.raises(SnpError, match="dtype: expected float32, in which the model is, got bfloat16"):
+        snp_llm.prune(model, tokenizer, dtype="bfloat16")
     model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
     with pytest.raises(SnpError, match="quantised"):
         snp_llm.prune(model, tokenizer)
