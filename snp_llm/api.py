@@ -205,9 +205,10 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
             f"prune: {kind} is quantised; prune it before that, or what model.dequantize() gives, and quantise the "
             "pruned one."
         )
-    whole = auto_class(model.config)._model_mapping.get(type(model.config), ()) if is_own(type(model)) else type(model)
+    known = auto_class(model.config)._model_mapping.get(type(model.config)) if is_own(type(model)) else None
+    whole = known if isinstance(known, tuple) else (known or type(model),)
     if not isinstance(model, whole):
-        names = " or ".join(one.__name__ for one in (whole if isinstance(whole, tuple) else (whole,)))
+        names = " or ".join(one.__name__ for one in whole)
         raise SnpError(
             f"prune: {kind}: expected {names}, whose logits say what a cut costs; got a body alone, or with another "
             "head. Prune the whole model; bodies with other heads load from what .save(folder) writes, to be trained."
