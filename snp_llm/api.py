@@ -205,7 +205,7 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
             f"prune: {kind} is quantised; prune it before that, or what model.dequantize() gives, and quantise the "
             "pruned one."
         )
-    known = auto_class(model.config)._model_mapping.get(type(model.config)) if is_own(type(model)) else None
+    known = auto_class(model.config)._model_mapping.get(type(model.config), None) if is_own(type(model)) else None
     whole = known if isinstance(known, tuple) else (known or type(model),)
     if not isinstance(model, whole):
         names = " or ".join(one.__name__ for one in whole)
