@@ -30,6 +30,7 @@ class SiteBudget:
         energy: `energy_curve` of the site over its units, (units + 1,), or None where the rule does not need it.
         loss: predicted rise of the loss at every width, (units + 1,), falling to 0, or None likewise.
         permitted: the only widths it may have besides all units; None: every multiple.
+        gone: what the site has cost beside that, of units that cannot stay.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class SiteBudget:
     energy: Tensor | None = None
     loss: Tensor | None = None
     permitted: tuple[int, ...] | None = None
+    gone: float = 0.0
 
     def widths(self) -> list[int]:
         """Every width that this site may have, ascending; the last is all units."""

@@ -9,6 +9,7 @@ from snp_llm import prune
 from snp_llm.checkpoint.saving import folder_bytes, save
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
+from snp_llm.models.experts import find_experts
 from snp_llm.models.families.decoders import find_family
 from snp_llm.models.size import model_size
 from snp_llm.pruning.pipeline import plan
@@ -59,6 +60,44 @@ def test_rows_of_every_projection_fit_what_the_model_will_be_quantised_by(layout
     assert not any(row % 64 for row in rows) and pruned.recipe.round_to == 64
     assert sum(rows) < sum(m.in_features for m in find_blocks(dense).modules() if isinstance(m, torch.nn.Linear))
     assert any(len(site.kept) < site.site.units for site in pruned.sites if site.site.kind == "attention")
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        ({"sparsity": 0.02}, []),
+        pytest.param({"ffn_sparsity": 0.3, "head_sparsity": 0.0}, [], marks=pytest.mark.exhaustive),
+        ({"ffn_sparsity": 0.0, "head_sparsity": 0.2, "layout": "uniform"}, []),
+        pytest.param({"sparsity": 0.3, "depth": "auto", "measured_cuts": 0}, [], marks=pytest.mark.exhaustive),
+        (
+            {"sparsity": 0.5, "depth": "only", "layout": "uniform", "measured_cuts": 0},
+            ["144 of self_attn.o_proj, 176 of"],
+        ),
+        pytest.param(
+            {"sparsity": 0.2, "layout": "padded"},
+            ["144 of self_attn.o_proj, 176 of mlp.down_proj"],
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_rows_that_did_not_fit_lose_what_is_too_much_or_are_named(settings, stays, tokenizer, caplog):
+    """Neither three KV groups of 3 x 16 channels nor 176 channels are whole groups of 32; two groups and 160 are."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16}
+    dense = small_model("qwen3", torch.float32, hidden_size=64, intermediate_size=176, **heads)
+    pruned = prune(dense, tokenizer, small_recipe(for_="q8_0", num_samples=2, **settings))
+    rows = {m.in_features for m in find_blocks(pruned.model).modules() if isinstance(m, torch.nn.Linear)}
+    said = [record.getMessage() for record in caplog.records if "no multiples of 32" in record.getMessage()]
+    assert len(said) == len(stays) == any(row % 32 for row in rows)
+    assert all(names in line for names, line in zip(stays, said, strict=True))
+
+
+@pytest.mark.parametrize("experts", ["both", pytest.param("never", marks=pytest.mark.exhaustive)])
+def test_rows_of_experts_fit_as_well(experts, tokenizer, caplog):
+    dense = differing_model("qwen3_moe", hidden_size=64, moe_intermediate_size=48, intermediate_size=96, head_dim=16)
+    pruned = prune(dense, tokenizer, small_recipe(for_="q8_0", sparsity=0.1, num_samples=2, experts=experts))
+    widths = {mixture.channels for b in find_blocks(pruned.model) if (mixture := find_experts(b)) is not None}
+    assert widths == ({48} if experts == "never" else {32})
+    assert any("48 of mlp.experts" in message for message in caplog.messages) == (experts == "never")
 
 
 def test_rows_that_no_width_changes_have_to_fit_too():

@@ -50,6 +50,7 @@ def paired_budgets(
         best = _best(torch.stack(cost).sum(0), torch.stack(loss).sum(0) if loss else None)
         for place, i in enumerate(numbers):
             pairs[i] = [grid[k] for k in best]
+            rest = float(costs[i][-1] - cost[place][best[-1]]) if budgets[i + 1].gone else 0.0
             budgets[i] = replace(
                 budgets[i],
                 units=len(best) - 1,
@@ -59,8 +60,9 @@ def paired_budgets(
                 energy=None,
                 loss=loss[place][best] if loss else None,
                 permitted=None,
+                gone=rest,
             )
-            nothing = replace(budgets[i + 1], kind=f"channels of {budgets[i].kind}", units=0, minimum=0)
+            nothing = replace(budgets[i + 1], kind=f"channels of {budgets[i].kind}", units=0, minimum=0, gone=0.0)
             budgets[i + 1] = replace(nothing, costs=torch.zeros(1, dtype=torch.float64), permitted=())
     return budgets, pairs
 

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from snp_llm.linalg.allocation import SiteBudget
 from snp_llm.models.anatomy import Anatomy
+from snp_llm.models.depth import gone_blocks
+from snp_llm.models.experts import find_experts
 from snp_llm.models.outline import ffn_kinds, part_widths, structure_of
 from snp_llm.models.plain import expert_keys, ffn_key, uniform_widths
+from snp_llm.models.projections import Projection, weight_of
 from snp_llm.models.site import Site
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.recipe.recipe import ResolvedRecipe
@@ -44,18 +48,54 @@ def site_budgets(
         elif site.droppable and site.units == 1:
             permitted = (0,)
         fewest = 0 if site.droppable else multiple
-        found.append(
-            SiteBudget(
-                kind=kind,
-                units=site.units,
-                costs=cost,
-                multiple=multiple,
-                minimum=fewest if permitted is None else min(permitted, default=site.units),
-                energy=None if curve is None else curve.energy,
-                loss=None if curve is None else curve.loss,
-                permitted=permitted,
-            )
+        budget = SiteBudget(
+            kind=kind,
+            units=site.units,
+            costs=cost,
+            multiple=multiple,
+            minimum=fewest if permitted is None else min(permitted, default=site.units),
+            energy=None if curve is None else curve.energy,
+            loss=None if curve is None else curve.loss,
+            permitted=permitted,
         )
+        rows = not site.whole and not site.whole_block and recipe.layout != "padded"
+        found.append(_fitting(budget) if rows and site.units * site.unit_size % recipe.row else budget)
+    return found
+
+
+def _fitting(budget: SiteBudget) -> SiteBudget:
+    """A budget without the width of all units, whose rows do not fit, if there is another one."""
+    *others, _ = budget.widths()
+    if not any(others):
+        return budget
+    most = others[-1]
+    return replace(
+        budget,
+        units=most,
+        costs=budget.costs[: most + 1],
+        energy=None if budget.energy is None else budget.energy[: most + 1],
+        loss=None if budget.loss is None else budget.loss[: most + 1],
+        gone=float(budget.costs[-1] - budget.costs[most]),
+    )
+
+
+def rows_that_do_not_fit(anatomy: Anatomy, widths: Sequence[int], recipe: ResolvedRecipe) -> dict[str, int]:
+    """Lengths of rows that are no whole number of what `--for` names, by the paths of their projections in a block.
+
+    Where no width would help, since heads or channels stay or there is none that fits, and of what is no site.
+    """
+    found: dict[str, int] = {}
+    gone = gone_blocks(anatomy.sites, widths)
+    for index in (index for index in range(len(anatomy.blocks)) if index not in gone):
+        block = anatomy.blocks[index]
+        lengths = {path: weight_of(m).shape[1] for path, m in block.named_modules() if isinstance(m, Projection)}
+        if (mixture := find_experts(block)) is not None:
+            lengths[mixture.module] = mixture.channels
+        for site, width in zip(anatomy.sites, widths, strict=True):
+            if site.block == index and recipe.layout != "padded" and not site.whole:
+                of = site.consumers if site.mixture is None else (site.mixture.module,)
+                lengths |= dict.fromkeys(of, width * site.unit_size)
+        found |= {path: length for path, length in lengths.items() if length % recipe.row}
     return found
 
 

@@ -29,6 +29,7 @@ from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sa
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
 from snp_llm.pruning.widths.depth import check_blocks_enough, depth_plan
 from snp_llm.pruning.widths.paired import paired_budgets
+from snp_llm.pruning.widths.permitted import rows_that_do_not_fit
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -174,6 +175,9 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
     for removal in removals.parts:
         whose = f"{' and '.join(removal.kinds)}: " if len(removals.parts) > 1 else ""
         say_what_goes(anatomy.sites, widths, removal, removals.costs, whose)
+    if recipe.for_ is not None and (others := rows_that_do_not_fit(anatomy, widths, recipe)):
+        named = ", ".join(f"{length:,} of {path}" for path, length in others.items())
+        log.warning("--for %s: rows stay that are no multiples of %d: %s", recipe.for_, recipe.row, named)
     return widths
 
 
@@ -247,12 +251,12 @@ def fit_budget(
     """
     uniform = recipe.layout == "uniform"
     widths = [min(b.units for b in budgets if b.kind == one.kind) if uniform else one.units for one in budgets]
-    if removal.amount == 0:
+    if removal.amount == 0 or not (members := sites_to_cut(sites, budgets, removal, costs, recipe)):
         return widths
-    members = sites_to_cut(sites, budgets, removal, costs, recipe)
     chosen = [budgets[i] for i in members]
     rule = ALLOCATIONS[recipe.allocation]
-    total, allowed = total_cost(chosen), total_cost(chosen) - removal.amount
+    total = total_cost(chosen)
+    allowed = total - max(removal.amount - sum(budget.gone for budget in budgets), 0.0)
     keep, step = allowed / total, finest_step(chosen) / 2 / total
     found = pooled_widths(rule, chosen, keep) if uniform else rule(chosen, keep)
     # Rules meet a budget as closely as they can, from either side; one that was given as a limit is not exceeded.
@@ -278,6 +282,7 @@ def sites_to_cut(
     movable = {budget.kind for budget in budgets if len(budget.widths()) > 1}
     members = [i for i, budget in enumerate(budgets) if budget.kind in movable]
     prunable = total_cost([budgets[i] for i in members]) - sum(budgets[i].cost(budgets[i].widths()[0]) for i in members)
+    prunable += sum(budget.gone for budget in budgets)
     if removal.amount > prunable * (1 + ROUNDING):
         kinds = list(dict.fromkeys(site.kind for site in sites))
         raise SnpError(_too_much(kinds, removal, prunable, costs, recipe))
