@@ -60,6 +60,11 @@ def run_recover(recipe: RecoverRecipe, command: Sequence[str], talk: Talk) -> No
     inputs = {"the pruned model": source, "the dense model": Path(dense), "the text": Path(str(texts.calibration))}
     there = {what: path for what, path in inputs.items() if path.exists()}
     output.check_output(folder, overwrite=recipe.overwrite, inputs=there)
+    if recipe.train == "lora" and report["recipe"].get("layout") == "padded":
+        raise SnpError(
+            f"--train lora: {recipe.folder} is padded, and low-rank changes fill its zeros again; expected --train "
+            "blocks, which leaves them, or a compact folder."
+        )
     config = load_config(recipe.folder)
     budget_of(recipe, task_of(config).item)
     material = material_of(config)

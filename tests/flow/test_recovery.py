@@ -264,6 +264,24 @@ def test_what_cannot_be_is_said_in_a_line(pruned_opt, tmp_path, capsys, argument
     assert said in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+def test_zeros_of_a_padded_model_stay(pruned_opt, tmp_path, capsys):
+    dense = small_opt()
+    padded = changed(dense)
+    first, second = (padded.get_submodule(f"model.decoder.layers.1.{name}") for name in ("fc1", "fc2"))
+    first.weight[5:9], first.bias[5:9], second.weight[:, 5:9] = 0, 0, 0
+    train(training(padded, dense, tokens="4k"), Budget(4 * 16 * 20, None), lambda _line: None)
+    assert first.weight.count_nonzero(1)[5:9].sum() == first.bias[5:9].count_nonzero() == 0
+    assert second.weight[:, 5:9].count_nonzero() == 0 < second.weight[:, :5].count_nonzero()
+
+    folder = tmp_path / "padded"
+    shutil.copytree(pruned_opt / "pruned", folder)
+    report = json.loads((folder / "prune_report.json").read_text())
+    report["recipe"]["layout"] = "padded"
+    (folder / "prune_report.json").write_text(json.dumps(report))
+    assert recover_main([str(folder), "--train", "lora", "--output", str(tmp_path / "out")]) == 2
+    assert "is padded, and low-rank changes fill its zeros" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("dense", "settings", "said"),
     [
