@@ -60,6 +60,7 @@ def run_recover(recipe: RecoverRecipe, command: Sequence[str], talk: Talk) -> No
     inputs = {"the pruned model": source, "the dense model": Path(dense), "the text": Path(str(texts.calibration))}
     there = {what: path for what, path in inputs.items() if path.exists()}
     output.check_output(folder, overwrite=recipe.overwrite, inputs=there)
+    check_logits_folder(recipe, {"the pruned model": source, "the output": folder})
     if recipe.train == "lora" and report["recipe"].get("layout") == "padded":
         raise SnpError(
             f"--train lora: {recipe.folder} is padded, and low-rank changes fill its zeros again; expected --train "
@@ -79,6 +80,16 @@ def run_recover(recipe: RecoverRecipe, command: Sequence[str], talk: Talk) -> No
             made = recover_into(partial, recipe, texts, (dense, report), shlex.join(command))
         if ranks.rank() == 0:
             finish(recipe, folder, made, talk)
+
+
+def check_logits_folder(recipe: RecoverRecipe, others: dict[str, Path]) -> None:
+    """Raises SnpError if the dense model's logits would be kept in a folder that is something else, by what that is."""
+    if recipe.dense_logits is None:
+        return
+    kept = Path(recipe.dense_logits).resolve()
+    for what, path in others.items():
+        if kept.is_relative_to(path.resolve()):
+            raise SnpError(f"--dense-logits {recipe.dense_logits}: is {what}, or in it; expected a folder of its own.")
 
 
 def material_recipe(recipe: RecoverRecipe, report: dict[str, Any]) -> Recipe:

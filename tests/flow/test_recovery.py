@@ -264,6 +264,17 @@ def test_what_cannot_be_is_said_in_a_line(pruned_opt, tmp_path, capsys, argument
     assert said in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(("place", "what"), [("pruned", "the pruned model"), ("out/logits", "the output")])
+def test_logits_are_kept_apart(pruned_opt, tmp_path, capsys, place, what):
+    source, out = pruned_opt / "pruned", tmp_path / "out"
+    kept = source if place == "pruned" else tmp_path / place
+    before = sorted(source.iterdir())
+    options = ["--dense-top-k", "5", "--dense-logits", str(kept), "--output", str(out)]
+    assert recover_main([str(source), *options]) == 2
+    assert f"is {what}, or in it" in capsys.readouterr().err
+    assert sorted(source.iterdir()) == before and not [*tmp_path.iterdir()]
+
+
 def test_zeros_of_a_padded_model_stay(pruned_opt, tmp_path, capsys):
     dense = small_opt()
     padded = changed(dense)
