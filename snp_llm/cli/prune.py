@@ -152,7 +152,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
                 if shown := evaluation.shown(models, device):
                     more["samples"] = shown
         with clock.phase("saving"), watching("reloading in a fresh process, and comparing"):
-            difference = ranks.from_rank(0, compare)
+            more["largest_logit_difference"] = ranks.from_rank(0, compare)
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}
@@ -162,8 +162,7 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
         facts.Measured(size, disk, speed=speed, **found)
         for size, disk, speed, found in zip(sizes, disks, speeds.per_second, figures, strict=True)
     )
-    more |= {"largest_logit_difference": difference, "device": describe_device(device)}
-    more["speed_up"] = asdict(speeds.ratio)
+    more |= {"device": describe_device(device), "speed_up": asdict(speeds.ratio)}
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     return describe(partial, pruned, (before, after), more, base_model)
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from snp_llm.runtime.device import has_room
 from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
 
 FILES_FROM = 4096  # channels, from which on sums are worth a file
 
