@@ -154,8 +154,8 @@ def mixed_windows(
     return windows_of(tokens[order], " and ".join(windows.origin for windows in found), bos, f": {shares}")
 
 
-def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
-    """The draw without its last `held` windows, and those; where there are few, a quarter of them.
+def split_windows(windows: Windows, wanted: int, held: int) -> tuple[Windows, Windows]:
+    """The first `wanted` windows of a draw, and the rest, held out: `held` or, of a short draw, a quarter at least.
 
     Raises:
         SnpError: a single window.
@@ -163,10 +163,11 @@ def split_windows(windows: Windows, held: int) -> tuple[Windows, Windows]:
     count = len(windows.tokens)
     if count < 2:
         raise SnpError("calibration: expected at least two windows, one of them to be held out; got one.")
-    held = min(held, max(1, count // 4))
+    first = min(wanted, count - min(held, max(1, count // 4)))
+    short = f" ({wanted} asked for)" if first < wanted else ""
     return (
-        windows_of(windows.tokens[:-held], windows.origin, windows.bos, f", {held} more held out"),
-        windows_of(windows.tokens[-held:], windows.origin, windows.bos),
+        windows_of(windows.tokens[:first], windows.origin, windows.bos, f"{short}, {count - first} more held out"),
+        windows_of(windows.tokens[first:], windows.origin, windows.bos),
     )
 
 

@@ -127,7 +127,7 @@ def prune(
     signs.begin(f"reading {resolved.calibration}")
     if allowed is not None:
         drawn = read_calibration(tokenizer, resolved, model, HELD_OUT_WINDOWS, given.data)
-        windows, unseen = split_windows(drawn, HELD_OUT_WINDOWS)
+        windows, unseen = split_windows(drawn, resolved.num_samples, HELD_OUT_WINDOWS)
         begin_journal(journal, partial(identity, model, tokenizer, windows, resolved), signs)
         visited = visit(model, windows, run.phase("visit"))
 

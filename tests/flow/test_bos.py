@@ -213,7 +213,7 @@ def test_sliding_windows_after_bos_are_what_each_token_gets_by_itself(length, se
 def test_windows_held_out_of_a_draw_keep_what_is_said_of_bos(text):
     text = text.rename(text.with_name("one, two.txt"))
     draw = {"num_samples": 8, "seq_len": 12, "seed": 3, "bos": "always"}
-    rest, held = split_windows(calibration_windows(make_tokenizer("adds"), Dataset(str(text)), **draw), 2)
+    rest, held = split_windows(calibration_windows(make_tokenizer("adds"), Dataset(str(text)), **draw), 6, 2)
     assert rest.description == "one, two.txt, 6 windows of 12 tokens, each after BOS, 2 more held out"
     assert held.description == "one, two.txt, 2 windows of 12 tokens, each after BOS"
     assert (torch.cat([rest.tokens, held.tokens])[:, 0] == BOS).all()

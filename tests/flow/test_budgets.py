@@ -178,7 +178,8 @@ def test_the_permitted_rise_of_perplexity_is_used_up_and_not_exceeded(tokenizer)
     recipe = small_recipe(max_perplexity_increase="4%", num_samples=24, round_to=4)
     pruned = prune(dense, tokenizer, recipe)
     resolved = resolve(recipe, dense)
-    held = read_calibration(tokenizer, resolved, dense, 32).tokens[-14:]
+    held = read_calibration(tokenizer, resolved, dense, 32).tokens[24:]
+    assert (len(pruned.calibration.tokens), len(held)) == (24, 32)  # as many as were asked for, whatever is held out
     assert not (pruned.calibration.tokens[:, None] == held).all(2).any()  # nothing calibrated on is judged by
     rise = perplexity(pruned.model, held) / perplexity(dense, held) - 1
     found = dict(pruned.trials)

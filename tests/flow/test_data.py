@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from snp_llm.data.sources import NAMED, Dataset, check_dataset, mixture
-from snp_llm.data.windows import calibration_windows, evaluation_windows, mixed_windows
+from snp_llm.data.windows import calibration_windows, evaluation_windows, mixed_windows, split_windows, windows_of
 from snp_llm.runtime.errors import SnpError
 
 
@@ -85,6 +85,18 @@ def test_shares_that_are_none(name):
 def test_short_text_gives_fewer_windows_and_says_so(texts, tmp_path, tokenizer):
     windows = calibrate(tokenizer, write(tmp_path / "data.txt", texts[:3]), num_samples=100)
     assert len(windows.tokens) < 100 and "(100 asked for, the text holds no more)" in windows.description
+
+
+@pytest.mark.parametrize(
+    ("drawn", "wanted", "kept"),
+    [(160, 128, 128), (48, 16, 16), (33, 1, 1), (100, 128, 75), (20, 16, 15), (2, 8, 1), (34, 2, 2)],
+)
+def test_as_many_windows_are_calibrated_on_as_were_asked_for(drawn, wanted, kept):
+    """Whatever is held out beside them; of a short text at least a quarter is, and the rest is said to be less."""
+    windows = windows_of(torch.arange(drawn)[:, None], "a text", "once")
+    rest, held = split_windows(windows, wanted, 32)
+    assert torch.cat([rest.tokens, held.tokens]).equal(windows.tokens) and len(rest.tokens) == kept
+    assert (f"({wanted} asked for)" in rest.description) == (kept < wanted)
 
 
 def test_too_little_text_for_one_window(tmp_path, tokenizer):
