@@ -39,7 +39,7 @@ from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.report import facts
 from snp_llm.report.folder import describe
 from snp_llm.report.rows import closing_table, measured_by
-from snp_llm.report.words import asked, sample_lines
+from snp_llm.report.words import asked, latency_line, sample_lines
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import Clock, compute_device, describe_device, hand_back, place_for_another
 from snp_llm.runtime.numbers import human_bytes
@@ -183,7 +183,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict[str, Any], talk: Talk) ->
     if "evaluation" in summary:
         print(f"{' and '.join(measured_by(summary))} on {summary['evaluation']}")
     print(f"calibrated on {summary['calibration']['text']}")
-    for line in sample_lines(summary):
+    for line in (*filter(None, [latency_line(summary)]), *sample_lines(summary)):
         print(line)
     difference = summary["largest_logit_difference"]
     print(f"reloaded in a fresh process: logits differ by {difference:.1e} of the largest")

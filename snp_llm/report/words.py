@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from snp_llm.recipe.budget import GOALS
+from snp_llm.evaluate.turns import TOO_NOISY, says_something
+from snp_llm.recipe.budget import GOALS, read_budget
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.recipe import SPARSITY
 from snp_llm.report.rows import words_of
@@ -22,7 +23,28 @@ def said_of(report: Mapping[str, Any]) -> list[str]:
         difference = report["largest_logit_difference"]
         same = "are the same to the bit" if difference == 0 else f"differ by {difference:.1e} of the largest"
         found.append(f"Reloaded in a fresh process, its logits {same}.")
+    if (latency := latency_line(report)) is not None:
+        found.append(f"{latency}.")
     return found
+
+
+def latency_line(report: Mapping[str, Any]) -> str | None:
+    """What a latency that was asked for came to where both models ran; None where none was, or none was measured.
+
+    Widths follow from times of blocks one by one, before pruning: this is what became of them.
+    """
+    recipe, found = report["recipe"], report.get("speed_up")
+    if (goal := recipe.get("target_latency")) is None or found is None:
+        return None
+    of = f"{flag('target_latency')} {goal}: measured afterwards, a window of {recipe['seq_len']:,} tokens"
+    if not says_something(**found):
+        return f"{of} was {TOO_NOISY}"
+    if read_budget("latency", goal).relative:
+        middle, low, high = (1 / found[name] for name in ("ratio", "high", "low"))
+        took = f"{middle:.2f} ({low:.2f} to {high:.2f}) of the dense model's time"
+    else:
+        took = f"{1000 * recipe['seq_len'] / report['pruned']['speed']:,.4g} ms"
+    return f"{of} took {took}"
 
 
 def sample_lines(report: Mapping[str, Any]) -> list[str]:

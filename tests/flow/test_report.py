@@ -10,7 +10,7 @@ from snp_llm.checkpoint import contents
 from snp_llm.checkpoint.base_card import inherited
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
-from snp_llm.report import facts, rows
+from snp_llm.report import facts, rows, words
 from snp_llm.report.results import dataset_of
 from snp_llm.report.words import asked, percent
 from tests.conftest import small_opt, small_recipe
@@ -147,6 +147,24 @@ def test_closing_table_has_both_models_side_by_side(run):
     ):
         assert name in text
     assert "50.00" in text and "55.50" in text and "1.110" in text
+
+
+@pytest.mark.parametrize(
+    ("goal", "ratio", "said"),
+    [
+        ("0.8x", (1.25, 1.0, 1.6), "was too noisy to say"),
+        ("0.8x", (1.25, 1.2, 1.28), "took 0.80 (0.78 to 0.83) of the dense model's time"),
+        ("12ms", (1.25, 1.2, 1.28), "took 16 ms"),
+        (None, (1.25, 1.2, 1.28), None),
+    ],
+)
+def test_what_came_of_a_latency_is_said(goal, ratio, said, run):
+    recipe = {**run[3]["recipe"], "target_latency": goal, "seq_len": 32}
+    speed_up = dict(zip(("ratio", "low", "high"), ratio, strict=True))
+    report = {**run[3], "recipe": recipe, "speed_up": speed_up, "pruned": {**run[3]["pruned"], "speed": 2000.0}}
+    of = f"--target-latency {goal}: measured afterwards, a window of 32 tokens "
+    assert words.latency_line(report) == (None if said is None else of + said)
+    assert [line for line in words.said_of(report) if "latency" in line] == ([] if said is None else [f"{of}{said}."])
 
 
 def test_terminal_and_card_show_the_same_rows(run):
