@@ -1,5 +1,6 @@
 """What a model takes up: parameters, bytes, FLOPs, activations. Runs nothing."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Experts
 
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
+
+HEADER = 64  # bytes at most of a safetensors file that are of no tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,18 @@ def model_size(model: PreTrainedModel, seq_len: int, experts: Experts = "never")
         bytes=sum(p.numel() * p.element_size() for p in unique),
         flops=FLOPS[task_of(model.config).name](model, seq_len),
     )
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's safetensors files, at most: tensors, tied ones once, and a header, in which each has its name,
+    type, shape and place. Stacked experts may be stored one by one, gate and up apart."""
+    found = {id(tensor): (path, tensor) for path, tensor in model.state_dict(keep_vars=True).items()}.values()
+    total = sum(tensor.numel() * tensor.element_size() for _, tensor in found)
+    for path, tensor in found:
+        entry = {path: {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [total, total]}}
+        stored_as = 2 * len(tensor) if of_experts(path) and tensor.dim() > 1 else 1
+        total += stored_as * len(json.dumps(entry, separators=(",", ":")))
+    return total + HEADER
 
 
 def prefill_flops(model: PreTrainedModel, seq_len: int) -> float:

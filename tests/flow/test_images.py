@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from snp_llm import checkpoint, prune
+from snp_llm.checkpoint.saving import folder_bytes, save
 from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
 from snp_llm.data.images import Pictures, labelled_batches
 from snp_llm.evaluate.material import form_of
@@ -154,7 +155,7 @@ def test_norms_hold_what_a_pass_over_the_images_gives(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONAL)
-def test_costs_are_what_the_pruned_model_has(kind):
+def test_costs_are_what_the_pruned_model_has(kind, tmp_path):
     dense = small_classifier(kind)
     for settings, key in (({"sparsity": 0.3}, "weights"), ({"target_params": "0.6x", "sparsity": None}, "params")):
         run = prune(dense, small_processor(), image_recipe(**settings))
@@ -165,6 +166,11 @@ def test_costs_are_what_the_pruned_model_has(kind):
     run = prune(dense, small_processor(), image_recipe(target_flops="0.7x", sparsity=None, round_to=1))
     share = model_size(run.model, 1).flops / model_size(dense, 1).flops
     assert 0.68 < share <= 0.7  # a unit of so small a network is a hundredth of it
+    save(dense, small_processor(), tmp_path / "dense")
+    limit = round(0.8 * folder_bytes(tmp_path / "dense"))
+    run = prune(dense, small_processor(), image_recipe(target_size=f"{limit}B", sparsity=None, round_to=1))
+    save(run.model, small_processor(), tmp_path / "small")
+    assert 0.9 * limit < folder_bytes(tmp_path / "small") <= limit
 
 
 @pytest.mark.parametrize("layout", ["compact", pytest.param("uniform", marks=pytest.mark.exhaustive)])

@@ -11,7 +11,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection, bias_of
 from snp_llm.models.site import Site, consumers_of, site_weight, tensor_or_module
-from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, unit_flops
+from snp_llm.models.size import ModelSize, linear_weights, model_size, routed_weights, stored_bytes, unit_flops
 from snp_llm.models.task import task_of
 from snp_llm.pruning.widths.latency import LatencyTable, read_or_measure
 from snp_llm.recipe.budget import Budget
@@ -83,7 +83,7 @@ def budget_costs(anatomy: Anatomy, budget: Budget, recipe: ResolvedRecipe) -> Co
         found.append(linear_costs(site.units, of_unit, beside))
     unit, dense = {
         "params": ("parameters", size.parameters),
-        "size": ("bytes", size.bytes),
+        "size": ("bytes", stored_bytes(anatomy.model)),
         "flops": (f"FLOPs {task_of(anatomy.model.config).work}", size.flops),
     }[budget.kind]
     return Costs(unit, float(dense), found)

@@ -16,6 +16,7 @@ from snp_llm.models.positions import layer_positions
 from snp_llm.models.projections import Projection
 from snp_llm.models.segment_configs import tied_pools
 from snp_llm.models.segments import Segments
+from snp_llm.models.size import stored_bytes
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.shared import shared_order
 from snp_llm.recipe.recipe import ResolvedRecipe
@@ -107,6 +108,8 @@ def coupled_costs(anatomy: Anatomy, kind: str) -> Coupled:
             weight, beside = _values(module, kind, positions.get(name, 1))
             pieces.append(Piece(weight, made.get(where, -1), read.get(where, -1)))
             pieces.append(Piece(beside, made.get(where, -1), -1))
+    if kind == "size":  # what files have beside the numbers
+        pieces.append(Piece(stored_bytes(anatomy.model) - sum(piece.value for piece in pieces), -1, -1))
     units = tuple(anatomy.sites[numbers[0]].units for numbers in groups.values())
     return Coupled(units, tuple(p for p in pieces if p.value), tuple(map(tuple, groups.values())))
 
@@ -119,8 +122,11 @@ def _values(module: nn.Module, kind: str, positions: int) -> tuple[float, float]
         return 2.0 * positions * weights, 0.0
     if kind == "weights":
         return float(weights), 0.0
-    size = own[0].element_size() if own and kind == "size" else 1
-    return float(size * weights), float(size * (sum(p.numel() for p in own) - weights))
+    if kind == "size":
+        stored = [*own, *module.buffers(recurse=False)]
+        size = own[0].element_size() if own else 1
+        return float(size * weights), float(sum(t.numel() * t.element_size() for t in stored) - size * weights)
+    return float(weights), float(sum(p.numel() for p in own) - weights)
 
 
 def coupled_plan(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: ResolvedRecipe) -> list[int]:
