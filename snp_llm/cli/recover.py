@@ -47,7 +47,6 @@ SHARED = (
     *("calibration", "calibration_split", "text_column", "image_column", "label_column", "seq_len", "bos"),
     *("eval_dataset", "eval_split"),
 )
-USUAL = {"text_column": "text", "image_column": "image", "label_column": "label"}
 
 
 def run_recover(recipe: RecoverRecipe, command: Sequence[str], talk: Talk) -> None:
@@ -97,8 +96,7 @@ def material_recipe(recipe: RecoverRecipe, report: dict[str, Any]) -> Recipe:
     before = report["recipe"]
     if not isinstance(before, dict) or not isinstance(before.get("model"), str):
         raise SnpError(f"{recipe.folder}: expected the settings of a prune in its {contents.REPORT}, got others.")
-    chosen = {name: getattr(recipe, name) for name in SHARED}
-    given = {name: value for name, value in chosen.items() if value is not None and value != USUAL.get(name)}
+    given = {name: value for name in SHARED if (value := getattr(recipe, name)) is not None}
     for text, split in (("calibration", "calibration_split"), ("eval_dataset", "eval_split")):
         if text in given:
             given.setdefault(split, None)  # that of the report is another text's

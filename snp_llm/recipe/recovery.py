@@ -69,12 +69,12 @@ class RecoverRecipe:
     """Text or images to train on, as for prune. Default: what FOLDER was calibrated on."""
     calibration_split: Text | None = None
     """Default: the training split."""
-    text_column: str = "text"
-    """Column that holds the text, for datasets that are not known by name."""
-    image_column: str = "image"
-    """Column that holds the images, where a model classifies those."""
-    label_column: str = "label"
-    """Column that holds their classes, which are for evaluation alone."""
+    text_column: str | None = None
+    """Column that holds the text, for datasets that are not known by name. Default: that of the pruning."""
+    image_column: str | None = None
+    """Column that holds the images, where a model classifies those. Default: that of the pruning."""
+    label_column: str | None = None
+    """Column that holds their classes, which are for evaluation alone. Default: that of the pruning."""
     num_samples: int | None = None
     """Windows, or images, to draw; they come again and again until the budget is used up. Default: as many as it holds,
     of images, and where it is in minutes, at most 4,096."""

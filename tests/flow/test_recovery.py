@@ -20,6 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from snp_llm import SnpError
 from snp_llm.checkpoint.journal import Journal
 from snp_llm.cli.parse import prune_main, recover_main
+from snp_llm.cli.recover import material_recipe
 from snp_llm.models.task import TEXT
 from snp_llm.recipe.file import load_recipe
 from snp_llm.recipe.recovery import RecoverRecipe
@@ -273,6 +274,15 @@ def test_logits_are_kept_apart(pruned_opt, tmp_path, capsys, place, what):
     assert recover_main([str(source), *options]) == 2
     assert f"is {what}, or in it" in capsys.readouterr().err
     assert sorted(source.iterdir()) == before and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("column", [None, "text", "body"])
+def test_texts_are_those_of_the_pruning_but_for_what_is_named(column):
+    """Even where that is what is usual, which other texts than the pruning's may need."""
+    report = {"recipe": {"model": "tiny-opt", "calibration": "own.jsonl", "text_column": "content", "bos": "never"}}
+    found = material_recipe(RecoverRecipe(folder="-", calibration="other.jsonl", text_column=column), report)
+    assert (found.calibration, found.bos, found.text_column) == ("other.jsonl", "never", column or "content")
+    assert material_recipe(RecoverRecipe(folder="-"), {"recipe": {"model": "tiny-opt"}}).text_column == "text"
 
 
 def test_zeros_of_a_padded_model_stay(pruned_opt, tmp_path, capsys):
