@@ -36,12 +36,17 @@ def expert_parameters(blocks: nn.ModuleList) -> int:
 
 def has_more(anatomy: Anatomy, index: int) -> bool:
     """Whether a block adds more to the stream than its sites put out: what a mixer does, or experts."""
-    named = anatomy.blocks[index].named_parameters()
+    named = [*anatomy.blocks[index].named_parameters()]
+    if any(not weight.numel() for _, weight in named):  # of an attention or FFN that has gone its last bias is left
+        return True
     return bool(mixers(anatomy, index)) or any(of_experts(name) for name, _ in named)
 
 
 def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:
-    """The modules right below a block that project or convolve, and hold no site and no experts."""
+    """The modules right below a block that project or convolve, and hold no site and no experts.
+
+    An attention or FFN that has gone is none: there is nothing left that projects.
+    """
     here = anatomy.sites_of(index)
     cut = {path for site in here for path in (*site.consumers, *(producer.path for producer in site.producers))}
     shared = {site.shared for site in anatomy.sites if site.shared is not None}
@@ -50,6 +55,6 @@ def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:
         (name, child)
         for name, child in anatomy.blocks[index].named_children()
         if not any(path == name or path.startswith(f"{name}.") for path in cut)
-        and any(isinstance(module, Projection | nn.Conv1d) for module in child.modules())
+        and any(isinstance(m, Projection | nn.Conv1d) and m.weight.numel() for m in child.modules())
         and not any(of_experts(f"{name}.{path}") for path, _ in child.named_modules())
     ]

@@ -37,3 +37,5 @@ def check_tokens(windows: Windows, model: PreTrainedModel) -> None:
             f"{windows.description}: token id {largest:,} is in the text; the model embeds ids below {rows:,}. Take "
             "that token out of the text, or use the model's own tokenizer."
         )
+    if (smallest := int(windows.tokens.min())) < 0:
+        raise SnpError(f"{windows.description}: expected token ids from 0 on, got {smallest:,}. Leave out such places.")

@@ -18,6 +18,7 @@ from snp_llm.models.logits import logits_block_by_block
 from snp_llm.models.outline import block_widths
 from snp_llm.models.site import consumers_of, site_bias, site_weight
 from snp_llm.models.size import linear_weights, model_size
+from snp_llm.models.staying import has_more, what_stays
 from snp_llm.models.surgery import NoBlock, prune_site
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.sensitivity import SiteCurves
@@ -226,8 +227,10 @@ def test_attentions_and_ffns_go_as_a_whole(model_type, tokenizer, alone, tmp_pat
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), short(TOKENS).logits)
     load_skeleton(str(tmp_path / "short"))
-    sites = find_anatomy(checkpoint.load(str(tmp_path / "short"), "auto")[0]).sites
-    assert len(sites) < sum(not site.whole_block for site in anatomy.sites)
+    again = find_anatomy(checkpoint.load(str(tmp_path / "short"), "auto")[0])
+    assert len(again.sites) < sum(not site.whole_block for site in anatomy.sites)
+    assert what_stays(again) == what_stays(find_anatomy(model))  # of what has gone nothing is left to stay
+    assert all(has_more(again, site.block) for site in chosen if site.block == ("attention", "ffn").index(site.kind))
 
 
 @pytest.mark.parametrize("score", ["influence", "angular"])
