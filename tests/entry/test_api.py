@@ -99,7 +99,7 @@ def test_what_is_no_data_is_refused(data, says, tokenizer):
 @pytest.mark.parametrize(("token", "says"), [(-100, "expected token ids from 0 on, got -100"), (9999, "9,999 is in")])
 def test_ids_that_a_model_does_not_embed_are_refused(token, says, tokenizer):
     with pytest.raises(SnpError, match=says):
-        snp_llm.prune(small_opt(), tokenizer, data=torch.full((4, 32), token), sparsity=0.3, **FEW)
+        snp_llm.prune(small_opt(), tokenizer, data=torch.full((4, 16), token), sparsity=0.3, **FEW)
 
 
 def test_a_text_is_what_the_command_calls_a_dataset(tokenizer):
