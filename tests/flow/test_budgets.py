@@ -100,6 +100,15 @@ def test_rows_of_experts_fit_as_well(experts, tokenizer, caplog):
     assert any("48 of mlp.experts" in message for message in caplog.messages) == (experts == "never")
 
 
+@pytest.mark.parametrize("allocation", ["loss", "variance", "uniform"])
+def test_what_saves_nothing_stays(allocation, tokenizer, caplog):
+    """A token comes by as many experts, whatever others there are."""
+    recipe = small_recipe(target_flops="0.9x", experts="whole", allocation=allocation, num_samples=2)
+    pruned = prune(differing_model("qwen3_moe"), tokenizer, recipe)
+    assert all(len(site.kept) == site.site.units for site in pruned.sites if site.site.whole)
+    assert "experts stay: without some of them the model has as many FLOPs a token" in caplog.messages
+
+
 def test_rows_that_no_width_changes_have_to_fit_too():
     dense = small_model("llama", hidden_size=96, head_dim=16)
     with pytest.raises(SnpError, match="--for gptq: .* got 96, .* fit --for q8_0, q4_0; or use --round-to 32"):

@@ -41,7 +41,7 @@ def site_budgets(
             permitted = permitted and tuple(width for width in permitted if width % multiple == 0)
         if site.mixture is not None and not site.whole:  # of other widths kernels for stacked experts make nothing
             multiple = math.lcm(multiple, KERNEL_BYTES // min(KERNEL_BYTES, anatomy.model.dtype.itemsize))
-        if not site.prunable:
+        if not site.prunable or saves_nothing(cost):
             permitted = ()
         elif site.whole and permitted is None:
             permitted = whole_widths(site)
@@ -61,6 +61,11 @@ def site_budgets(
         rows = not site.whole and not site.whole_block and recipe.layout != "padded"
         found.append(_fitting(budget) if rows and site.units * site.unit_size % recipe.row else budget)
     return found
+
+
+def saves_nothing(cost: Tensor) -> bool:
+    """Whether a site costs the same at every width, as whole experts do of FLOPs: a token comes by as many."""
+    return bool((cost == cost[-1]).all())
 
 
 def _fitting(budget: SiteBudget) -> SiteBudget:

@@ -29,7 +29,7 @@ from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, sa
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
 from snp_llm.pruning.widths.depth import check_blocks_enough, depth_plan
 from snp_llm.pruning.widths.paired import paired_budgets
-from snp_llm.pruning.widths.permitted import rows_that_do_not_fit
+from snp_llm.pruning.widths.permitted import rows_that_do_not_fit, saves_nothing
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.errors import SnpError
 
@@ -161,6 +161,9 @@ def widths_of(anatomy: Anatomy, curves: Sequence[SiteCurves | None], recipe: Res
     if isinstance(anatomy.blocks, Segments):
         return coupled_plan(anatomy, curves, recipe)
     removals = find_removals(anatomy, recipe)
+    of_each = zip(anatomy.sites, removals.costs.sites, strict=True)
+    for unit in dict.fromkeys(site.unit for site, cost in of_each if site.prunable and saves_nothing(cost)):
+        log.warning("%s stay: without some of them the model has as many %s", unit, removals.costs.unit)
     if recipe.depth == "never":
         widths = plan_widths(anatomy, curves, removals, recipe)
     else:
