@@ -7,6 +7,7 @@ indices may index device tensors, copies may cross. Allocations beyond the devic
 What it cannot show: speed, kernels that do not take a type, workspaces of libraries, races.
 """
 
+import math
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -29,19 +30,20 @@ class Device:
     Attributes:
         device: that tensors seem to be on.
         size, used, peak: bytes.
+        stretch: bytes of the largest tensor that there is a place for: what is free may lie in pieces.
         uploads: bytes that went to the device, by the shape of the tensor.
         waits: how often the host had to wait for what is there.
         kernels: how many it was asked for; those of one operation count as one, and views as none.
     """
 
-    def __init__(self, kind: str, size: int) -> None:
+    def __init__(self, kind: str, size: int, stretch: float = math.inf) -> None:
         self.device = torch.device(kind, 0)
-        self.size, self.used, self.peak = size, 0, 0
+        self.size, self.used, self.peak, self.stretch = size, 0, 0, stretch
         self.uploads: Counter = Counter()
         self.waits = self.kernels = 0
 
     def take(self, size: int) -> None:
-        if self.used + size > self.size:
+        if self.used + size > self.size or size > self.stretch:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size:,} bytes (rehearsed).")
         self.used += size
         self.peak = max(self.peak, self.used)
@@ -92,6 +94,7 @@ class Placed(TorchFunctionMode):
     def __init__(self, gpu: Device) -> None:
         super().__init__()
         self.gpu, getter = gpu, lambda name: getattr(Tensor, name).__get__
+        self.leaving = False  # a copy is under way to the host, where nothing of the device is taken
         self.handlers = {
             getter("device"): lambda f, a, k: gpu.device if resident(a[0]) else f(*a),
             getter("is_cuda"): lambda f, a, k: resident(a[0]) and gpu.device.type == "cuda",
@@ -123,7 +126,11 @@ class Placed(TorchFunctionMode):
         there = here if device is None else device.type != "cpu"
         if here == there:
             return tensor.to(dtype, copy=copy, **options)
-        result = tensor.to(dtype, copy=True, **options)
+        self.leaving = not there
+        try:
+            result = tensor.to(dtype, copy=True, **options)
+        finally:
+            self.leaving = False
         self.gpu.waits += here
         if there:
             self.gpu.uploads[tuple(tensor.shape)] += tensor.numel() * dtype.itemsize
@@ -218,7 +225,8 @@ class Kernels(TorchDispatchMode):
             if func in CROSSING:
                 result = func(*args, **kwargs)
                 # A conversion stays where it was; another device is the other mode's doing.
-                return self.placed.put(result) if func is aten._to_copy.default else result
+                stays = func is aten._to_copy.default and not self.placed.leaving
+                return self.placed.put(result) if stays else result
             self.check(func, args, tensors, marks)
             result = self.wide_product(*args) if func is aten.mm.dtype else func(*args, **kwargs)
             for tensor in tensors_in(result):
@@ -250,9 +258,15 @@ class Kernels(TorchDispatchMode):
 
 
 @contextmanager
-def rehearsed(kind: str = "cuda", memory: float = 80e9) -> Iterator[Device]:
-    """Simulates a device of that kind with so many bytes, as long as the context lasts."""
-    gpu = Device(kind, int(memory))
+def rehearsed(kind: str = "cuda", memory: float = 80e9, stretch: float = math.inf) -> Iterator[Device]:
+    """Simulates a device of that kind with so many bytes, as long as the context lasts.
+
+    Args:
+        kind: "cuda" or "mps".
+        memory: bytes that it has.
+        stretch: bytes of the largest tensor that finds a place, however many are free.
+    """
+    gpu = Device(kind, int(memory), stretch)
     properties = types.SimpleNamespace(name="rehearsed", total_memory=gpu.size, major=9, minor=0)
     cuda = {
         "is_available": lambda: kind == "cuda",

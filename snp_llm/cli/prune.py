@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm import checkpoint
@@ -24,6 +25,7 @@ from snp_llm.cli.push import run_push
 from snp_llm.cli.report import write_page
 from snp_llm.data.sources import BUNDLED
 from snp_llm.evaluate.material import Figures, material_of
+from snp_llm.evaluate.turns import Speeds
 from snp_llm.models import size as model_sizes
 from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.layouts import possible_types
@@ -41,7 +43,14 @@ from snp_llm.report.folder import describe
 from snp_llm.report.rows import closing_table, measured_by
 from snp_llm.report.words import asked, latency_line, sample_lines
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import Clock, compute_device, describe_device, hand_back, place_for_another
+from snp_llm.runtime.device import (
+    Clock,
+    compute_device,
+    describe_device,
+    hand_back,
+    place_for_another,
+    where_it_fits,
+)
 from snp_llm.runtime.numbers import human_bytes
 from snp_llm.runtime.terminal import print_json, print_table, progress, watching
 
@@ -156,13 +165,17 @@ def prune_into(partial: Path, recipe: Recipe, command: Sequence[str], talk: Talk
     pruned.seconds.update({phase: pruned.seconds[phase] + clock.seconds[phase] for phase in ("loading", "saving")})
     if ranks.rank():
         return {}
-    speeds = material.speed(models, pruned.calibration, device, watching)
+
+    def timed(place: torch.device) -> tuple[Speeds, torch.device]:
+        return material.speed(models, pruned.calibration, place, watching), place
+
+    speeds, place = where_it_fits("speed of both models", device, timed)
     disks = (sizes[0].bytes, checkpoint.folder_bytes(partial))
     before, after = (
         facts.Measured(size, disk, speed=speed, **found)
         for size, disk, speed, found in zip(sizes, disks, speeds.per_second, figures, strict=True)
     )
-    more |= {"device": describe_device(device), "speed_up": asdict(speeds.ratio)}
+    more |= {"device": describe_device(place), "speed_up": asdict(speeds.ratio)}
     base_model = resolved.model if checkpoint.is_hub_id(resolved.model) else None
     return describe(partial, pruned, (before, after), more, base_model)
 

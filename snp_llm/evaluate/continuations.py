@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from snp_llm.evaluate.samples import Sample
 from snp_llm.models.calls import without_cache
 from snp_llm.models.offload import on_device
 from snp_llm.models.size import model_size
-from snp_llm.runtime.device import free_bytes, free_host_bytes
+from snp_llm.runtime.device import free_bytes, free_host_bytes, where_it_fits
 
 log = logging.getLogger("snp_llm")
 
@@ -50,13 +50,16 @@ def continuations(
             log.info("no sentences are continued: the dense model does not fit into memory as a whole")
         return []
     found: list[Sample] = [{"prompt": prompt} for prompt in prompts]
-    for name, model in zip(("dense", "pruned"), models, strict=True):
-        with ExitStack() as stack:
-            stack.enter_context(on_device(model.eval(), device))
+
+    def ask(name: str, model: PreTrainedModel, place: torch.device) -> None:
+        with on_device(model.eval(), place):
             for sample, prompt in zip(found, prompts, strict=True):
                 given = tokenizer(prompt, return_tensors="pt")["input_ids"]
-                new = gone_on(model, given.to(device))
+                new = gone_on(model, given.to(place))
                 sample[name] = tokenizer.decode(new, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    for name, model in zip(("dense", "pruned"), models, strict=True):  # beside the process that reloads the pruned one
+        where_it_fits(f"sentences of the {name} model", device, partial(ask, name, model))
     return found
 
 

@@ -42,7 +42,14 @@ def for_algebra(name: str, statistics: Statistics) -> Statistics:
     What the batches before took of host memory is handed back first.
     """
     trim_host_memory()
-    statistics = with_each(statistics, lambda part: completed(part) if isinstance(part, Moments) else part)
+    device = statistics.moments.second.device
+
+    def whole(place: torch.device) -> Statistics:
+        there = statistics if place == device else _on_cpu(statistics)
+        found: Statistics = with_each(there, lambda part: completed(part) if isinstance(part, Moments) else part)
+        return found
+
+    statistics = where_it_fits(f"{name}: sums", device, whole)
     second = statistics.moments.second
     size = ALGEBRA_MATRICES * second.numel() * algebra_dtype(len(second), second.dtype).itemsize
     here = place_for(name, "algebra", size, second.device) == second.device

@@ -57,4 +57,4 @@ def _last(hidden: Tensor) -> Tensor:
 
 
 def _cosines(one: Tensor, other: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(one.float(), other.float(), dim=-1)
+    return nn.functional.cosine_similarity(one.float(), other.to(one.device).float(), dim=-1)

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.recipe.kernels import ROWS
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
-from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.device import Clock, compute_device, where_it_fits
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import UNWATCHED, Signs
 
@@ -130,11 +131,17 @@ def check_weights(anatomy: Anatomy, device: torch.device) -> None:
                         "is damaged."
                     )
 
-    with rest_on_device(model, blocks, device):
-        check(model.modules())  # blocks that are on disk are passed over here
-    for block in blocks:
-        with on_device(block, device):
+    def check_rest(place: torch.device) -> None:
+        with rest_on_device(model, blocks, place):
+            check(model.modules())  # blocks that are on disk are passed over here
+
+    def check_block(block: nn.Module, place: torch.device) -> None:
+        with on_device(block, place):
             check(block.modules())
+
+    where_it_fits("embeddings and head: weights", device, check_rest)
+    for index, block in enumerate(blocks):
+        where_it_fits(f"block {index}: weights", device, partial(check_block, block))
 
 
 def read_calibration(

@@ -23,7 +23,7 @@ from snp_llm.linalg.gram import (
 )
 from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import has_room
+from snp_llm.runtime.device import has_room, where_it_fits
 from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,11 @@ class Sums:
     means: Moments | None = None
     files: Files = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.fitted.moments.second.device
+
     @torch.no_grad()
     def statistics(self, W: Tensor, bias: Tensor | None, gradient: Tensor | None) -> Statistics:
         """Statistics of the site, the held-out windows part of the whole; summed in place, so that these are used up.
@@ -144,14 +149,16 @@ def empty_sums(
     parts = {"drifting": drifting, "holding_out": holding_out, "some_unreferred": some_unreferred}
     device = place_for(name, "sums", sums_bytes(n, d_out, dtype, **parts), device)
 
-    def empty() -> TokenSums:
-        outputs = empty_output_sums(d_out, n, dtype, device) if drifting else None
-        return TokenSums(empty_moments(n, dtype, device), outputs)
+    def empty(place: torch.device) -> TokenSums:
+        outputs = empty_output_sums(d_out, n, dtype, place) if drifting else None
+        return TokenSums(empty_moments(n, dtype, place), outputs)
 
-    unreferred = empty_moments(n, dtype, device) if some_unreferred else None
-    of_means = empty_moments(n, dtype, device) if means else None
-    sums = Sums(empty(), empty() if holding_out else None, unreferred, of_means)
-    return _in_files(sums, storage) if wants_files(n, storage.device, device.type) else sums
+    def all_empty(place: torch.device) -> Sums:
+        more = (empty_moments(n, dtype, place) if wanted else None for wanted in (some_unreferred, means))
+        return Sums(empty(place), empty(place) if holding_out else None, *more)
+
+    sums = where_it_fits(f"{name}: sums", device, all_empty)  # what is free may lie in pieces
+    return _in_files(sums, storage) if wants_files(n, storage.device, sums.device.type) else sums
 
 
 def sums_bytes(

@@ -47,6 +47,7 @@ def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) ->
                 ) from error
         else:
             yield at, result
+            del result  # before the next is made
             start = at.stop
             continue
         batch.windows = max(1, batch.windows // 2)

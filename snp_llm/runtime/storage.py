@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from snp_llm.runtime.device import hand_back, ran_out
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class Storage:
     """Where hidden states wait between blocks, and the sums of wide sites between two readings.
 
     Attributes:
-        device: in whose memory; None: in memory maps of files.
+        device: in whose memory; None: in memory maps of files. What finds no room on a GPU waits on the CPU.
         folder: of those files. They have no name, so nothing is left of them when the process ends, however it ends.
         pinned: whether a GPU reads and writes what waits on the CPU: it does so eight times as fast, and without the
             host having to wait, where the system may not move the memory.
@@ -35,14 +36,23 @@ class Storage:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A tensor to be filled."""
-        if self.device is not None:
-            if self.pinned:
-                try:
-                    return torch.empty(shape, dtype=dtype, pin_memory=True)
-                except RuntimeError as error:  # the system allows a process only so much of that
-                    log.warning("memory cannot be pinned, copies will be slow (%s)", str(error).splitlines()[0][:200])
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return self.file(*shape, dtype=dtype)[0]
+        if self.device is None:
+            return self.file(*shape, dtype=dtype)[0]
+        if self.device.type != "cpu":
+            try:
+                return torch.empty(shape, dtype=dtype, device=self.device)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            size = torch.Size(shape).numel() * dtype.itemsize
+            log.info("no room on %s for %.1f GB of hidden states; they wait on the CPU", self.device, size / 1e9)
+            hand_back(self.device)
+        if self.pinned or self.device.type == "cuda":
+            try:
+                return torch.empty(shape, dtype=dtype, pin_memory=True)
+            except RuntimeError as error:  # the system allows a process only so much of that
+                log.warning("memory cannot be pinned, copies will be slow (%s)", str(error).splitlines()[0][:200])
+        return torch.empty(shape, dtype=dtype)
 
     def file(self, *shape: int, dtype: torch.dtype) -> tuple[Tensor, mmap.mmap]:
         """A tensor of zeros in a file, and its memory map.

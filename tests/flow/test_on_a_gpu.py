@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from contextlib import suppress
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from snp_llm import prune
 from snp_llm.cli.parse import prune_main
+from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import rough_products, where_it_fits
+from snp_llm.runtime.storage import Storage
 from tests.conftest import small_model, small_recipe
 from tests.rehearsal import rehearsed
 
@@ -140,16 +143,58 @@ def test_what_runs_out_on_a_device_is_computed_on_the_cpu(error, caplog):
         where_it_fits("it", torch.device("cuda"), lambda _device: 1 / 0)
 
 
-@pytest.mark.parametrize("room", [400_000, 150_000, 60_000])
-def test_with_less_and_less_room_the_units_are_the_same_or_one_line_says_what_helps(room, tokenizer, caplog, tmp_path):
-    settings = ("tiny-opt", "--sparsity", "0.3", "--num-samples", "8", "--seq-len", "32", "--no-eval", "--quiet")
-    settings = (*settings, "--calibration", "bundled", "--batch-size", "4")
-    with rehearsed(memory=room * 100), caplog.at_level(logging.INFO):
-        code = prune_main([*settings, "--device", "cuda", "--output", str(tmp_path / "gpu")])
-    if code == 0:
-        assert prune_main([*settings, "--device", "cpu", "--output", str(tmp_path / "cpu")]) == 0
-        reports = [json.loads((tmp_path / at / "prune_report.json").read_text()) for at in ("gpu", "cpu")]
-        one, other = ([site["kept"] for site in report["sites"]] for report in reports)
-        assert one == other
-    else:
-        assert code == 2
+SMALL = ("--sparsity", "0.3", "--num-samples", "8", "--seq-len", "32", "--no-eval", "--quiet")
+SMALL = (*SMALL, "--calibration", "bundled", "--batch-size", "4")
+
+
+@pytest.mark.usefixtures("quick_prunes")
+@pytest.mark.parametrize(
+    ("memory", "stretch", "enough"),
+    [
+        pytest.param(1e6, math.inf, True, marks=pytest.mark.exhaustive),
+        pytest.param(80e9, 2e5, True, marks=pytest.mark.exhaustive),
+        (80e9, 1.2e4, True),
+        (1e5, math.inf, False),
+        (1e4, math.inf, False),
+    ],
+)
+def test_with_less_and_less_room_the_units_are_the_same_or_one_line_says_what_helps(
+    memory, stretch, enough, capsys, tmp_path, monkeypatch, pruned_opt
+):
+    run = (str(pruned_opt / "dense"), *SMALL)
+    monkeypatch.setattr("snp_llm.cli.prune.refuse_what_cannot_fit", lambda *_: None)  # what is left to the run itself
+    with rehearsed(memory=memory, stretch=stretch):
+        code = prune_main([*run, "--device", "cuda", "--output", str(tmp_path / "gpu")])
+    if not enough:
+        *_, said = capsys.readouterr().err.strip().splitlines()
+        assert code == 2 and said.startswith("snp-llm: error: ") and "Use a smaller" in said
+        return
+    assert code == 0
+    assert prune_main([*run, "--device", "cpu", "--output", str(tmp_path / "cpu")]) == 0
+    reports = [json.loads((tmp_path / at / "prune_report.json").read_text()) for at in ("gpu", "cpu")]
+    one, other = ([site["kept"] for site in report["sites"]] for report in reports)
+    assert one == other
+
+
+def test_what_the_estimate_knows_not_to_fit_is_refused_before_the_run(capsys, tmp_path, pruned_opt):
+    run = (str(pruned_opt / "dense"), *SMALL)
+    with rehearsed(memory=6e6):
+        assert prune_main([*run, "--device", "cuda", "--output", str(tmp_path / "gpu")]) == 2
+    assert "memory of cuda: about 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("memory", "stretch"), [(80e9, math.inf), (1e6, math.inf), (4e5, math.inf), (80e9, 1e5)])
+def test_perplexity_is_the_same_in_whatever_room(memory, stretch):
+    model = small_model("opt", torch.float32)
+    windows = torch.randint(2, 60, (24, 32), generator=torch.Generator().manual_seed(0))
+    wanted = perplexity(model, windows, batch_size=4)
+    with rehearsed(memory=memory, stretch=stretch):
+        assert perplexity(model, windows, batch_size=4, device="cuda") == pytest.approx(wanted, rel=1e-6)
+
+
+def test_hidden_states_wait_on_the_host_where_a_gpu_has_no_place_for_them(caplog):
+    storage = Storage(torch.device("cuda"))
+    with rehearsed(memory=1000), caplog.at_level(logging.INFO, "snp_llm"):
+        assert storage.empty(2, 100, dtype=torch.float32).is_cuda
+        assert not storage.empty(2, 200, dtype=torch.float32).is_cuda
+    assert "no room on cuda for 0.0 GB of hidden states; they wait on the CPU" in caplog.text
