@@ -155,7 +155,7 @@ def empty_sums(
 
     def all_empty(place: torch.device) -> Sums:
         more = (empty_moments(n, dtype, place) if wanted else None for wanted in (some_unreferred, means))
-        return Sums(empty(place), empty(place) if holding_out else None, *more)
+        return Sums(empty(place), empty(place) if holding_out else None, *more)  # type: ignore[arg-type]
 
     sums = where_it_fits(f"{name}: sums", device, all_empty)  # what is free may lie in pieces
     return _in_files(sums, storage) if wants_files(n, storage.device, sums.device.type) else sums
