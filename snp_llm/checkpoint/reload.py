@@ -20,6 +20,7 @@ model = loader.from_pretrained(
     folder, trust_remote_code=True, dtype="auto", **(on_disk if device == "cpu" else {"device_map": {"": device}})
 )
 model.eval()
+torch.set_float32_matmul_precision("highest")  # whatever the environment says, as in the process that asks
 for module in model.modules():  # Llama 4 sends its tokens where the embeddings' weight is, before that has been read
     hook = getattr(module, "_hf_hook", None)
     if isinstance(module, torch.nn.Embedding) and hook is not None:

@@ -32,6 +32,7 @@ from snp_llm.models.registry import auto_class
 from snp_llm.models.segments import Segments
 from snp_llm.models.surgery import NoBlock
 from snp_llm.models.task import task_of
+from snp_llm.runtime.device import exact_products
 from snp_llm.runtime.errors import SnpError
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,7 @@ def compare(
     return difference
 
 
+@exact_products()  # as in the fresh process
 def expected_logits(
     dense: PreTrainedModel, pruned: PreTrainedModel, tokens: Tensor, device: torch.device, gone: Sequence[int] = ()
 ) -> Tensor:

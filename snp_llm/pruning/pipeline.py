@@ -35,7 +35,7 @@ from snp_llm.pruning.widths.depth import lost_with
 from snp_llm.pruning.widths.plan import widths_of
 from snp_llm.pruning.widths.search import HELD_OUT_WINDOWS, largest_sparsity
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
-from snp_llm.runtime.device import Clock, compute_device
+from snp_llm.runtime.device import Clock, compute_device, exact_products
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import UNWATCHED, Signs
 
@@ -94,6 +94,7 @@ class PrunedModel:
         return gone_blocks([result.site for result in self.sites], [len(result.kept) for result in self.sites])
 
 
+@exact_products()
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,6 +166,7 @@ def steps(recipe: Recipe, model: PreTrainedModel, *, cut: bool = True) -> int:
     return (visit_passes(recipe) + measured + cut * steps_a_block(recipe)) * len(find_blocks(model))
 
 
+@exact_products()
 def plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -8,10 +8,10 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -79,15 +79,41 @@ def free_bytes(device: torch.device) -> float:
 def rough_products(device: torch.device) -> Iterator[None]:
     """Products of float32 matrices with ten bits of mantissa (TF32) on a GPU that has them, as long as the context
     lasts: many times as fast there. Elsewhere nothing changes."""
-    setting = torch.backends.cuda.matmul
-    name, rough = ("fp32_precision", "tf32") if hasattr(setting, "fp32_precision") else ("allow_tf32", True)
-    before = getattr(setting, name)
+    with _products("tf32", torch.backends.cuda.matmul) if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, on every device, as long as the context lasts.
+
+    A program (`torch.set_float32_matmul_precision`) or its environment (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which
+    NVIDIA's containers set) may have allowed less, which is right for a network and wrong for sums and factors.
+    """
+    on_cpu = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    with _products("ieee", torch.backends.cuda.matmul, *([] if on_cpu is None else [on_cpu])):
+        yield
+
+
+@contextmanager
+def _products(precision: str, *settings: Any) -> Iterator[None]:
+    """Products of float32 matrices with a precision, "tf32" or "ieee", by settings of torch that are put back."""
+    if all(hasattr(setting, "fp32_precision") for setting in settings):
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = precision
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
+        return
+    known = torch.get_float32_matmul_precision()  # until torch 2.8 one for all devices
     try:
-        if device.type == "cuda":
-            setattr(setting, name, rough)
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         yield
     finally:
-        setattr(setting, name, before)
+        torch.set_float32_matmul_precision(known)
 
 
 def has_room(device: torch.device, size: float) -> bool:

@@ -4,11 +4,13 @@ import json
 import logging
 import math
 from contextlib import suppress
+from importlib import import_module
 
 import pytest
 import torch
 
 from snp_llm import prune
+from snp_llm.checkpoint.saving import expected_logits
 from snp_llm.cli.parse import prune_main
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_anatomy, find_blocks
@@ -74,6 +76,37 @@ def test_products_are_rough_on_a_gpu_alone_and_for_a_while():
             assert setting.fp32_precision == wanted
             raise RuntimeError
         assert setting.fp32_precision == "none"
+
+
+def test_sums_and_factors_are_in_float32_whatever_the_program_allows_networks(tokenizer, monkeypatch):
+    settings, seen = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), []
+
+    def noted(compute):
+        def wrapped(*args, **kwargs):
+            seen.append([setting.fp32_precision for setting in settings])
+            return compute(*args, **kwargs)
+
+        return wrapped
+
+    for place in (
+        "pruning.factor.make_definite",
+        "pruning.statistics.add_moments",
+        "checkpoint.saving.logits_block_by_block",
+    ):
+        module, _, name = place.rpartition(".")
+        monkeypatch.setattr(f"snp_llm.{place}", noted(getattr(import_module(f"snp_llm.{module}"), name)))
+    model = small_model("opt", torch.float32)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        allowed = [setting.fp32_precision for setting in settings]
+        pruned = prune(model, tokenizer, small_recipe())
+        expected_logits(model, pruned.model, torch.ones(1, 8, dtype=torch.int64), torch.device("cpu"))
+        assert allowed == ["tf32", "bf16"] == [setting.fp32_precision for setting in settings]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for setting in settings:
+            setting.fp32_precision = "none"
+    assert seen and all(found == ["ieee", "ieee"] for found in seen)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
