@@ -4,11 +4,14 @@ All tensors are ordinary CPU tensors; a mark on a tensor's storage says that it 
 `.device`, `.to` and factories with `device=` tell of and obey the mark, another sees every ATen kernel, hands marks on
 to results, and raises what a device raises where marks are mixed: 0-dimensional CPU tensors may be mixed in, CPU
 indices may index device tensors, copies may cross. Allocations beyond the device's memory raise torch.OutOfMemoryError.
-What it cannot show: speed, kernels that do not take a type, workspaces of libraries, races.
+Pinned memory is counted as torch's allocator holds it. Copies from and to it that nobody waited for are under way
+until something waits: whoever reads or writes what they have yet to write or read is told.
+What it cannot show: speed, kernels that do not take a type, workspaces of libraries, races on the device.
 """
 
 import math
 import types
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-MARK = "_rehearsed"
+MARK, PINNED = "_rehearsed", "_pinned"
 
 
 class Device:
@@ -34,6 +37,9 @@ class Device:
         uploads: bytes that went to the device, by the shape of the tensor.
         waits: how often the host had to wait for what is there.
         kernels: how many it was asked for; those of one operation count as one, and views as none.
+        pinned, kept: bytes of pinned host memory, and how many pieces of these are free again, by their size: torch
+            keeps them for the next of that size.
+        under_way: pinned memory that copies have yet to read or write.
     """
 
     def __init__(self, kind: str, size: int, stretch: float = math.inf) -> None:
@@ -41,12 +47,26 @@ class Device:
         self.size, self.used, self.peak, self.stretch = size, 0, 0, stretch
         self.uploads: Counter = Counter()
         self.waits = self.kernels = 0
+        self.pinned, self.kept = 0, Counter[int]()
+        self.under_way: weakref.WeakSet[Pinned] = weakref.WeakSet()
 
     def take(self, size: int) -> None:
         if self.used + size > self.size or size > self.stretch:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size:,} bytes (rehearsed).")
         self.used += size
         self.peak = max(self.peak, self.used)
+
+    def wait(self) -> None:
+        """Whatever was asked for is done."""
+        for memory in self.under_way:
+            memory.written.clear()
+            memory.read.clear()
+        self.under_way.clear()
+
+    def give_back_pinned(self) -> None:
+        """As `torch._C._host_emptyCache` does."""
+        self.pinned -= sum(size * count for size, count in self.kept.items())
+        self.kept.clear()
 
 
 class Resident:
@@ -59,6 +79,47 @@ class Resident:
 
     def __del__(self) -> None:
         self.device.used -= self.size
+
+
+class Pinned:
+    """The mark on a storage that the system may not move, and what copies have yet to do there."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self.device, self.size = device, 1 << max(size - 1, 0).bit_length()
+        self.written, self.read = list[range](), list[range]()  # bytes, by copies under way
+        if device.kept[self.size]:
+            device.kept[self.size] -= 1
+        else:
+            device.pinned += self.size
+
+    def __del__(self) -> None:
+        self.device.kept[self.size] += 1
+
+    def leave(self, tensor: Tensor, *, written: bool) -> None:
+        """A copy that nobody waits for writes a tensor in this memory, or reads it."""
+        (self.written if written else self.read).append(bytes_of(tensor))
+        self.device.under_way.add(self)
+
+    def check(self, tensor: Tensor, *, writing: bool) -> None:
+        """The host reads, or writes."""
+        mine = bytes_of(tensor)
+        if any(
+            max(mine.start, other.start) < min(mine.stop, other.stop)
+            for other in (*self.written, *(self.read if writing else ()))
+        ):
+            raise RuntimeError("the host did not wait for a copy from or to this pinned memory (rehearsed)")
+
+
+def bytes_of(tensor: Tensor) -> range:
+    """Where a tensor lies in its storage, from the first byte to the last."""
+    first = tensor.storage_offset()
+    count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(first * tensor.itemsize, (first + count * (tensor.numel() > 0)) * tensor.itemsize)
+
+
+def pinned(tensor: Tensor) -> Pinned | None:
+    storage = storage_of(tensor)
+    return None if storage is None else getattr(storage, PINNED, None)
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
@@ -94,7 +155,7 @@ class Placed(TorchFunctionMode):
     def __init__(self, gpu: Device) -> None:
         super().__init__()
         self.gpu, getter = gpu, lambda name: getattr(Tensor, name).__get__
-        self.leaving = False  # a copy is under way to the host, where nothing of the device is taken
+        self.crossing = ""  # a copy is made for the device, which may read what is under way, or for the host
         self.handlers = {
             getter("device"): lambda f, a, k: gpu.device if resident(a[0]) else f(*a),
             getter("is_cuda"): lambda f, a, k: resident(a[0]) and gpu.device.type == "cuda",
@@ -102,7 +163,8 @@ class Placed(TorchFunctionMode):
             Tensor.to: self.to,
             Tensor.cuda: lambda f, a, k: self.moved(a[0], gpu.device),
             Tensor.cpu: lambda f, a, k: self.moved(a[0], CPU),
-            Tensor.is_pinned: lambda f, a, k: False,
+            Tensor.is_pinned: lambda f, a, k: pinned(a[0]) is not None,
+            Tensor.data_ptr: self.read_by_host,
             Tensor.numpy: self.no_numpy,
             Tensor.__array__: self.no_numpy,
             Tensor.__deepcopy__: self.copied,
@@ -117,8 +179,8 @@ class Placed(TorchFunctionMode):
             setattr(storage, MARK, Resident(self.gpu, storage.nbytes()))
         return tensor
 
-    def moved(self, tensor: Tensor, device=None, dtype=None, copy=False, form=None) -> Tensor:
-        """`tensor.to(device, dtype)`."""
+    def moved(self, tensor: Tensor, device=None, dtype=None, copy=False, form=None, later=False) -> Tensor:
+        """`tensor.to(device, dtype)`; with `later` nobody waits for a copy out of pinned memory."""
         options, dtype = {} if form is None else {"memory_format": form}, dtype or tensor.dtype
         if tensor.is_meta or (device is not None and device.type not in ("cpu", self.gpu.device.type)):
             return tensor.to(device=device, dtype=dtype, copy=copy, **options)
@@ -126,12 +188,16 @@ class Placed(TorchFunctionMode):
         there = here if device is None else device.type != "cpu"
         if here == there:
             return tensor.to(dtype, copy=copy, **options)
-        self.leaving = not there
+        self.crossing = "there" if there else "back"
         try:
             result = tensor.to(dtype, copy=True, **options)
         finally:
-            self.leaving = False
+            self.crossing = ""
         self.gpu.waits += here
+        if there and later and (memory := pinned(tensor)) is not None:
+            memory.leave(tensor, written=False)
+        else:
+            self.gpu.wait()
         if there:
             self.gpu.uploads[tuple(tensor.shape)] += tensor.numel() * dtype.itemsize
         return self.put(result) if there else take_off(result)
@@ -147,12 +213,17 @@ class Placed(TorchFunctionMode):
             return self.moved(tensor, device, other.dtype, copy, kwargs.get("memory_format"))
         if len(rest) == 4:
             copy = rest.pop()
-        device, dtype, _non_blocking, form = torch._C._nn._parse_to(*rest, **kwargs)
-        return self.moved(tensor, device, dtype, copy, form)
+        device, dtype, later, form = torch._C._nn._parse_to(*rest, **kwargs)
+        return self.moved(tensor, device, dtype, copy, form, later)
 
     def no_numpy(self, func, args, kwargs):
         if resident(args[0]):
             raise TypeError(f"can't convert {self.gpu.device} tensor to numpy. Use Tensor.cpu() first (rehearsed).")
+        return self.read_by_host(func, args, kwargs)
+
+    def read_by_host(self, func, args, kwargs):
+        if (memory := pinned(args[0])) is not None:
+            memory.check(args[0], writing=False)
         return func(*args, **kwargs)
 
     def copied(self, func, args, kwargs):
@@ -171,6 +242,10 @@ class Placed(TorchFunctionMode):
             handler = None
         if handler is not None:
             return handler(func, args, kwargs)
+        if kwargs.get("pin_memory"):
+            result = func(*args, **{**kwargs, "pin_memory": False})
+            setattr(result.untyped_storage(), PINNED, Pinned(self.gpu, result.untyped_storage().nbytes()))
+            return result
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         if kwargs.get("device") is None:
             return func(*args, **kwargs)
@@ -214,6 +289,8 @@ class Kernels(TorchDispatchMode):
     def __init__(self, placed: Placed) -> None:
         super().__init__()
         self.placed, self.gpu = placed, placed.gpu
+        # What a CPU does not do as a GPU does.
+        self.other = {aten.mm.dtype: self.wide_product, aten.histc.default: self.histogram}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -221,20 +298,42 @@ class Kernels(TorchDispatchMode):
             tensors = [t for t in tensors_in(args) + tensors_in(kwargs) if not t.is_meta]
             marks = [resident(t) for t in tensors]
             if not any(marks):
+                if self.placed.crossing != "there" and computes(func):
+                    self.touched_by_host(func, args, tensors)
                 return func(*args, **kwargs)
             if func in CROSSING:
                 result = func(*args, **kwargs)
+                if func is aten.copy_.default:
+                    self.copied(*args, **kwargs)
                 # A conversion stays where it was; another device is the other mode's doing.
-                stays = func is aten._to_copy.default and not self.placed.leaving
+                stays = func is aten._to_copy.default and not self.placed.crossing
                 return self.placed.put(result) if stays else result
             self.check(func, args, tensors, marks)
-            result = self.wide_product(*args) if func is aten.mm.dtype else func(*args, **kwargs)
+            result = self.other.get(func, func)(*args, **kwargs)
             for tensor in tensors_in(result):
                 self.placed.put(tensor)
             by_mask = func in INDEXING and any(t.dtype == torch.bool for t in tensors_in(args[1]))
-            self.gpu.waits += func in WAITING or by_mask
+            if func in WAITING or by_mask:
+                self.gpu.waits += 1
+                self.gpu.wait()
             self.gpu.kernels += computes(func)
             return result
+
+    def touched_by_host(self, func, args, tensors: list[Tensor]) -> None:
+        writes = [bool(a.alias_info and a.alias_info.is_write) for a in func._schema.arguments]
+        written = [t for given, writing in zip(args, writes, strict=False) if writing for t in tensors_in(given)]
+        for tensor in tensors:
+            if (memory := pinned(tensor)) is not None:
+                memory.check(tensor, writing=any(tensor is t for t in written))
+
+    def copied(self, into: Tensor, values: Tensor, later: bool = False) -> None:
+        """What a copy has left under way, one between the device and the host or on the device."""
+        memory = pinned(into) or pinned(values)
+        if memory is not None and later:
+            written = pinned(into) is memory
+            memory.leave(into if written else values, written=written)
+        elif not (resident(into) and resident(values)):
+            self.gpu.wait()
 
     def wide_product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """CUDA alone has it: half-precision operands, summed in float32."""
@@ -243,6 +342,10 @@ class Kernels(TorchDispatchMode):
                 f"mm with out_dtype: expected two half-precision device tensors, got {a.dtype}, {b.dtype}"
             )
         return torch.mm(a.to(dtype), b.to(dtype))
+
+    def histogram(self, values: Tensor, *args, **kwargs) -> Tensor:
+        """CUDA counts integers as well."""
+        return torch.histc(values.double(), *args, **kwargs).to(values.dtype)
 
     def check(self, func, args, tensors: list[Tensor], marks: list[bool]) -> None:
         if func in INDEXING:
@@ -253,7 +356,7 @@ class Kernels(TorchDispatchMode):
                 raise RuntimeError(f"{func}: expected values on the device of the indexed tensor (rehearsed)")
             return
         strangers = [t for t, mark in zip(tensors, marks, strict=True) if not mark]
-        if any(t.dim() > 0 for t in strangers) or len(strangers) > 1:
+        if any(t.dim() > 0 for t in strangers) or (len(strangers) > 1 and func is not aten.where.self):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device (rehearsed)")
 
 
@@ -273,7 +376,7 @@ def rehearsed(kind: str = "cuda", memory: float = 80e9, stretch: float = math.in
         "is_initialized": lambda: kind == "cuda",
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "synchronize": lambda _device=None: None,
+        "synchronize": lambda _device=None: gpu.wait(),
         "empty_cache": lambda: None,
         "get_device_name": lambda _device=None: "rehearsed",
         "get_device_capability": lambda _device=None: (9, 0),
@@ -286,7 +389,8 @@ def rehearsed(kind: str = "cuda", memory: float = 80e9, stretch: float = math.in
     with (
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(torch.backends.mps, "is_available", lambda: kind == "mps"),
-        mock.patch.object(torch.accelerator, "synchronize", lambda _device=None: None),
+        mock.patch.object(torch.accelerator, "synchronize", lambda _device=None: gpu.wait()),
+        mock.patch.object(torch._C, "_host_emptyCache", gpu.give_back_pinned, create=True),
         # Large products would take a CPU minutes; another process has no such device.
         mock.patch("snp_llm.cli.estimates.matmul_rates", lambda _device, dtypes: dict.fromkeys(dtypes, 1e13)),
         mock.patch("snp_llm.cli.prune.place_for_another", lambda _device, _size: CPU),

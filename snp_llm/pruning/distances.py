@@ -30,12 +30,12 @@ def with_distances(curves: list[SiteCurves], anatomy: Anatomy, tokens: Tensor, r
     by, count = run.recipe.depth_score, len(anatomy.blocks)
     found = torch.zeros(count, count if by == "angular" else 1, dtype=torch.float64)
     stream, seen = capture(anatomy, tokens, run), list[Tensor]()
-    with frozen(anatomy.model), run.clock.phase("forward passes"):
+    with frozen(anatomy.model):
         for index, block in enumerate(anatomy.blocks):
             before = stream.hidden
             seen.append(_last(before))
-            with on_device(block, run.clock.device):
-                advance(block, stream.before(index))
+            with on_device(block, run.clock.device), run.clock.phase("forward passes"):
+                advance(block, stream.before(index))  # all of it there when the phase ends
             if by == "influence":
                 found[index, 0] = (1 - _cosines(before, stream.hidden).double()).mean(-1).sum()
     if by == "angular":
