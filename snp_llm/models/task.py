@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.models.anatomy import text_model
 from snp_llm.models.registry import auto_class
+from snp_llm.runtime.device import in_float64
 
 # Summed over what it is a loss of, from logits and the inputs that they are of: token ids (windows, T), or pixels.
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -79,11 +80,11 @@ def drawn_labels(logits: Tensor, pixels: Tensor) -> Tensor:
     model was trained on are fitted: their gradients vanish, and with them what they say of any site. The draw follows
     from the image, so that it is the same in whatever batch the image comes.
     """
-    chances = functional.softmax(logits.detach().double(), -1).cumsum(-1)
-    seeds = pixels.detach().double().flatten(1).sum(1).mul(1e3).long().tolist()
+    chances = functional.softmax(in_float64(logits.detach()), -1).cumsum(-1)
+    seeds = in_float64(pixels.detach()).flatten(1).sum(1).mul(1e3).long().tolist()
     drawn = torch.tensor([torch.rand((), generator=torch.Generator().manual_seed(s % 2**63)).item() for s in seeds])
     labels = torch.searchsorted(chances, drawn.to(chances)[:, None]).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
 TEXT = Task(

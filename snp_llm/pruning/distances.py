@@ -12,6 +12,7 @@ from snp_llm.pruning.run import Run
 from snp_llm.pruning.sensitivity import SiteCurves
 from snp_llm.pruning.stream import advance, capture
 from snp_llm.runtime import ranks
+from snp_llm.runtime.device import in_float64
 
 
 def with_distances(curves: list[SiteCurves], anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
@@ -37,7 +38,7 @@ def with_distances(curves: list[SiteCurves], anatomy: Anatomy, tokens: Tensor, r
             with on_device(block, run.clock.device), run.clock.phase("forward passes"):
                 advance(block, stream.before(index))  # all of it there when the phase ends
             if by == "influence":
-                found[index, 0] = (1 - _cosines(before, stream.hidden).double()).mean(-1).sum()
+                found[index, 0] = (1 - in_float64(_cosines(before, stream.hidden))).mean(-1).sum()
     if by == "angular":
         seen.append(_last(stream.hidden))
         for first in range(count):

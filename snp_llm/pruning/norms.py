@@ -14,6 +14,7 @@ from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.stream import Stream
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
+from snp_llm.runtime.device import in_float64
 
 
 @torch.no_grad()
@@ -30,7 +31,8 @@ def restate(block: nn.Module, site: Site, kept: Tensor, moments: Moments) -> Non
         moments: of its inputs, all units.
     """
     consumer, norm = projection(block, site.consumers[0]), norm_of(block, site)
-    moments, W = completed(moments), weight_of(consumer).double()
+    moments = completed(moments)
+    W = in_float64(weight_of(consumer)).to(moments.second.device)  # which may be the CPU, where there was room
     mean = moments.first.to(W) / moments.tokens
     covariance = moments.second.to(W) / moments.tokens
     covariance.addr_(mean, mean, alpha=-1)
@@ -38,7 +40,7 @@ def restate(block: nn.Module, site: Site, kept: Tensor, moments: Moments) -> Non
         at = unit_channels(kept, site.unit_size).to(W.device)
         mean, covariance = mean[at], covariance[at[:, None], at]
     bias = bias_of(consumer)
-    put(norm, W @ mean + (0 if bias is None else bias), ((W @ covariance) * W).sum(1))
+    put(norm, W @ mean + (0 if bias is None else bias.to(W)), ((W @ covariance) * W).sum(1))
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def estimate(block: nn.Module, paths: Sequence[str], stream: Stream) -> None:
             return input_of(norm, block, stream.hidden[at], stream.call)
 
         for _, values in in_batches(len(stream.windows), stream.batch, arriving):
-            values = values.transpose(0, 1).flatten(1).double()
+            values = in_float64(values.transpose(0, 1).flatten(1))
             sums += torch.stack([values.sum(1), values.square().sum(1)]).cpu()
             count += values.shape[1]
         ranks.add_up([sums])

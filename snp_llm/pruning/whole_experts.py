@@ -28,6 +28,7 @@ from snp_llm.pruning.result import SiteResult
 from snp_llm.pruning.run import Run
 from snp_llm.pruning.statistics import Sums, add_batch, empty_sums, over_all_ranks
 from snp_llm.runtime import ranks
+from snp_llm.runtime.device import in_float64
 from snp_llm.runtime.storage import store
 
 
@@ -49,7 +50,7 @@ def scores(block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | 
         for number in range(mixture.count):
             tokens, inputs, weights = came.at(number)
             expert = expert_of(block, mixture, number)
-            output = expert.outward(activated(block, mixture, expert, inputs) * weights).double()
+            output = in_float64(expert.outward(activated(block, mixture, expert, inputs) * weights))
             counts[number] += len(tokens)
             if by == "reap":
                 sums[number] += float(output.norm(dim=1).sum())
@@ -119,7 +120,7 @@ def cut_whole(
     with run.clock.phase("forward passes"):
         for at, came in batches(arrivals, block):
             store(lacking, at, put_together(block, mixture, came).view(*lacking[at].shape))
-    whole = float(lacking.double().square().sum())
+    whole = float(in_float64(lacking).square().sum())
     drop_experts(block, mixture, kept)
     left = find_experts(block)
     assert left is not None
@@ -153,7 +154,7 @@ def cut_whole(
             flat[tokens.to(flat.device)] -= (seen @ change.T).to(flat)
             lacking[at] = flat.view(*lacking[at].shape)
         put_experts(block, left, [expert if n == number else expert_of(block, left, n) for n in range(left.count)])
-    error = float(lacking.double().square().sum()) / whole if whole else 0.0
+    error = float(in_float64(lacking).square().sum()) / whole if whole else 0.0
     facts: list[dict[str, float]] = [results[number] for number in range(width)]
     share = float(found[kept].sum() / found.sum()) if found.sum() else 1.0
     alpha = sum(f.get("reference_weight", 0.0) for f in facts) / width

@@ -141,7 +141,7 @@ class Training:
         mine = [first + number for number in ranks.share(self.material.held_out)]
         total = torch.zeros((), dtype=torch.float64)
         for at in range(0, len(mine), self.micro):
-            total += self.loss(mine[at : at + self.micro], judged=True).double().cpu()
+            total += self.loss(mine[at : at + self.micro], judged=True).cpu().double()
         ranks.add_up([total])
         return total.item() / self.material.losses(self.material.windows[first:])
 
@@ -154,7 +154,7 @@ class Training:
             for at in range(0, len(mine), self.micro):
                 loss = self.loss(mine[at : at + self.micro]) / count
                 loss.backward()
-                total += loss.detach().double().cpu()
+                total += loss.detach().cpu().double()
         ranks.add_up([total])
         self.trained.agree()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters.values(), LONGEST_GRADIENT)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from torch import Tensor
 
 from snp_llm.runtime.errors import SnpError
 
@@ -114,6 +115,11 @@ def _products(precision: str, *settings: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(known)
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU, where its device has no such type, as Apple's GPUs have none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def has_room(device: torch.device, size: float) -> bool:

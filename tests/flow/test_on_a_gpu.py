@@ -11,7 +11,7 @@ import torch
 
 from snp_llm import prune
 from snp_llm.checkpoint.saving import expected_logits
-from snp_llm.cli.parse import prune_main
+from snp_llm.cli.parse import prune_main, recover_main
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.pruning.estimate.estimate import decide
@@ -21,6 +21,8 @@ from snp_llm.runtime import ranks
 from snp_llm.runtime.device import rough_products, where_it_fits
 from snp_llm.runtime.storage import Storage
 from tests.conftest import small_model, small_recipe
+from tests.differing import differing_model
+from tests.images import CONVOLUTIONAL, image_recipe, small_classifier, small_processor
 from tests.rehearsal import rehearsed
 
 PAPER = {"ordering": "zca", "allocation": "variance", "reference": "self", "dampening": 0.01, "metric": "error"}
@@ -66,6 +68,40 @@ def test_a_device_prunes_as_the_cpu_does(name, kind, tokenizer):
     tolerance = 2e-2 if dtype == "bfloat16" else 1e-3 if dtype else 1e-4
     for one, other in zip(weights, wanted, strict=True):
         assert (one - other).norm() <= tolerance * other.norm().clamp_min(1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pruned_as", "settings"),
+    [
+        ("mps", "qwen3_moe", {"experts": "whole"}),
+        ("mps", "basic", {}),
+        pytest.param("cuda", "qwen3_moe", {"experts": "whole", "hidden_device": "cpu"}, marks=pytest.mark.exhaustive),
+        pytest.param("cuda", "qwen3_moe", {"experts": "channels"}, marks=pytest.mark.exhaustive),
+        pytest.param("cuda", "vgg_bn", {"hidden_device": "cpu"}, marks=pytest.mark.exhaustive),
+        pytest.param("mps", "vgg_bn", {"norm_statistics": "pass"}, marks=pytest.mark.exhaustive),
+        ("cuda", "llama", {"depth": "only", "depth_score": "influence", "hidden_device": "cpu"}),
+    ],
+)
+def test_experts_images_and_whole_blocks_go_on_a_device_as_on_the_cpu(kind, pruned_as, settings, tokenizer):
+    def units(**where):
+        if pruned_as in CONVOLUTIONAL:
+            recipe = image_recipe(**settings | where)
+            return [site.kept.tolist() for site in prune(small_classifier(pruned_as), small_processor(), recipe).sites]
+        dense = differing_model(pruned_as) if "experts" in settings else small_model(pruned_as, torch.float32)
+        return [site.kept.tolist() for site in prune(dense, tokenizer, small_recipe(**settings | where)).sites]
+
+    with rehearsed(kind):
+        found = units(device=kind)
+    assert found == units(device="cpu", hidden_device="cpu")
+
+
+@pytest.mark.usefixtures("quick_prunes")
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_recovers(kind, pruned_opt, tmp_path):
+    settings = ["--no-eval", "--quiet", "--tokens", "512", "--seq-len", "32", "--num-samples", "16", "--held-out", "4"]
+    with rehearsed(kind):
+        output = ["--output", str(tmp_path / "recovered"), "--calibration", "bundled"]
+        assert recover_main([str(pruned_opt / "pruned"), "--device", kind, *output, *settings]) == 0
 
 
 def test_products_are_rough_on_a_gpu_alone_and_for_a_while():
