@@ -23,6 +23,7 @@ from snp_llm.pruning.statistics import enough_windows
 from snp_llm.pruning.stream import Visit
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
+from snp_llm.runtime.device import hand_back
 
 TOKENS_AN_OUTPUT = 8  # for each channel that a block puts out, from which gradients are read
 
@@ -132,11 +133,14 @@ def visit_dense(anatomy: Anatomy, tokens: Tensor, run: Run) -> list[SiteCurves]:
     with frozen(anatomy.model), _at_hand(anatomy, run):
         if read_back:
             read_gradients(first_windows(read_back, gradients))
+            hand_back(run.clock.device)  # states of so many windows wait in no later phase
         if read_once:
             read_curves(first_windows(read_once, curves), gradients.journal)
+            hand_back(run.clock.device)
         if measures(anatomy, run.recipe):
             windows = measured_windows(first_windows(read_once, curves).tokens, one_of=HELD_OUT_OF)
             measure(Visit(anatomy, windows, cuts), curves.journal)
+            hand_back(run.clock.device)
     losses = [curves.journal.get(site.block, f"{site.path} loss") for site in sites]
     predicted = [loss for loss in losses if loss is not None]
     if len(predicted) == len(sites):

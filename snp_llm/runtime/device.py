@@ -159,9 +159,12 @@ def where_it_fits(what: str, device: torch.device, compute: Callable[[torch.devi
 
 
 def hand_back(device: torch.device) -> None:
-    """Gives memory that torch keeps for later back to the device, so that it can be cut anew."""
+    """Gives memory that torch keeps for later back to the device, so that it can be cut anew, and pinned memory, which
+    it keeps for tensors of the same size alone, to the host."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if (give_back := getattr(torch._C, "_host_emptyCache", None)) is not None:
+            give_back()
 
 
 def free_host_bytes() -> int:

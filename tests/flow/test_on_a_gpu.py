@@ -1,5 +1,6 @@
 """Runs on a device, as a simulation of one places them: the same units as on the CPU, wherever things wait."""
 
+import gc
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from snp_llm.checkpoint.saving import expected_logits
 from snp_llm.cli.parse import prune_main, recover_main
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.models.anatomy import find_anatomy, find_blocks
+from snp_llm.pruning import pipeline, sensitivity
 from snp_llm.pruning.estimate.estimate import decide
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
@@ -166,6 +168,27 @@ def test_hidden_states_stay_where_the_estimate_leaves_room():
     assert decide(model, resolve(small_recipe(device="cpu"), model)).hidden_device == "cpu"
     asked = resolve(small_recipe(device="cpu", hidden_device="disk"), model)
     assert decide(model, asked) == asked
+
+
+def test_pinned_memory_of_one_phase_does_not_stay_beside_that_of_the_next(tokenizer, monkeypatch):
+    seen = []
+
+    def noted(phase):
+        def wrapped(*args):
+            gc.collect()
+            seen.append(gpu.pinned)
+            return phase(*args)
+
+        return wrapped
+
+    for name in ("read_gradients", "read_curves", "measure"):
+        monkeypatch.setattr(sensitivity, name, noted(getattr(sensitivity, name)))
+    monkeypatch.setattr(pipeline, "prune_blocks", noted(pipeline.prune_blocks))
+    model = small_model("opt", torch.float32)
+    with rehearsed() as gpu:
+        prune(model, tokenizer, small_recipe(device="cuda", hidden_device="cpu"))
+    states = 6 * 32 * model.config.hidden_size * 4  # rounded up to a power of two
+    assert seen[:3] == [0, 0, 0] and states <= seen[3] < 2 * states
 
 
 def test_ranks_over_nccl_sum_on_the_device_and_hold_no_sum_twice(monkeypatch):
