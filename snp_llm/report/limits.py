@@ -21,10 +21,11 @@ def limits(report: Mapping[str, Any], *, benched: bool = False) -> list[str]:
     found = [f"{words.counted} whole model has {percent(fewer)} fewer parameters."]
     target = sparsity.get("target")
     if target is not None and abs(target - sparsity["achieved"]) > FARTHEST_FROM_BUDGET:
-        found.append(
-            f"{percent(target)} were asked for and {percent(sparsity['achieved'])} removed: heads come in whole "
-            f"numbers and FFN widths in multiples of {recipe.get('round_to')}."
-        )
+        steps = f"heads come in whole numbers and FFN widths in multiples of {recipe.get('round_to')}"
+        if recipe.get("depth") == "only":
+            steps = "blocks, attentions and FFNs go as a whole or not at all"
+        steps += ", alike in every block" if recipe.get("layout") == "uniform" and recipe.get("depth") != "only" else ""
+        found.append(f"{percent(target)} were asked for and {percent(sparsity['achieved'])} removed: {steps}.")
     if recipe.get("layout") == "padded":
         found.append("The padded layout fills removed units up with zeros: it is for comparisons and saves nothing.")
     if not measured_by(report):

@@ -71,10 +71,40 @@ def words_of(report: Mapping[str, Any]) -> Words:
 
 
 def what_went(report: Mapping[str, Any]) -> tuple[str, str]:
-    """What was removed, and what was repaired, in the plural."""
-    if any(site["kind"] in ("attention", "ffn") for site in report["sites"]):
-        return "FFN neurons and attention heads", "out-projections"
-    return "channels", "layers that read them"
+    """What was removed, and what was repaired, in the plural; of a run that removed nothing what could have gone."""
+    sites = report["sites"]
+    if not any(site["kind"] in ("attention", "ffn", "experts") for site in sites):
+        return "channels", "layers that read them"
+    blocks = {_block(site) for site in sites if site["kind"] == "block" and not site["units_after"]}
+    gone = {
+        _gone(site)
+        for site in sites
+        if site["units_after"] < site["units_before"] and (site["kind"] == "block" or _block(site) not in blocks)
+    }
+    first, *rest = [words for words in GONE if words in gone] or ["FFN neurons", "attention heads"]
+    listed = f"{', '.join([first, *rest[:-1]])} and {rest[-1]}" if rest else first
+    return listed, "out-projections"
+
+
+# What may go of a decoder, in the order in which it is said.
+GONE = ("blocks", "attentions", "FFNs", "experts", "channels of experts", "FFN neurons", "attention heads")
+
+
+def _gone(site: Mapping[str, Any]) -> str:
+    """One of these, by what a site lost."""
+    if site["kind"] == "experts":
+        return "experts" if site["unit"] == "experts" else "channels of experts"
+    whole, part = {
+        "block": ("blocks", "blocks"),
+        "attention": ("attentions", "attention heads"),
+        "ffn": ("FFNs", "FFN neurons"),
+    }[site["kind"]]
+    return part if site["units_after"] else whole
+
+
+def _block(site: Mapping[str, Any]) -> str:
+    """The block of a site, as in its name: `block 3` of `block 3 mlp.down_proj`."""
+    return " ".join(site["site"].split()[:2])
 
 
 def measured_by(report: Mapping[str, Any]) -> list[str]:

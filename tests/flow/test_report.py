@@ -11,6 +11,8 @@ from snp_llm.checkpoint.base_card import inherited
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts, rows, words
+from snp_llm.report import facts, rows
+from snp_llm.report.limits import limits
 from snp_llm.report.results import dataset_of
 from snp_llm.report.words import asked, percent
 from tests.conftest import small_opt, small_recipe
@@ -213,3 +215,54 @@ def test_what_was_asked_for(settings, said, in_percent):
     recipe = Recipe(model="m", **settings)
     assert asked(recipe.as_dict()) == said and asked(recipe.as_dict(), percent) == in_percent
     assert asked({name: value for name, value in recipe.as_dict().items() if value is not None}) == said
+
+
+def lost(site, kind, before, after, unit="channels"):
+    return {"site": site, "kind": kind, "unit": unit, "units_before": before, "units_after": after}
+
+
+@pytest.mark.parametrize(
+    "sites, said",
+    [
+        ([("block 0 a", "attention", 4, 3), ("block 0 f", "ffn", 64, 32)], "FFN neurons and attention heads"),
+        ([("block 0 a", "attention", 4, 4), ("block 0 f", "ffn", 64, 32)], "FFN neurons"),
+        ([("block 0", "block", 1, 0), ("block 0 a", "attention", 4, 0), ("block 0 f", "ffn", 64, 0)], "blocks"),
+        ([("block 1", "block", 1, 1), ("block 1 a", "attention", 4, 0), ("block 1 f", "ffn", 64, 64)], "attentions"),
+        (
+            [
+                ("block 1", "block", 1, 0),
+                ("block 1 f", "ffn", 64, 0),
+                ("block 2 f", "ffn", 64, 0),
+                ("block 10 f", "ffn", 64, 8),
+            ],
+            "blocks, FFNs and FFN neurons",
+        ),
+        (
+            [
+                ("block 0 e", "experts", 8, 6, "experts"),
+                ("block 0 c", "experts", 64, 32),
+                ("block 0 a", "attention", 4, 4),
+            ],
+            "experts and channels of experts",
+        ),
+        ([("block 0 a", "attention", 4, 4), ("block 0 f", "ffn", 64, 64)], "FFN neurons and attention heads"),
+        ([("stage 0 conv", "convolution", 64, 32)], "channels"),
+    ],
+)
+def test_what_went_is_what_lost_something(sites, said):
+    assert rows.what_went({"sites": [lost(*site) for site in sites]})[0] == said
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "heads come in whole numbers and FFN widths in multiples of 8."),
+        ({"layout": "uniform"}, "heads come in whole numbers and FFN widths in multiples of 8, alike in every block."),
+        ({"depth": "only", "layout": "uniform"}, "blocks, attentions and FFNs go as a whole or not at all."),
+    ],
+)
+def test_what_keeps_a_run_from_its_budget_is_said(settings, said, run):
+    report = run[-1]
+    recipe = {**report["recipe"], "round_to": 8, **settings}
+    found = limits({**report, "recipe": recipe, "sparsity": {"target": 0.3, "achieved": 0.375}})
+    assert f"30 % were asked for and 37.5 % removed: {said}" in found
