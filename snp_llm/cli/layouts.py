@@ -4,6 +4,7 @@ from typing import Any
 
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.families.family import PRUNED
+from snp_llm.models.layouts import needs_code
 from snp_llm.models.outline import ffn_kinds, structure_of
 from snp_llm.models.plain import ffn_key, uniform_types
 from snp_llm.models.registry import dense_type
@@ -45,7 +46,7 @@ def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, A
     kinds = ffn_kinds(structure_of(dense))
     going = [kind for kind in kinds if layout != "uniform" or ffn_key(dense, family, kind.facts) is not None]
     blocks = sum(len(kind.blocks) for kind in going)
-    if layout == "compact":
+    if layout == "compact" or (layout == "padded" and needs_code(dense.config)):  # no width changes in that
         types, engines = [f"{PRUNED}{own}"], ("transformers with trust_remote_code",)
     elif layout == "uniform" and attentions:
         equal = uniform_types(dense, family, attentions[0])
@@ -82,7 +83,7 @@ def depth_line(model_type: str, facts: dict[str, Any], *, halves: bool) -> str:
     """What is written where blocks alone go, and what loads that, on one line.
 
     Args:
-        model_type: of the dense model.
+        model_type: that is written where blocks go whole.
         facts: of its layout.
         halves: whether attentions and FFNs may go as well and leave the rest of their block.
     """

@@ -29,6 +29,7 @@ from snp_llm.evaluate.turns import Speeds
 from snp_llm.models import size as model_sizes
 from snp_llm.models.anatomy import find_anatomy
 from snp_llm.models.layouts import possible_types
+from snp_llm.models.registry import dense_type
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning import pipeline, run
 from snp_llm.pruning.estimate.estimate import decide, estimate
@@ -252,7 +253,8 @@ def announce(dense: PreTrainedModel, recipe: ResolvedRecipe, place: Path, talk: 
     written = layout_facts(anatomy, recipe.layout, recipe.round_to)
     if recipe.depth == "only":
         halves = recipe.layout == "compact" and recipe.depth_score == "loss"  # other scores are of blocks alone
-        say(depth_line(dense.config.model_type, written, halves=halves))
+        own = dense_type(dense.config) if recipe.layout == "uniform" else dense.config.model_type
+        say(depth_line(own, written, halves=halves))
     else:
         say(layout_line(recipe.layout, written))
     needed = estimate(dense, recipe)

@@ -15,8 +15,10 @@ from snp_llm.checkpoint import hub
 from snp_llm.checkpoint.contents import REPORT
 from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli import parse
-from snp_llm.models.anatomy import find_blocks, find_sites
+from snp_llm.cli.layouts import layout_facts
+from snp_llm.models.anatomy import find_anatomy, find_blocks, find_sites
 from snp_llm.models.families.decoders import FFN_KEYS, find_family
+from snp_llm.models.outline import structure_of
 from snp_llm.models.registry import pruned_config_class
 from snp_llm.models.size import model_size, stored_bytes
 from snp_llm.pruning.run import resolve
@@ -159,6 +161,45 @@ def test_budgets_are_refused_by_the_config_alone(options, message, more, no_weig
     error = refused(capsys, parse.prune_main, no_weights, "--output", tmp_path / "out", *text, *options, *more)
     assert re.search(message, error), error
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "text.jsonl"]
+
+
+def pruned_before(folder, model_type, changes):
+    """The config of a model that was pruned block by block, in place of the one in a folder."""
+    dense = small_model(model_type, torch.float32)
+    family, blocks = find_family(dense.config), dense.config.num_hidden_layers
+    values = {"pruned_layers": {str(blocks - 1): changes}, "pruned_structure": structure_of(dense)}
+    pruned_config_class(family.model_type)(**{**dense.config.to_dict(), **values}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "model_type, changes, got",
+    [
+        ("opt", {"num_attention_heads": 5}, "5 query and 5 key-value heads"),
+        ("gpt2", {"n_head": 5}, "5 query and 5 key-value heads"),
+        ("llama", {"intermediate_size": 0}, "0 and 8 FFN channels"),
+    ],
+)
+def test_blocks_that_no_plain_config_makes_alike_are_refused_by_the_config_alone(
+    model_type, changes, got, no_weights, tmp_path, capsys
+):
+    pruned_before(no_weights, model_type, changes)
+    options = ["--layout", "uniform", "--sparsity", "0.1", "--output", tmp_path / "out", "--calibration"]
+    said = refused(capsys, parse.prune_main, no_weights, *options, tmp_path / "text.jsonl", "--no-eval")
+    assert "layout uniform: expected head counts and widths that one plain" in said and got in said
+    assert "Use --layout compact" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 4, "num_key_value_heads": 2}, {"intermediate_size": 40}])
+def test_blocks_that_a_plain_config_makes_alike_pass(changes, no_weights):
+    pruned_before(no_weights, "llama", changes)
+    skeleton = load_skeleton(str(no_weights), "auto")
+    check_budget(skeleton, resolve(small_recipe(layout="uniform", sparsity=0.3), skeleton))
+
+
+def test_a_padded_layout_of_blocks_that_differ_is_no_plain_one(no_weights):
+    pruned_before(no_weights, "llama", {"intermediate_size": 40})
+    found = layout_facts(find_anatomy(load_skeleton(str(no_weights), "auto")), "padded", 8)
+    assert found["saved_as"] == ["snp_llama"] and found["loads_in"] == ["transformers with trust_remote_code"]
 
 
 def test_names_of_texts_are_checked_first(no_weights, tmp_path, capsys):

@@ -18,13 +18,12 @@ from snp_llm.linalg.allocation import (
     total_cost,
 )
 from snp_llm.models.anatomy import Anatomy, find_anatomy
-from snp_llm.models.depth import gone_blocks, recipe_anatomy, shortened
-from snp_llm.models.outline import Widths, block_widths
-from snp_llm.models.plain import plain_config
+from snp_llm.models.depth import recipe_anatomy
 from snp_llm.models.segments import Segments
 from snp_llm.models.site import Site
 from snp_llm.models.size import counted_weights
 from snp_llm.pruning.sensitivity import SiteCurves
+from snp_llm.pruning.widths.alike import check_uniform, check_uniform_at_all
 from snp_llm.pruning.widths.costs import Costs, budget_costs, removal_wanted, saved, sparsity_costs
 from snp_llm.pruning.widths.coupled import coupled_budget, coupled_plan, weights_kept
 from snp_llm.pruning.widths.depth import check_blocks_enough, depth_plan
@@ -121,10 +120,12 @@ def check_budget(model: PreTrainedModel, recipe: ResolvedRecipe) -> None:
         recipe: all settings.
 
     Raises:
-        SnpError: the model costs less already, or the budget asks for more than all units that may go.
+        SnpError: the model costs less already, or the budget asks for more than all units that may go; a layout that
+            has no widths for it.
     """
     anatomy = recipe_anatomy(model, recipe)
     check_something_goes(anatomy.sites, recipe)
+    check_uniform_at_all(anatomy, recipe)
     budget, table = recipe.budget, recipe.latency_table
     unknown = budget is not None and budget.kind == "latency" and not (table is not None and Path(table).exists())
     if unknown or recipe.perplexity_increase is not None:
@@ -315,25 +316,3 @@ def _too_much(kinds: Sequence[str], removal: Removal, prunable: float, costs: Co
         f"{option}: expected at most {most:g}, with which every unit is gone that may go {place}; got "
         f"{removal.amount / removal.whole:.4g}. {f'Ask for {most:g} or less.' if most else remedy}"
     )
-
-
-def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
-    """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
-    family, sites, gone = anatomy.family, anatomy.sites, gone_blocks(anatomy.sites, widths)
-    kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
-    chosen: list[Widths] = []
-    for index in kept:
-        here = [(site, width) for site, width in zip(sites, widths, strict=True) if site.block == index]
-        has = block_widths(anatomy.blocks[index])  # an FFN that has gone is no site, and no FFN of a plain config
-        heads = next((site.heads_after(width) for site, width in here if site.heads), has.heads)
-        ffn = next((width for site, width in here if site.kind == "ffn"), has.ffn)
-        experts = {site.whole: width for site, width in here if site.mixture is not None}
-        chosen.append(Widths(heads, ffn, experts.get(False, has.channels), experts.get(True, has.experts)))
-    if plain_config(shortened(anatomy.model, kept) if gone else anatomy.model, family, chosen) is None:
-        counts = sorted({f"{h.query} query and {h.key_value} key-value heads" for h, *_ in chosen if h})
-        channels = [str(width) for width in sorted({width for _, width, *_ in chosen if width is not None})]
-        raise SnpError(
-            f"layout uniform: expected head counts and widths that one plain {family.name} config can hold in every "
-            f"block, got {', '.join(counts) or 'no heads'}, and {' and '.join(channels) or 'no'} FFN channels. The "
-            "model was pruned before, block by block. Use --layout compact."
-        )
