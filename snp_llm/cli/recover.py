@@ -211,9 +211,11 @@ def recover_into(
     if ranks.rank():
         return {}
     difference = save_verified(saved, loaded, recipe.folder, partial)
+    another = recovery_report.of_another(report, model_size(dense, 1).parameters, figures, measured)
     facts: dict[str, Any] = {
         "command": command,
         "dense": dense_model,
+        "another": another,
         "text": loaded.windows.description,
         "sha256": loaded.windows.digest,
         "held_out": loaded.held_out,
@@ -221,8 +223,8 @@ def recover_into(
         "figures": figures,
     }
     made = recovery_report.entry(recipe, recovered, item, facts)
-    summary = recovery_report.with_recovery(report, made, figures)
-    summary |= {"largest_logit_difference": difference, **({"samples": shown} if shown else {})}
+    summary = recovery_report.with_recovery(report, made, figures, measured, another=another)
+    summary |= {"largest_logit_difference": difference, **({"samples": shown} if shown and not another else {})}
     if measured is not None:
         summary["evaluation"] = measured
     write_down(summary, made, saved, partial)

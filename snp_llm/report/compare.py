@@ -56,7 +56,8 @@ def _dense_model(report: Mapping[str, Any]) -> str:
 
 
 def _comparisons(runs: Sequence[Run], quality: str) -> list[Picture]:
-    measured = [r.report for r in runs if r.report["pruned"].get(quality) is not None]
+    both = [[r.report[which].get(quality) for which in ("dense", "pruned")] for r in runs]
+    measured = [r.report for r, of in zip(runs, both, strict=True) if None not in of]
     if not measured:
         return []
     dense, title = measured[0]["dense"][quality], QUALITIES[quality]

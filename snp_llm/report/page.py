@@ -121,7 +121,7 @@ def tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found.append(
             ("perplexity", f"{pruned['perplexity']:,.2f}", f"{change_words(ratio)} from {dense['perplexity']:,.2f}")
         )
-    if pruned.get("top1") is not None:
+    if pruned.get("top1") is not None and dense.get("top1") is not None:
         points = f"{pruned['top1'] - dense['top1']:+.2f} points from {dense['top1']:,.2f}".replace(
             "-", "\N{MINUS SIGN}"
         )

@@ -387,7 +387,7 @@ def headings(page: Path) -> set[str]:
 
 RECOVERED = (
     *("command", "recipe", "versions", "dense", "text", "sha256", "held_out", "item", "items", "steps", "seconds"),
-    *("divergence", "kept", "history", "figures", "device"),
+    *("divergence", "kept", "history", "figures", "device", "another"),
 )
 SAMPLES = {f"samples[].{name}" for name in ("picture", "label")}  # of classifiers of images
 RECOVERIES = {"recovery", *(f"recovery[].{name}" for name in RECOVERED)}  # of `snp-llm recover`

@@ -30,6 +30,9 @@ from snp_llm.recovery.schedule import Budget, Order, rate
 from snp_llm.recovery.teacher import Stored, live
 from snp_llm.recovery.train import CHECKS, Material, Training, train
 from snp_llm.recovery.trained import train_blocks, train_lora, with_checkpoints
+from snp_llm.report.page import make_page
+from snp_llm.report.read import read_run
+from snp_llm.report.recovery import of_another, with_recovery
 from tests.conftest import small_opt
 from tests.images import image_folder, small_classifier, small_processor
 from tests.quick import without_page, without_reloading
@@ -241,6 +244,40 @@ def test_the_command(pruned_opt, tmp_path, capsys, monkeypatch):
     assert all("layers" in n for n in after if not torch.equal(before[n], after[n]))
     assert recover_main(command) == 2 and "exists" in capsys.readouterr().err
     assert recover_main([*command[:-3], "--no-eval", "--output", str(tmp_path / "again"), "--quiet", "--json"]) == 0
+
+
+def test_figures_of_another_dense_model_are_not_those_of_the_one_that_was_pruned(pruned_opt, tmp_path, monkeypatch):
+    without_reloading(monkeypatch.setattr)
+    source, out = pruned_opt / "pruned", tmp_path / "out"
+    command = [str(source), "--tokens", "1K", "--held-out", "4", "--dense", "tiny-opt", "--quiet", "--output", str(out)]
+    assert recover_main([*command, "--eval-dataset", "bundled"]) == 0
+    before, after = (json.loads((folder / "prune_report.json").read_text()) for folder in (source, out))
+    assert after["dense"]["size"] == before["dense"]["size"] and after["recovery"][0]["another"]
+    assert after["dense"]["perplexity"] is None and after["recovery"][0]["figures"][0]["perplexity"]
+    assert "samples" not in after and after["pruned"]["perplexity"] == after["recovery"][0]["figures"][2]["perplexity"]
+    card = (out / "README.md").read_text()
+    assert "|  | tiny-opt | before | recovered |" in card and "towards tiny-opt on" in card
+    assert (out / "report.html").exists() and make_page(read_run(out), [read_run(out)])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "perplexity", "measured", "another"),
+    [
+        (100, 20.0, "text", False),
+        (100, 20.1, "text", False),
+        (100, 30.0, "text", True),
+        (100, 30.0, "other text", False),
+        (200, 20.0, "text", True),
+        (200, None, None, True),
+        (100, None, None, False),
+    ],
+)
+def test_which_dense_model_is_another(parameters, perplexity, measured, another):
+    report = {"dense": {"size": {"parameters": 100}, "perplexity": 20.0}, "pruned": {}, "evaluation": "text"}
+    figures = None if perplexity is None else [{"perplexity": value} for value in (perplexity, 25.0, 24.0)]
+    assert of_another(report, parameters, figures, measured) == another
+    found = with_recovery(report, {}, figures, measured, another=another)["dense"]["perplexity"]
+    assert found == (perplexity if figures and not another else 20.0)
 
 
 @pytest.mark.parametrize(
