@@ -25,7 +25,7 @@ from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
 from snp_llm.runtime.errors import reason, shown
 from tests.conftest import save_model, small_model, small_opt, small_recipe
-from tests.differing import DIFFERING, differing_config
+from tests.differing import DIFFERING, differing_config, differing_model
 from tests.families import FAMILY_CONFIGS, every_family
 
 LEAST_FFN = 8  # channels, the usual --round-to
@@ -165,7 +165,7 @@ def test_budgets_are_refused_by_the_config_alone(options, message, more, no_weig
 
 def pruned_before(folder, model_type, changes):
     """The config of a model that was pruned block by block, in place of the one in a folder."""
-    dense = small_model(model_type, torch.float32)
+    dense = differing_model(model_type) if model_type in DIFFERING else small_model(model_type, torch.float32)
     family, blocks = find_family(dense.config), dense.config.num_hidden_layers
     values = {"pruned_layers": {str(blocks - 1): changes}, "pruned_structure": structure_of(dense)}
     pruned_config_class(family.model_type)(**{**dense.config.to_dict(), **values}).save_pretrained(folder)
@@ -177,6 +177,7 @@ def pruned_before(folder, model_type, changes):
         ("opt", {"num_attention_heads": 5}, "5 query and 5 key-value heads"),
         ("gpt2", {"n_head": 5}, "5 query and 5 key-value heads"),
         ("llama", {"intermediate_size": 0}, "0 and 8 FFN channels"),
+        ("qwen3_moe", {"moe_intermediate_size": 16}, "FFN channels, and 4 experts of 16 and 32 channels"),
     ],
 )
 def test_blocks_that_no_plain_config_makes_alike_are_refused_by_the_config_alone(

@@ -50,10 +50,22 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
         experts = {site.whole: width for site, width in here if site.mixture is not None}
         chosen.append(Widths(heads, ffn, experts.get(False, has.channels), experts.get(True, has.experts)))
     if plain_config(shortened(anatomy.model, kept) if gone else anatomy.model, family, chosen) is None:
-        counts = sorted({f"{h.query} query and {h.key_value} key-value heads" for h, *_ in chosen if h})
-        channels = [str(width) for width in sorted({width for _, width, *_ in chosen if width is not None})]
         raise SnpError(
             f"layout uniform: expected head counts and widths that one plain {family.name} config can hold in every "
-            f"block, got {', '.join(counts) or 'no heads'}, and {' and '.join(channels) or 'no'} FFN channels. The "
-            "model was pruned before, block by block. Use --layout compact."
+            f"block, got {_said(chosen)}. The model was pruned before, block by block. Use --layout compact."
         )
+
+
+def _said(widths: Sequence[Widths]) -> str:
+    """The heads and widths of all blocks, each once."""
+    heads = sorted({f"{h.query} query and {h.key_value} key-value heads" for h, *_ in widths if h})
+    ffn, channels, experts = (
+        " and ".join(str(count) for count in sorted({of[place] for of in widths if of[place] is not None}))
+        for place in range(1, len(Widths._fields))
+    )
+    said = [", ".join(heads) or "no heads"]
+    if ffn or not experts:
+        said.append(f"{ffn or 'no'} FFN channels")
+    if experts:
+        said.append(f"{experts} experts of {channels} channels")
+    return ", and ".join(said)
