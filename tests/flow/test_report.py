@@ -11,7 +11,6 @@ from snp_llm.checkpoint.base_card import inherited
 from snp_llm.models.size import model_size
 from snp_llm.report import card as model_cards
 from snp_llm.report import facts, rows, words
-from snp_llm.report import facts, rows
 from snp_llm.report.limits import limits
 from snp_llm.report.results import dataset_of
 from snp_llm.report.words import asked, percent
