@@ -59,10 +59,8 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
 def _said(widths: Sequence[Widths]) -> str:
     """The heads and widths of all blocks, each once."""
     heads = sorted({f"{h.query} query and {h.key_value} key-value heads" for h, *_ in widths if h})
-    ffn, channels, experts = (
-        " and ".join(str(count) for count in sorted({of[place] for of in widths if of[place] is not None}))
-        for place in range(1, len(Widths._fields))
-    )
+    counts = zip(*((of.ffn, of.channels, of.experts) for of in widths), strict=True)
+    ffn, channels, experts = (" and ".join(map(str, sorted({n for n in of if n is not None}))) for of in counts)
     said = [", ".join(heads) or "no heads"]
     if ffn or not experts:
         said.append(f"{ffn or 'no'} FFN channels")
