@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from snp_llm import checkpoint
-from snp_llm.data.images import Pictures, calibration_images, labelled_batches
+from snp_llm.data.images import calibration_images, labelled_batches
+from snp_llm.data.pictures import Pictures
 from snp_llm.evaluate.accuracy import accuracy
 from snp_llm.evaluate.material import form_of
 from snp_llm.linalg import ordering

@@ -16,7 +16,8 @@ import transformers
 from compare import METHODS, estimate_again, pruned_by
 
 from snp_llm import checkpoint
-from snp_llm.data.images import Pictures, calibration_images, labelled_batches
+from snp_llm.data.images import calibration_images, labelled_batches
+from snp_llm.data.pictures import Pictures
 from snp_llm.evaluate.accuracy import accuracy
 from snp_llm.evaluate.material import form_of
 from snp_llm.models.anatomy import Anatomy, find_anatomy

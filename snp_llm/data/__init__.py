@@ -1,1 +1,1 @@
-"""Token windows out of texts and datasets."""
+"""Token windows out of texts, pixels out of images, and the datasets that these come from."""

@@ -1,4 +1,4 @@
-"""Images out of folders and datasets, for calibration and for evaluation. Knows image processors, no models."""
+"""Pixels out of images, for calibration and for evaluation. Knows image processors, no models and no datasets."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,40 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snp_llm.data.sources import SAVED, Purpose
+from snp_llm.data.pictures import NOISE, Pictures, class_names, labels_of, open_pictures
 from snp_llm.runtime.errors import SnpError, reason, shown
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-USUAL_SPLITS: dict[Purpose, tuple[str, ...]] = {
-    "calibration": ("train", "training"),
-    "evaluation": ("test", "validation", "val", "valid"),
-}
-
-NOISE = "noise"
 
 AT_ONCE = 256  # images that are decoded before they become pixels
 
 SHUFFLED = 1_000  # of a stream, from which its images are drawn
 
 MODES = {1: "L", 3: "RGB"}  # what an image is turned into, by the channels of a model
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images as people name them.
-
-    Attributes:
-        name: folder of image files, in folders by class or not; a parquet file; a folder that `datasets` saved; a hub
-            id; `noise`.
-        split: of it; None: the usual one for the purpose, or all where there are none.
-        image, label: columns of a dataset.
-    """
-
-    name: str
-    split: str | None = None
-    image: str = "image"
-    label: str = "label"
 
 
 @dataclass(frozen=True)
@@ -103,7 +77,7 @@ def calibration_images(form: Form, pictures: Pictures, *, num_samples: int, seed
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(num_samples, *_shape(form), generator=generator)
         return images_of(drawn.to(form.dtype), "white noise")
-    rows, label = _open(pictures, "calibration")
+    rows, label = open_pictures(pictures, "calibration")
     if isinstance(rows, Sequence):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
         chosen: Iterable[Any] = (rows[i] for i in order)
@@ -165,118 +139,13 @@ def labelled_batches(
     Raises:
         SnpError: no such images, some that cannot be read, no labels, or labels that are none of the model's classes.
     """
-    rows, label = _open(pictures, "evaluation")
-    names = _class_names(rows, pictures)
+    rows, label = open_pictures(pictures, "evaluation")
+    names = class_names(rows, pictures)
     if names and all(name in form.labels for name in names):
         form = replace(form, numbers=tuple(form.labels[name] for name in names))
-    for number, known in enumerate(_labels(rows, pictures)):
+    for number, known in enumerate(labels_of(rows, pictures)):
         _class({pictures.label: known}, number, form, pictures)
     return _batches(islice(iter(rows), most), form, pictures, batch_size, labelled=True), label
-
-
-def _class_names(rows: Any, pictures: Pictures) -> Sequence[str]:
-    """What a dataset calls its classes, in its order; nothing where it does not say."""
-    features = getattr(getattr(rows, "dataset", rows), "features", None) or {}
-    return getattr(features.get(pictures.label), "names", None) or ()
-
-
-def _labels(rows: Any, pictures: Pictures) -> Sequence[Any]:
-    """The labels of all rows, where that is known without decoding the images; none of a stream."""
-    if isinstance(rows, list):
-        return [row[pictures.label] for row in rows]
-    dataset = getattr(rows, "dataset", None)
-    columns = getattr(dataset, "column_names", None) or ()
-    return list(dataset[pictures.label]) if dataset is not None and pictures.label in columns else []
-
-
-def check_pictures(pictures: Pictures, purpose: Purpose) -> None:
-    """Raises SnpError for what no images are called, and for local ones that are not there."""
-    if pictures.name == NOISE and purpose == "calibration":
-        return
-    path = Path(pictures.name)
-    if path.is_dir() and not _is_saved(path):
-        _files(pictures, purpose)
-    elif path.exists() and path.suffix != ".parquet":
-        raise SnpError(f"images {pictures.name}: expected a folder of images or a .parquet file.")
-    elif not path.exists() and (pictures.name.count("/") != 1 or pictures.name[0] in "./~"):
-        raise SnpError(
-            f"images {shown(pictures.name)}: no such folder or file; expected a folder of images, a .parquet file, a "
-            f"hub id (user/name){' or noise' if purpose == 'calibration' else ''}."
-        )
-
-
-def _open(pictures: Pictures, purpose: Purpose) -> tuple[Any, str]:
-    """Rows of images and labels, a sequence or a stream, and what people call them."""
-    check_pictures(pictures, purpose)
-    path = Path(pictures.name)
-    if path.is_dir() and not _is_saved(path):
-        return _files(pictures, purpose)
-    from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-
-    disable_progress_bars()
-
-    class Rows(Sequence[Any]):
-        def __init__(self, dataset: Dataset) -> None:
-            self.dataset = dataset
-
-        def __len__(self) -> int:
-            return len(self.dataset)
-
-        def __getitem__(self, at: Any) -> Any:
-            return self.dataset[at]
-
-    def opened() -> tuple[Any, str]:
-        if path.suffix == ".parquet":
-            return Rows(load_dataset("parquet", data_files=str(path), split="train")), path.name
-        if path.is_dir():
-            found: Any = load_from_disk(str(path))
-            if isinstance(found, DatasetDict):
-                split = _split_of(list(found), pictures, purpose)
-                return Rows(found[split]), f"{path.resolve().name} ({split})"
-            return Rows(found), path.resolve().name
-        found = load_dataset(pictures.name, streaming=True)
-        split = _split_of(list(found), pictures, purpose)
-        return found[split], f"{pictures.name} ({split})"
-
-    try:
-        return opened()
-    except SnpError:
-        raise
-    except Exception as error:  # datasets, fsspec and pyarrow raise dozens of kinds
-        raise SnpError(f"images {pictures.name} cannot be read: {reason(error)}.") from error
-
-
-def _split_of(there: list[str], pictures: Pictures, purpose: Purpose) -> str:
-    wanted = USUAL_SPLITS[purpose] if pictures.split is None else (pictures.split,)
-    found = next((split for split in wanted if split in there), None)
-    if found is None:
-        raise SnpError(f"images {pictures.name}: expected a split {' or '.join(wanted)}; it has {', '.join(there)}.")
-    return found
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / file).is_file() for file in SAVED)
-
-
-def _files(pictures: Pictures, purpose: Purpose) -> tuple[Sequence[dict[str, Any]], str]:
-    """Image files of a folder; what stands for the label is the folder that a file is in, if files are in folders."""
-    folder = Path(pictures.name)
-    there = [child.name for child in folder.iterdir() if child.is_dir()]
-    wanted = USUAL_SPLITS[purpose] if pictures.split is None else (pictures.split,)
-    split = next((split for split in wanted if split in there), None)
-    if pictures.split is not None and split is None:
-        found = ", ".join(there) or "none"
-        raise SnpError(f"images {folder}: expected a folder {pictures.split} in it; it has {found}.")
-    inside = folder if split is None else folder / split
-    files = sorted(file for file in inside.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-    if not files:
-        raise SnpError(f"images {inside}: expected image files ({', '.join(ENDINGS[:4])}, ...), found none.")
-    name = folder.resolve().name
-    label = name if split is None else f"{name} ({split})"
-    rows = [
-        {pictures.image: file, pictures.label: None if file.parent == inside else file.parent.name} for file in files
-    ]
-    return rows, label
 
 
 def _batches(

@@ -168,8 +168,13 @@ def _local(name: str, column: str) -> Source:
     return Source(builder, {"data_files": str(path)}, column=column)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a folder."""
+    return any((folder / file).is_file() for file in SAVED)
+
+
 def _folder(name: str, column: str) -> Source:
-    if not any((Path(name) / file).is_file() for file in SAVED):
+    if not is_saved(Path(name)):
         raise SnpError(
             f"dataset {name}: is a folder without {' or '.join(SAVED)}; expected one that `datasets` saved with "
             "save_to_disk, or a .txt, .jsonl or .parquet file."

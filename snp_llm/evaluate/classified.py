@@ -6,7 +6,8 @@ from pathlib import Path
 
 from snp_llm import checkpoint
 from snp_llm.checkpoint.skeleton import check_reader, load_skeleton
-from snp_llm.data.images import Pictures, check_pictures, labelled_batches
+from snp_llm.data.images import labelled_batches
+from snp_llm.data.pictures import Pictures, check_pictures
 from snp_llm.evaluate.accuracy import accuracy, image_times
 from snp_llm.evaluate.material import SPEED_IMAGES, form_of
 from snp_llm.models.size import model_size

@@ -13,15 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.data.given import ORIGIN, given_windows
-from snp_llm.data.images import (
-    NOISE,
-    Form,
-    Pictures,
-    calibration_images,
-    check_pictures,
-    given_images,
-    labelled_batches,
-)
+from snp_llm.data.images import Form, calibration_images, given_images, labelled_batches
+from snp_llm.data.pictures import NOISE, Pictures, check_pictures
 from snp_llm.data.sources import Dataset, Purpose, check_dataset
 from snp_llm.data.windows import Windows, evaluation_windows, mixed_windows
 from snp_llm.evaluate.accuracy import accuracy, image_times

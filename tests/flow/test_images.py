@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from snp_llm import checkpoint, prune
 from snp_llm.checkpoint.saving import folder_bytes, save
 from snp_llm.cli.parse import bench_main, evaluate_main, inspect_main, prune_main
-from snp_llm.data.images import Pictures, labelled_batches
+from snp_llm.data.images import labelled_batches
+from snp_llm.data.pictures import Pictures
 from snp_llm.evaluate.material import form_of
 from snp_llm.models.anatomy import block_prefixes, find_anatomy
 from snp_llm.models.blocks import loss_gradient
