@@ -15,6 +15,7 @@ from snp_llm.cli.report import write_page
 from snp_llm.data.given import ORIGIN
 from snp_llm.evaluate.material import material_of
 from snp_llm.models import size
+from snp_llm.models.blocks import frozen
 from snp_llm.models.registry import auto_class, is_own
 from snp_llm.pruning import pipeline
 from snp_llm.recipe.file import unknown
@@ -28,6 +29,8 @@ from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import UNWATCHED, Signs
 
 OF_COMMANDS = {*EVALUATION, *ONCE, "save_every"} - {"trust_remote_code"}
+
+HINT = "Settings have names, such as sparsity=0.3."
 
 # Wrappers of other libraries by the attribute that each is known by, and what to prune in its place.
 WRAPPERS = {
@@ -146,7 +149,7 @@ def prune(
         if name not in {field.name for field in fields(Recipe)}:
             raise SnpError(f"prune: {unknown(name)}")
     if not isinstance(recipe, Recipe | None):
-        raise SnpError(f"prune: recipe: expected a Recipe, got {recipe!r}. Settings have names, such as sparsity=0.3.")
+        raise SnpError(f"prune: recipe: expected a Recipe, got {recipe!r}. {HINT}")
     name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     if isinstance(data, str | Path):
@@ -217,22 +220,16 @@ def check_in_memory(model: Any, tokenizer: Any) -> None:
     if any(parameter.is_meta for part in parts for parameter in part.parameters(recurse=False)):
         raise SnpError(f"prune: {kind} has weights on the meta device, which hold nothing; load them first.")
     if not callable(tokenizer):
-        raise SnpError(
-            f"prune: expected the tokenizer of {kind}, or its image processor, got {tokenizer!r}. Settings have names, "
-            "such as sparsity=0.3."
-        )
+        raise SnpError(f"prune: expected the tokenizer of {kind}, or its image processor, got {tokenizer!r}. {HINT}")
 
 
 @contextmanager
 def at_rest(model: PreTrainedModel) -> Iterator[None]:
     """Keeps a model from training meanwhile: no dropout, no gradients of parameters."""
     modes = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        model.eval().requires_grad_(False)
-        yield
+        with frozen(model.eval()):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
