@@ -1,7 +1,7 @@
 """Capture and run one decoder block at a time. Knows how blocks are called, not what is inside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -201,7 +201,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@torch.no_grad()
 def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The input tensor that `module` gets inside the block; nothing after that point is computed."""
     (inputs,) = inputs_of([module], block, hidden, call)
@@ -209,7 +208,6 @@ def input_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCal
     return inputs
 
 
-@torch.no_grad()
 def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, call: BlockCall) -> list[Tensor | None]:
     """The input tensor that each of the modules gets inside the block; nothing is computed after the last of them.
 
@@ -227,7 +225,6 @@ def inputs_of(modules: Sequence[nn.Module], block: nn.Module, hidden: Tensor, ca
     return [seen.get(module) for module in modules]
 
 
-@torch.no_grad()
 def arrived_at(mixture: Mixture, block: nn.Module, hidden: Tensor, call: BlockCall) -> Arrived:
     """What arrives at the experts of a block; nothing after that point is computed."""
     seen: list[Arrived] = []
@@ -241,7 +238,6 @@ def arrived_at(mixture: Mixture, block: nn.Module, hidden: Tensor, call: BlockCa
     return seen[0]
 
 
-@torch.no_grad()
 def output_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:
     """What `module` returns inside the block, in its own structure; nothing after that point is computed."""
     result: list[Any] = []
@@ -250,54 +246,38 @@ def output_of(module: nn.Module, block: nn.Module, hidden: Tensor, call: BlockCa
         result.append(output)
         raise _Reached
 
-    _run_to(module.register_forward_hook(stop), block, hidden, call)
+    with module.register_forward_hook(stop), suppress(_Reached):
+        run_block(block, hidden, call)
     return result[0]
 
 
-@contextmanager
-def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+def watch_inputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> AbstractContextManager[None]:
     """Shows each module's input tensor to its watcher, as long as the context lasts."""
-    with _attached(
+    return _attached(
         module.register_forward_pre_hook(lambda _module, inputs, watch=watch: watch(inputs[0]))
         for module, watch in watchers.items()
-    ):
-        yield
+    )
 
 
-@contextmanager
-def watch_outputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+def watch_outputs(watchers: dict[nn.Module, Callable[[Tensor], None]]) -> AbstractContextManager[None]:
     """Shows each module's output tensor to its watcher, as long as the context lasts."""
-    with _attached(
+    return _attached(
         module.register_forward_hook(lambda _module, _inputs, output, watch=watch: watch(output))
         for module, watch in watchers.items()
-    ):
-        yield
+    )
 
 
-@contextmanager
-def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
+def fixed_output(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """Lets `module` return `output` without computing anything, as long as the context lasts."""
-    with _replaced_forwards({module: lambda *_args, **_kwargs: output}):
-        yield
-
-
-def _run_to(handle: RemovableHandle, block: nn.Module, hidden: Tensor, call: BlockCall) -> None:
-    try:
-        run_block(block, hidden, call)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    return _replaced_forwards({module: lambda *_args, **_kwargs: output})
 
 
 @contextmanager
 def _attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    handles = [*hooks]
-    try:
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -5,12 +5,14 @@ numbers in them and chooses nothing.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from snp_llm.models.modeling_snp import set_counts
 
 INWARD, OUTWARD = ("gate_up_proj", "up_proj"), "down_proj"  # stacked tensors: with and without a gate, and back
 EACH = ("top_k", "num_experts_per_tok", "topk")  # attributes: experts that a token comes by
@@ -168,14 +170,7 @@ def put_experts(block: nn.Module, mixture: Mixture, experts: Sequence[Expert]) -
         put(name, [p.weight.mT if mixture.transposed else p.weight for p in projections])
         if f"{name}_bias" in module._parameters and name != OUTWARD:
             put(f"{name}_bias", [p.bias for p in projections])
-    set_width(module, mixture.channels, experts[0].outward.in_features)
-
-
-def set_width(module: nn.Module, old: int, new: int) -> None:
-    """Whatever a module of experts keeps of their width."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, int) and value == old and ("intermediate" in name or name == "expert_dim"):
-            setattr(module, name, new)
+    set_counts(module, ("intermediate", "expert_dim"), mixture.channels, experts[0].outward.in_features)
 
 
 def activated(block: nn.Module, mixture: Mixture, expert: Expert, inputs: Tensor) -> Tensor:
@@ -231,23 +226,13 @@ def put_out(mixture: Mixture, output: Tensor) -> Tensor:
     return output.view(mixture.count, -1, output.shape[-1])[0] if mixture.scaled else output
 
 
-@contextmanager
-def _handled(handle: Any) -> Any:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def watch_arrivals(
-    block: nn.Module, mixture: Mixture, watch: Callable[[Arrived], None]
-) -> AbstractContextManager[None]:
+def watch_arrivals(block: nn.Module, mixture: Mixture, watch: Callable[[Arrived], None]) -> RemovableHandle:
     """Shows what arrives at the experts to a watcher, whenever the block runs, as long as the context lasts."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watch(arrived(mixture, args, kwargs))
 
-    return _handled(experts_module(block, mixture).register_forward_pre_hook(hook, with_kwargs=True))
+    return experts_module(block, mixture).register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def put_together(block: nn.Module, mixture: Mixture, came: Arrived) -> Tensor:
