@@ -128,8 +128,10 @@ def factorisations(n: int, exact_up_to: int) -> list[Row]:
     f64, f32 = torch.float64, torch.float32
     third, order = n**3 / 3, torch.arange(n)
     rows = [
-        Row("LDL, float64", third, f64, lambda: ldl(definite.gram)),
-        Row("LDL, float32", third, f32, lambda: ldl(single.gram), lambda f: f"error {factor_error(f, gram):.0e}"),
+        Row("LDL, float64", third, f64, lambda: ldl(definite.gram.clone())),
+        Row(
+            "LDL, float32", third, f32, lambda: ldl(single.gram.clone()), lambda f: f"error {factor_error(f, gram):.0e}"
+        ),
         Row("reordered LDL, float64", third, f64, lambda: build_subspace(definite, order)),
         Row("triangular solve, n/4 rows", n * n * d, f64, lambda: solve(factor, W)),
     ]

@@ -158,7 +158,7 @@ def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:
     """`G = L D L^T` with `L` unit lower triangular, for a positive definite G.
 
     Args:
-        gram: (n, n), symmetric, float64.
+        gram: (n, n), symmetric, float64 or float32; used up.
 
     Returns:
         L, (n, n), and the diagonal of D, (n,): energies of the mutually orthogonal latents `L^-1 x`.
@@ -166,10 +166,7 @@ def ldl(gram: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         SnpError: G is not positive definite.
     """
-    return _unit_lower(cholesky_in_place(gram.clone()))
-
-
-def _unit_lower(cholesky: Tensor) -> tuple[Tensor, Tensor]:
+    cholesky = cholesky_in_place(gram)
     scale = cholesky.diagonal().clone()
     return cholesky.div_(scale), scale.square_()
 
@@ -199,7 +196,7 @@ def build_subspace(definite: DefiniteGram, order: Tensor) -> Subspace:
         order: a permutation of the channels, (n,), int64.
     """
     definite.spare.clear()
-    L, D = _unit_lower(cholesky_in_place(definite.gram[order[:, None], order]))
+    L, D = ldl(definite.gram[order[:, None], order])
     return Subspace(order, L, D.masked_fill(definite.dead[order], 0.0), definite.dampening)
 
 

@@ -23,11 +23,6 @@ from snp_llm.runtime.files import checksum
 Index = dict[str, dict[str, Any]]
 
 
-def is_on_disk(module: nn.Module) -> bool:
-    """Whether any weight of a module waits on disk."""
-    return any(parameter.is_meta for parameter in module.parameters())
-
-
 def disk_index(module: nn.Module) -> Index:
     """Where the weights of a module are that are on disk."""
     index: Index = {}

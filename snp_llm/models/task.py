@@ -35,7 +35,6 @@ class Task:
         smallest: runs a model on the smallest of its inputs, with a whole mask or none, for the sake of its shapes.
         loss: summed negative log-likelihood, from logits and the inputs that they are of.
         losses: how many likelihoods that is a sum of.
-        causal: whether a position attends to those before it alone.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Task:
     smallest: Callable[[PreTrainedModel, bool], object]
     loss: Loss
     losses: Callable[[Tensor], int]
-    causal: bool
 
 
 def two_tokens(model: PreTrainedModel, masked: bool) -> object:
@@ -96,7 +94,6 @@ TEXT = Task(
     smallest=two_tokens,
     loss=next_tokens,
     losses=lambda tokens: tokens.numel(),
-    causal=True,
 )
 IMAGES = Task(
     name="images",
@@ -107,7 +104,6 @@ IMAGES = Task(
     smallest=one_image,
     loss=drawn_labels,
     losses=len,
-    causal=False,
 )
 
 BY_CLASS = {"AutoModelForImageClassification": IMAGES}  # all others write text

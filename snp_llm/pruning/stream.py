@@ -74,10 +74,6 @@ class Stream:
         else:
             self.hidden = self.storage.empty(*hidden.shape, dtype=hidden.dtype).copy_(hidden)
 
-    def like_hidden(self) -> Tensor:
-        """Room for as many hidden states, on the storage."""
-        return self.room_for(self.hidden.shape[-1])
-
     def room_for(self, channels: int) -> Tensor:
         """Room for so many values a token, (windows, T, channels), on the storage."""
         return self.storage.empty(*self.hidden.shape[:2], channels, dtype=self.hidden.dtype)

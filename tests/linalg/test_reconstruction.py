@@ -70,7 +70,7 @@ def test_a_duplicated_channel_costs_nothing_to_remove():
 def test_relative_error_is_what_the_curve_predicts():
     X, W = make_inputs(), make_weight()
     G = X.T @ X
-    L, D = ldl(G)
+    L, D = ldl(G.clone())
     curve = error_curve(W, L, D)
     for k in (1, 6, 11):
         error = relative_error(W, reconstruct(W, L, k), torch.arange(k), G)
