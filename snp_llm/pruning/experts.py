@@ -4,7 +4,8 @@ What arrives at an expert's out-projection is weighted by the router: so are its
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from snp_llm.models.anatomy import expert_site
 from snp_llm.models.calls import move
-from snp_llm.models.experts import Arrived, Expert, activated, expert_of, put_experts
+from snp_llm.models.experts import Arrived, Expert, Mixture, activated, expert_of, put_experts
 from snp_llm.models.projections import weight_of
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import prune_site
@@ -66,27 +67,39 @@ class Arrivals:
         for into, values in ((self.inputs, came.inputs), (self.chosen, came.chosen), (self.weights, came.weights)):
             store(into, at, values.detach().reshape(at.stop - at.start, *into.shape[1:]))
 
-    def added(self, block: nn.Module, site: Site, number: int, expert: Expert, sums: Sums, held: Tensor) -> Sums:
+    def batches(self, block: nn.Module) -> Iterator[tuple[slice, Arrived]]:
+        """What arrived, some windows at a time, where the block is."""
+        device, batch = next(block.parameters()).device, self.stream.batch.windows
+        for start in range(0, len(self.inputs), batch):
+            at = slice(start, min(start + batch, len(self.inputs)))
+            parts = (self.inputs[at], self.chosen[at], self.weights[at])
+            yield at, Arrived(*(move(part, device).flatten(0, 1) for part in parts))
+
+    def rows(self, block: nn.Module, mixture: Mixture, number: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """What arrives at one expert's out-projection, weighted, (t, channels); of which windows and tokens."""
+        expert = expert_of(block, mixture, number)
+        for at, came in self.batches(block):
+            tokens, inputs, weights = came.at(number)
+            if len(tokens):
+                yield at, tokens, activated(block, mixture, expert, inputs) * weights
+
+    def held_out(self, at: slice, tokens: Tensor, held: Tensor) -> Tensor:
+        """Which of some tokens of the windows `at` are held out, (t,), bool, on the CPU."""
+        return held[at][(tokens // self.inputs.shape[1]).cpu()]
+
+    def added(self, block: nn.Module, site: Site, number: int, sums: Sums, held: Tensor) -> Sums:
         """Sums of an expert with all windows added, weighted by the router, on all ranks together.
 
         Args:
             block: that it is in, on the compute device.
             site: of its experts.
             number: of the expert.
-            expert: itself.
             sums: of nothing.
             held: which windows are held out, (windows,), bool, on the CPU.
         """
-        mixture, device, batch = site.mixture, expert.inward.weight.device, self.stream.batch.windows
-        assert mixture is not None
-        for start in range(0, len(self.inputs), batch):
-            at = slice(start, start + batch)
-            parts = (self.inputs[at], self.chosen[at], self.weights[at])
-            here: Arrived = Arrived(*(move(part, device).flatten(0, 1) for part in parts))
-            tokens, inputs, weights = here.at(number)
-            if len(tokens):
-                seen = activated(block, mixture, expert, inputs) * weights
-                sums = add_batch(sums, seen[:, None], None, held[at][(tokens // self.inputs.shape[1]).cpu()])
+        assert site.mixture is not None
+        for at, tokens, seen in self.rows(block, site.mixture, number):
+            sums = add_batch(sums, seen[:, None], None, self.held_out(at, tokens, held))
         return over_all_ranks(sums)
 
 
@@ -129,7 +142,7 @@ def experts_curves(
         expert = expert_of(block, mixture, number)
         sums = _empty(inner, expert, arrivals, holding_out=bool(held.any()))
         with run.clock.phase("Gram matrices"):
-            sums = arrivals.added(block, site, number, expert, sums, held)
+            sums = arrivals.added(block, site, number, sums, held)
         tokens[number] = tokens_of(sums)
         if sums.fitted.moments.tokens == 0 or ranks.owner(site.block) != ranks.rank():
             continue
@@ -195,7 +208,7 @@ def cut_experts(
         expert = expert_of(block, mixture, number)
         sums = _empty(inner, expert, arrivals, holding_out=run.recipe.holds_out)
         with run.clock.phase("Gram matrices"):
-            sums = arrivals.added(block, site, number, expert, sums, held)
+            sums = arrivals.added(block, site, number, sums, held)
         counts.append(tokens_of(sums))
         if sums.fitted.moments.tokens == 0:
             results.append(_unseen(expert, inner, width))
@@ -236,18 +249,13 @@ def dampened(run: Run, sums: Sums, site: Site) -> Run:
     return replace(run, recipe=replace(run.recipe, dampening=min(DAMPENING * few, DAMPENINGS[-1])))
 
 
-class named:  # noqa: N801 - a context
+@contextmanager
+def named(site: Site, number: int) -> Iterator[None]:
     """Names the expert of a site in what goes wrong while the context lasts."""
-
-    def __init__(self, site: Site, number: int) -> None:
-        self.name = f"{site.name}, expert {number}"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, SnpError):
-            raise SnpError(f"{self.name}: {str(error).partition(': ')[2]}") from error
+    try:
+        yield
+    except SnpError as error:
+        raise SnpError(f"{site.name}, expert {number}: {str(error).partition(': ')[2]}") from error
 
 
 def _unseen(expert: Expert, inner: Site, width: int) -> SiteResult:

@@ -3,8 +3,7 @@
 The router stays as it is but for the rows of those that go: it sends their tokens to others.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,7 @@ from torch import Tensor, nn
 from snp_llm.linalg.units import deal_from_groups
 from snp_llm.models.anatomy import expert_site
 from snp_llm.models.calls import move
-from snp_llm.models.experts import (
-    Arrived,
-    activated,
-    expert_of,
-    find_experts,
-    put_experts,
-    put_together,
-)
+from snp_llm.models.experts import activated, expert_of, find_experts, put_experts, put_together
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import drop_experts
 from snp_llm.pruning.cut import cut_site
@@ -46,7 +38,7 @@ def scores(block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | 
         draw = torch.Generator().manual_seed(seed + site.block)
         return torch.rand(mixture.count, dtype=torch.float64, generator=draw)
     sums, counts = (torch.zeros(mixture.count, dtype=torch.float64) for _ in range(2))
-    for _, came in batches(arrivals, block):
+    for _, came in arrivals.batches(block):
         for number in range(mixture.count):
             tokens, inputs, weights = came.at(number)
             expert = expert_of(block, mixture, number)
@@ -118,7 +110,7 @@ def cut_whole(
     kept = order[:width].sort().values
     lacking = arrivals.stream.room_for(mixture.outputs)
     with run.clock.phase("forward passes"):
-        for at, came in batches(arrivals, block):
+        for at, came in arrivals.batches(block):
             store(lacking, at, put_together(block, mixture, came).view(*lacking[at].shape))
     whole = float(in_float64(lacking).square().sum())
     drop_experts(block, mixture, kept)
@@ -126,59 +118,59 @@ def cut_whole(
     assert left is not None
     now = arrive(site)
     with run.clock.phase("forward passes"):
-        for at, came in batches(now, block):
+        for at, came in now.batches(block):
             lacking[at] -= put_together(block, left, came).view(*lacking[at].shape).to(lacking)
-    inner, results = expert_site(site), dict[int, dict[str, float]]()
-    for number in (int((kept == unit).nonzero()) for unit in order[:width]):
-        expert = expert_of(block, left, number)
-        before = site_weight(expert, inner).clone()
-        sums = empty_sums(
-            inner.name, before, before.device, now.stream.storage, drifting=True, holding_out=run.recipe.holds_out
-        )
-        with run.clock.phase("Gram matrices"):
-            for at, tokens, seen in rows(block, left, now, number):
-                short = move(lacking[at].flatten(0, 1)[tokens.to(lacking.device)], seen.device)
-                windows = held[at][(tokens // now.inputs.shape[1]).cpu()]
-                sums = add_batch(sums, seen[:, None], (seen @ before.T + short)[:, None], windows)
-            sums = over_all_ranks(sums)
-        count = tokens_of(sums)
-        results[number] = {"tokens": count, "dampening": 0.0, "relative_error": 0.0}
-        if run.recipe.reference == "self" or not worth_a_repair(sums):
-            continue
-        with named(site, number):
-            result = cut_site(expert, inner, sums, inner.units, lambda: gradient, dampened(run, sums, site))
-        results[number].update(dampening=result.dampening, reference_weight=result.reference_weight)
-        change = site_weight(expert, inner) - before
-        for at, tokens, seen in rows(block, left, now, number):
-            flat = lacking[at].flatten(0, 1)
-            flat[tokens.to(flat.device)] -= (seen @ change.T).to(flat)
-            lacking[at] = flat.view(*lacking[at].shape)
-        put_experts(block, left, [expert if n == number else expert_of(block, left, n) for n in range(left.count)])
+    most_important_first = (int((kept == unit).nonzero()) for unit in order[:width])
+    results = {n: _take_up(block, site, now, n, lacking, held, gradient, run) for n in most_important_first}
     error = float(in_float64(lacking).square().sum()) / whole if whole else 0.0
-    facts: list[dict[str, float]] = [results[number] for number in range(width)]
+    facts = [results[number] for number in range(width)]
     share = float(found[kept].sum() / found.sum()) if found.sum() else 1.0
     alpha = sum(f.get("reference_weight", 0.0) for f in facts) / width
     return SiteResult(site, kept, share, 1 - share, error, None, alpha, 0.0, 0.0, experts=facts)
 
 
+def _take_up(
+    block: nn.Module,
+    site: Site,
+    arrivals: Arrivals,
+    number: int,
+    lacking: Tensor,
+    held: Tensor,
+    gradient: Tensor | None,
+    run: Run,
+) -> dict[str, float]:
+    """Repairs one of the experts that are left, in place, for what all of them together lack; what it gives then is
+    lacking no more.
+
+    Returns:
+        The tokens that come by it, its dampening, and the share of the repair that it took up.
+    """
+    mixture = find_experts(block)
+    assert mixture is not None
+    inner, expert = expert_site(site), expert_of(block, mixture, number)
+    before, storage = site_weight(expert, inner).clone(), arrivals.stream.storage
+    sums = empty_sums(inner.name, before, before.device, storage, drifting=True, holding_out=run.recipe.holds_out)
+    with run.clock.phase("Gram matrices"):
+        for at, tokens, seen in arrivals.rows(block, mixture, number):
+            short = move(lacking[at].flatten(0, 1)[tokens.to(lacking.device)], seen.device)
+            wanted = (seen @ before.T + short)[:, None]
+            sums = add_batch(sums, seen[:, None], wanted, arrivals.held_out(at, tokens, held))
+        sums = over_all_ranks(sums)
+    facts = {"tokens": tokens_of(sums), "dampening": 0.0, "relative_error": 0.0}
+    if run.recipe.reference == "self" or not worth_a_repair(sums):
+        return facts
+    with named(site, number):
+        result = cut_site(expert, inner, sums, inner.units, lambda: gradient, dampened(run, sums, site))
+    change = site_weight(expert, inner) - before
+    for at, tokens, seen in arrivals.rows(block, mixture, number):
+        flat = lacking[at].flatten(0, 1)
+        flat[tokens.to(flat.device)] -= (seen @ change.T).to(flat)
+        lacking[at] = flat.view(*lacking[at].shape)
+    experts = [expert if n == number else expert_of(block, mixture, n) for n in range(mixture.count)]
+    put_experts(block, mixture, experts)
+    return {**facts, "dampening": result.dampening, "reference_weight": result.reference_weight}
+
+
 def worth_a_repair(sums: Sums) -> bool:
     """Whether enough tokens come by an expert, held out ones among them."""
     return sums.fitted.moments.tokens > 0 and (sums.held is None or sums.held.moments.tokens > 0)
-
-
-def batches(arrivals: Arrivals, block: nn.Module) -> Iterator[tuple[slice, Arrived]]:
-    """What arrives, some windows at a time, where the block is."""
-    device, batch = next(block.parameters()).device, arrivals.stream.batch.windows
-    for start in range(0, len(arrivals.inputs), batch):
-        at = slice(start, min(start + batch, len(arrivals.inputs)))
-        parts = (arrivals.inputs[at], arrivals.chosen[at], arrivals.weights[at])
-        yield at, Arrived(*(move(part, device).flatten(0, 1) for part in parts))
-
-
-def rows(block: nn.Module, mixture: Any, arrivals: Arrivals, number: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """What arrives at one expert's out-projection, weighted: which windows, which of their tokens, (t, channels)."""
-    expert = expert_of(block, mixture, number)
-    for at, came in batches(arrivals, block):
-        tokens, inputs, weights = came.at(number)
-        if len(tokens):
-            yield at, tokens, activated(block, mixture, expert, inputs) * weights
