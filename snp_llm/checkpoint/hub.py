@@ -16,25 +16,18 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
-from snp_llm.checkpoint.contents import BENCH, CARD, PAGE, RECIPE, REPORT, read_report
+from snp_llm.checkpoint.contents import BENCH, CARD, PAGE, PARTS, RECIPE, REPORT, read_report
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.json_files import read_json
 from snp_llm.runtime.version import __version__
 
 log = logging.getLogger("snp_llm")
 
-
 LONGEST_SAID = 10_000  # characters of a command or a setting; what is longer is a picture
 
 INDEX = "model.safetensors.index.json"
 
 NEEDED = ("config.json", CARD, REPORT)  # beside the weights
-
-# What a model folder is made of. Pickles, hidden files and whatever else has come to lie in it are not.
-PARTS = (
-    *("*.safetensors", "*.json", "*.py", "*.txt", "*.model", "*.jinja", "*.md"),
-    *(PAGE, RECIPE, "LICENSE", "NOTICE"),
-)
 
 SAID = (REPORT, BENCH, CARD, RECIPE, PAGE)  # files in which a command may stand as it was typed
 
