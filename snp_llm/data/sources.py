@@ -5,11 +5,10 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from snp_llm.runtime.errors import SnpError, reason, shown
+from snp_llm.runtime.errors import SnpError, near, reason, shown
 
 log = logging.getLogger("snp_llm")
 
@@ -148,11 +147,9 @@ def _find(dataset: Dataset, purpose: Purpose) -> tuple[Source, str, str]:
         source = Source(path, {"name": config} if config else {}, column=column)
     else:
         known = [*NAMED, "bundled", *(["random"] if purpose == "calibration" else [])]
-        near = get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SnpError(
             f"unknown dataset {shown(name)}; expected one of {', '.join(NAMED)}, bundled, a hub id (user/name) or a "
-            f".txt, .jsonl or .parquet file.{hint}"
+            f".txt, .jsonl or .parquet file.{near(name, known)}"
         )
     split = split or source.usual_split(purpose)
     return source, split, f"{name} ({split})"

@@ -12,6 +12,7 @@ from snp_llm.evaluate.accuracy import accuracy, image_times
 from snp_llm.evaluate.material import SPEED_IMAGES, form_of
 from snp_llm.models.size import model_size
 from snp_llm.models.task import IMAGES, task_of
+from snp_llm.recipe.checks import flag
 from snp_llm.recipe.commands import EvaluationRecipe
 from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError
@@ -54,9 +55,7 @@ def classify(recipe: EvaluationRecipe, watch: Watch) -> list[Classified]:
     """
     for name in ("tasks", "stride", "seq_len"):
         if getattr(recipe, name) is not None:
-            raise SnpError(
-                f"--{name.replace('_', '-')}: expected models of texts; {recipe.models[0]} is one of images."
-            )
+            raise SnpError(f"{flag(name)}: expected models of texts; {recipe.models[0]} is one of images.")
     if recipe.dataset is None:
         raise SnpError("--dataset: expected labelled images: a folder, a .parquet file or a hub id; got none.")
     pictures = Pictures(recipe.dataset, recipe.split, recipe.image_column, recipe.label_column)

@@ -5,7 +5,6 @@ import logging
 import math
 import sys
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.models.offload import on_device
-from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.errors import SnpError, near
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,8 @@ def find_tasks(tasks: Tasks) -> Any:
         known = manager.all_tasks
     for name in tasks.names:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise SnpError(f"--tasks: lm-evaluation-harness has no task {name!r} of {len(known):,}.{hint}")
+            asked = near(name, known)
+            raise SnpError(f"--tasks: lm-evaluation-harness has no task {name!r} of {len(known):,}.{asked}")
     return manager
 
 

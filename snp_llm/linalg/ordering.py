@@ -5,7 +5,6 @@ To add an ordering: one function from `OrderingProblem` to scores, a line in `OR
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from snp_llm.linalg.ldl import DefiniteGram, cholesky_in_place, inverse_from
 from snp_llm.linalg.quadrature import quadrature_flops, zca_quadrature
 from snp_llm.linalg.units import diagonal_blocks, per_unit, unit_channels
-from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.errors import SnpError, near
 
 GREEDY_ROUNDS = 128  # in which all units would go: r at once, r = units / GREEDY_ROUNDS
 
@@ -276,9 +275,7 @@ def order_units(name: str, problem: OrderingProblem) -> Tensor:
         SnpError: no such ordering.
     """
     if name not in ORDERINGS:
-        near = get_close_matches(name, ORDERINGS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SnpError(f"unknown ordering {name!r}; expected one of {', '.join(ORDERINGS)}.{hint}")
+        raise SnpError(f"unknown ordering {name!r}; expected one of {', '.join(ORDERINGS)}.{near(name, ORDERINGS)}")
     scores = ORDERINGS[name](problem)
     dead = problem.definite.dead.reshape(-1, problem.unit_size).all(1)
     return torch.argsort(scores.masked_fill(dead, -torch.inf), descending=True, stable=True)

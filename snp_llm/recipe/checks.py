@@ -4,13 +4,12 @@ import os
 import re
 import unicodedata
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from snp_llm.runtime.errors import SnpError, shown
+from snp_llm.runtime.errors import SnpError, near, shown
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def check_settings(settings: Any) -> None:
             kinds = chosen[field.name]
             limited = any(kind is bool or get_origin(kind) is Literal for kind in kinds)
             if limited and not any(fits(single, kind) for kind in kinds):
-                raise SnpError(f"{where}: expected {described(kinds)}, got {shown(single)}.{near(single, kinds)}")
+                raise SnpError(f"{where}: expected {described(kinds)}, got {shown(single)}.{meant(single, kinds)}")
 
 
 @cache
@@ -138,11 +137,10 @@ def described(kinds: tuple[Any, ...]) -> str:
     return " or ".join(named)
 
 
-def near(value: Any, kinds: tuple[Any, ...]) -> str:
-    """The choice that a value that is none was meant to be, as a question; nothing where none is like it."""
+def meant(value: Any, kinds: tuple[Any, ...]) -> str:
+    """The choice of a setting that a value that is none was meant to be, as `near` says it."""
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    found = get_close_matches(value[:LONGEST_NAME], choices, n=1) if isinstance(value, str) else []
-    return f" Did you mean {found[0]!r}?" if found else ""
+    return near(value[:LONGEST_NAME], choices) if isinstance(value, str) else ""
 
 
 def check_text(where: str, value: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from snp_llm.recipe.checks import check_repo_id, check_settings
+from snp_llm.recipe.checks import check_repo_id, check_settings, flag
 from snp_llm.recipe.recipe import SPARSITY, Bos, Depth, Device, Dtype, Experts, HiddenDevice, Text
 from snp_llm.runtime.errors import SnpError
 
@@ -67,7 +67,7 @@ class EvaluationRecipe:
         if self.tasks is None:
             for name in ("include_path", "limit", "num_fewshot"):
                 if getattr(self, name) is not None:
-                    raise SnpError(f"--{name.replace('_', '-')}: expected together with --tasks.")
+                    raise SnpError(f"{flag(name)}: expected together with --tasks.")
             if not self.perplexity:
                 raise SnpError("--no-perplexity: expected together with --tasks, else there is nothing to measure.")
         elif not self.task_names:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from snp_llm.recipe.checks import LONGEST_NAME, described, fits, kinds_of, near
+from snp_llm.recipe.checks import LONGEST_NAME, described, fits, kinds_of, meant
 from snp_llm.recipe.groups import ONCE
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime.errors import SnpError, reason, shown
@@ -134,8 +134,8 @@ def _checked(where: str, name: str, node: yaml.Node) -> Any:
 
 def _remedy(value: Any, kinds: tuple[Any, ...]) -> str:
     """What to do about a value of a wrong type, where that can be told."""
-    if meant := near(value, kinds):
-        return meant
+    if question := meant(value, kinds):
+        return question
     if str in kinds:
         return " Put it in quotes."
     if float in kinds and isinstance(value, str):

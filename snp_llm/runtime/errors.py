@@ -1,6 +1,8 @@
-"""The exceptions that users see, and how they quote what came. It must not know anything else of the package."""
+"""The exceptions that users see, and how they quote what came and ask what was meant. It must not know anything else of the package."""
 
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 LONGEST_INTEGER = 10**30  # that is written out
 
@@ -21,6 +23,12 @@ def shown(value: object) -> str:
     if isinstance(value, int) and abs(value) >= LONGEST_INTEGER:  # Python refuses to write out the longest
         return "an integer of more than 30 digits"
     return reprlib.repr(value)
+
+
+def near(value: str, choices: Iterable[str]) -> str:
+    """The choice that a word that is none was meant to be, as a question; nothing where none is like it."""
+    found = get_close_matches(value, [*choices], n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def reason(error: BaseException) -> str:
