@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from snp_llm.checkpoint.loading import explained, find_model, read_config
 from snp_llm.checkpoint.readers import reader_for
-from snp_llm.models.anatomy import blocks_path, find_blocks, find_sites
-from snp_llm.models.families.decoders import EXPERT_KEYS, find_family
+from snp_llm.models.anatomy import blocks_path, find_anatomy, find_blocks
+from snp_llm.models.families.decoders import EXPERT_KEYS
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.models.size import EXPERTS_A_TOKEN
@@ -114,8 +114,7 @@ def load_skeleton(name: str, dtype: str = "auto", *, trust_remote_code: bool = F
                     continue  # an attention or an FFN of a pruned model that has gone
                 shape = " x ".join(map(str, parameter.shape))
                 raise SnpError(f"model {name}: by its config {path} is {shape}; expected widths of at least 1.")
-        family = find_family(config)
-        find_sites(find_blocks(model), family)
+        find_anatomy(model)
         run_dry(model)
         with tempfile.TemporaryDirectory() as scratch:
             model.config.save_pretrained(scratch)  # refuses values that loading takes

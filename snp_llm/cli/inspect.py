@@ -14,7 +14,7 @@ from snp_llm.checkpoint.skeleton import load_skeleton
 from snp_llm.cli.estimates import print_estimate, resource_facts
 from snp_llm.cli.inspect_segments import inspect_segments, print_segments
 from snp_llm.cli.layouts import LAYOUTS, layout_facts
-from snp_llm.models.anatomy import Anatomy, blocks_path, text_modules
+from snp_llm.models.anatomy import Anatomy, blocks_path
 from snp_llm.models.depth import recipe_anatomy
 from snp_llm.models.experts import of_experts
 from snp_llm.models.projections import Projection
@@ -23,7 +23,7 @@ from snp_llm.models.site import Site
 from snp_llm.models.size import ModelSize, model_size
 from snp_llm.models.staying import mixers, what_stays
 from snp_llm.models.task import TEXT, task_of
-from snp_llm.models.text_part import text_config
+from snp_llm.models.text_part import text_config, text_modules
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.costs import sparsity_costs
 from snp_llm.pruning.widths.depth import block_costs

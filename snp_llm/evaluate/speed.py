@@ -87,8 +87,8 @@ def bench(recipe: BenchRecipe, command: str, signs: Signs) -> dict[str, Any]:
         signs.step(f"memory of the {which} model: measured")
     signs.begin("loading both models")
     models = [checkpoint.load(name, recipe.dtype, trust_remote_code=recipe.trust_remote_code)[0] for name in names]
-    disks = [disk_bytes(name, model) for name, model in zip(names, models, strict=True)]
     sizes = [model_size(model, 1) for model in models]
+    disks = [checkpoint.folder_bytes(Path(name)) or size.bytes for name, size in zip(names, sizes, strict=True)]
     modules: list[nn.Module] = [*models]
     try:
         for module in modules:
@@ -136,11 +136,6 @@ def check_positions(name: str, config: PretrainedConfig, wanted: Sequence[Cell])
             f"--prompt-lengths: expected at most the {positions:,} positions of {name} with --new-tokens counted in, "
             f"got {longest:,}."
         )
-
-
-def disk_bytes(name: str, model: PreTrainedModel) -> int:
-    """Bytes of the weight files, or of the weights where there is no folder of safetensors."""
-    return checkpoint.folder_bytes(Path(name)) or model_size(model, 1).bytes
 
 
 def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device, recipe: BenchRecipe) -> Comparison:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from snp_llm.evaluate.cells import Cell
-from snp_llm.models.anatomy import text_modules
 from snp_llm.models.size import attention_channels, image_flops, mean_positions, model_size, text_weights, token_flops
+from snp_llm.models.text_part import text_modules
 
 
 def cell_flops(model: PreTrainedModel, cell: Cell) -> float:

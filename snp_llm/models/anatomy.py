@@ -16,7 +16,7 @@ from snp_llm.models.projections import Projection, projection, weight_of
 from snp_llm.models.segments import Segments, find_segments, segment_sites
 from snp_llm.models.site import Heads, Producer, Rows, Site, tensor_or_module
 from snp_llm.models.structure import Attention, Ffn, HeadRows, find_attention, find_ffn, nearly_attentions
-from snp_llm.models.text_part import text_config
+from snp_llm.models.text_part import text_model
 from snp_llm.recipe.recipe import Experts, HeadUnit
 from snp_llm.runtime.errors import SnpError
 
@@ -63,17 +63,6 @@ def find_anatomy(model: PreTrainedModel, head_unit: HeadUnit = "kv_group", exper
     """
     family, blocks = find_family(model.config), find_blocks(model)
     return Anatomy(model, family, blocks, tuple(find_sites(blocks, family, head_unit, experts)))
-
-
-def text_model(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that texts go through, whether its head is in it or not; all where there is nothing else."""
-    return model if text_config(model.config) is model.config else model.get_decoder()
-
-
-def text_modules(model: PreTrainedModel) -> set[nn.Module]:
-    """All modules that texts go through, those of the head included; not towers, nor what projects their features."""
-    head = model.get_output_embeddings()
-    return {*text_model(model).modules(), *(() if head is None else head.modules())}
 
 
 def blocks_path(model: PreTrainedModel) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import text_model
 from snp_llm.models.carried import OWN, Carried
+from snp_llm.models.text_part import text_model
 from snp_llm.runtime.errors import SnpError
 
 
@@ -31,9 +31,9 @@ class BlockCall:
 def call_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
     """A block's arguments, by name where some may be part of the stream."""
     names = [*signature(type(block).forward).parameters][2:]  # after itself and the hidden states
-    return (
-        BlockCall((), {**dict(zip(names, args, strict=False)), **kwargs}) if OWN in names else BlockCall(args, kwargs)
-    )
+    if OWN not in names:
+        return BlockCall(args, kwargs)
+    return BlockCall((), {**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def through(block: Callable[..., Any], state: Tensor, call: BlockCall) -> Tensor:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from snp_llm.models.anatomy import find_blocks, find_sites, text_modules
+from snp_llm.models.anatomy import find_anatomy, find_blocks
 from snp_llm.models.experts import of_experts
-from snp_llm.models.families.decoders import find_family
 from snp_llm.models.positions import layer_positions, positions
 from snp_llm.models.projections import Projection
 from snp_llm.models.site import Site
 from snp_llm.models.task import task_of
-from snp_llm.models.text_part import text_config
+from snp_llm.models.text_part import text_config, text_modules
 from snp_llm.recipe.recipe import Experts
 
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")  # config keys
@@ -125,8 +124,7 @@ def routed_weights(model: PreTrainedModel, within: nn.Module | None = None) -> i
 
 def attention_channels(model: PreTrainedModel) -> int:
     """Channels of all blocks' attention, whose scores cost FLOPs that are no weights'."""
-    family = find_family(model.config)
-    return sum(s.channels for s in find_sites(find_blocks(model), family) if s.heads is not None)
+    return sum(site.channels for site in find_anatomy(model).sites if site.heads is not None)
 
 
 def token_flops(weights: float, attended: float, positions: float) -> float:

@@ -1,7 +1,7 @@
 """What a model is for, writing text or classifying images, and what follows from it for its loss and its words.
 
-Whatever differs between the two is chosen here, in `evaluate/quality.py` (how good a model is) and in `data/` (what it
-is calibrated on), by this one name. Everything else asks neither.
+Whatever differs between the two is chosen by this one name: here, in `evaluate/material.py` (what models are calibrated
+on and measured by), and in tables of what loads, times or counts them. Everything else asks neither.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from snp_llm.models.anatomy import text_model
 from snp_llm.models.registry import auto_class
+from snp_llm.models.text_part import text_model
 from snp_llm.runtime.device import in_float64
 
 # Summed over what it is a loss of, from logits and the inputs that they are of: token ids (windows, T), or pixels.

@@ -1,14 +1,26 @@
-"""Where the text model is in the config of one that reads images or sounds as well. Knows no type by its name."""
+"""Where the text model is in one that reads images or sounds as well, and in its config. Knows no type by its name."""
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """What a config says of the model that writes text: a part of it, or all where there is nothing else."""
     found: PretrainedConfig = config.get_text_config(decoder=True)
     return found
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that texts go through, whether its head is in it or not; all where there is nothing else."""
+    return model if text_config(model.config) is model.config else model.get_decoder()
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """All modules that texts go through, those of the head included; not towers, nor what projects their features."""
+    head = model.get_output_embeddings()
+    return {*text_model(model).modules(), *(() if head is None else head.modules())}
 
 
 def parts_of(config: PretrainedConfig) -> dict[str, PretrainedConfig]:

@@ -13,7 +13,7 @@ from snp_llm.checkpoint.journal import Journal
 from snp_llm.data.windows import Windows, split_windows
 from snp_llm.evaluate.perplexity import perplexity
 from snp_llm.linalg.allocation import NEEDS_CURVES
-from snp_llm.models.anatomy import Anatomy, find_anatomy, find_blocks
+from snp_llm.models.anatomy import Anatomy, find_anatomy
 from snp_llm.models.depth import gone_blocks, recipe_anatomy
 from snp_llm.models.layouts import assemble
 from snp_llm.models.site import Site
@@ -162,8 +162,8 @@ def begin_journal(journal: Journal, identify: Callable[[], dict[str, Any]], sign
 
 def steps(recipe: Recipe, model: PreTrainedModel, *, cut: bool = True) -> int:
     """How many steps `prune` takes; without `cut` those of its visit to the dense model, which are all of `plan`."""
-    measured = measures(find_anatomy(model, recipe.head_unit, recipe.experts), recipe)
-    return (visit_passes(recipe) + measured + cut * steps_a_block(recipe)) * len(find_blocks(model))
+    anatomy = find_anatomy(model, recipe.head_unit, recipe.experts)
+    return (visit_passes(recipe) + measures(anatomy, recipe) + cut * steps_a_block(recipe)) * len(anatomy.blocks)
 
 
 @exact_products()

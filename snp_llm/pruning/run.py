@@ -1,4 +1,4 @@
-"""A recipe made definite by a model, and that model and its calibration text checked before the first block."""
+"""The tools of a run; its recipe made definite by a model, and model and text checked before the first block."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ from snp_llm.models.text_part import text_config
 from snp_llm.recipe.kernels import ROWS
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
 from snp_llm.runtime.batches import BatchSize
-from snp_llm.runtime.device import Clock, compute_device, where_it_fits
+from snp_llm.runtime.device import Clock, device_name, where_it_fits
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import UNWATCHED, Signs
 
@@ -63,7 +63,7 @@ def resolve(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             of its own; hidden states are to wait where no blocks are run.
     """
     check_code(model)
-    kind = compute_device("auto").type if recipe.device == "auto" else recipe.device
+    kind = device_name(recipe.device)
     if kind == "mps" and model.dtype == torch.float64:
         raise SnpError("--dtype float64: Apple's GPUs have no such type; expected --dtype float32, or --device cpu.")
     if recipe.hidden_device not in ("auto", "cpu", "disk", kind):

@@ -1,4 +1,4 @@
-"""The exceptions that users see, and how they quote what came and ask what was meant. It must not know anything else of the package."""
+"""The exceptions that users see, how they quote what came and ask what was meant. Knows nothing else of the package."""
 
 import reprlib
 from collections.abc import Iterable

@@ -14,12 +14,12 @@ from snp_llm import checkpoint, prune
 from snp_llm.checkpoint.skeleton import check_text_weights
 from snp_llm.checkpoint.tokenizer import PROCESSORS
 from snp_llm.cli.parse import inspect_main, prune_main
-from snp_llm.models.anatomy import blocks_path, find_blocks, text_modules
+from snp_llm.models.anatomy import blocks_path, find_blocks
 from snp_llm.models.blocks import capture_calls
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.registry import auto_class
 from snp_llm.models.size import linear_weights, model_size
-from snp_llm.models.text_part import text_config
+from snp_llm.models.text_part import text_config, text_modules
 from snp_llm.runtime.errors import SnpError
 from tests.conftest import save_model, small_recipe, zeroed
 from tests.wrappers import COMPACT, NEED, WRAPPERS, small_wrapper, with_image
