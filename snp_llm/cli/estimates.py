@@ -34,7 +34,7 @@ def estimate_facts(needed: Estimate, device: torch.device | None) -> dict[str, A
         "flops": needed.flops,
         "seconds_roughly": None if device is None else needed.seconds(matmul_rates(device, needed.dtypes)),
         "breakdown": {place: {part.what: part.bytes for part in needed.parts(place)} for place in places},
-        "work": dict(work),
+        "work": work,
     }
 
 

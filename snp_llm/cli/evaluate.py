@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from snp_llm.checkpoint import contents
-from snp_llm.checkpoint.contents import check_own_folder
 from snp_llm.checkpoint.skeleton import load_config
 from snp_llm.cli.report import write_page
 from snp_llm.evaluate import side_by_side
@@ -69,16 +68,16 @@ def as_json(results: Sequence[Evaluated]) -> dict[str, Any]:
 def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     """Measure how good models are, and print it with everything needed to repeat the numbers."""
     first = load_config(recipe.models[0], trust_remote_code=recipe.trust_remote_code)
-    RUNS[task_of(first).name](recipe, talk)
-
-
-def run_classified(recipe: EvaluationRecipe, talk: Talk) -> None:
-    """Measure the accuracy of classifiers of images."""
-    own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
+    own = [name for name in recipe.models if recipe.save and (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
-        check_own_folder("--save", recipe.models[0])
-    for name in own if recipe.save else []:
+        contents.check_own_folder("--save", recipe.models[0])
+    for name in own:
         evaluation_report.check_folder(Path(name))
+    RUNS[task_of(first).name](recipe, talk, own)
+
+
+def run_classified(recipe: EvaluationRecipe, talk: Talk, own: Sequence[str]) -> None:
+    """Measure the accuracy of classifiers of images, and record it in those folders that are our own."""
     results = classify(recipe, watching)
     if talk.json:
         print_json({"models": [asdict(result) for result in results]})
@@ -94,19 +93,13 @@ def run_classified(recipe: EvaluationRecipe, talk: Talk) -> None:
         print_table(table_of(columns, rows))
         for text in dict.fromkeys(result.text for result in results):
             print(f"accuracy on {text}")
-    for result in results if recipe.save else []:
-        if result.model in own:
-            evaluation_report.save_classified(result, Path(result.model))
-            write_page(Path(result.model))
+    for result in (result for result in results if result.model in own):
+        evaluation_report.save_classified(result, Path(result.model))
+        write_page(Path(result.model))
 
 
-def run_texts(recipe: EvaluationRecipe, talk: Talk) -> None:
-    """Measure perplexity and tasks."""
-    own = [name for name in recipe.models if (Path(name) / contents.REPORT).is_file()]
-    if recipe.save and not own:
-        check_own_folder("--save", recipe.models[0])
-    for name in own if recipe.save else []:
-        evaluation_report.check_folder(Path(name))
+def run_texts(recipe: EvaluationRecipe, talk: Talk, own: Sequence[str]) -> None:
+    """Measure perplexity and tasks, and record them likewise."""
     results = side_by_side.evaluate(recipe, watching)
     if talk.json:
         print_json(as_json(results))
@@ -119,11 +112,9 @@ def run_texts(recipe: EvaluationRecipe, talk: Talk) -> None:
                 print(f"perplexity on {text}")
     if not side_by_side.comparable(results):
         log.warning("the models' tokenizers differ: their perplexities are of different tokens and do not compare")
-    if recipe.save:  # last, as in `run_bench`
-        for result in results:
-            if result.model in own:
-                evaluation_report.save(result, recipe, Path(result.model))
-                write_page(Path(result.model))
+    for result in (result for result in results if result.model in own):  # last, as in `run_bench`
+        evaluation_report.save(result, recipe, Path(result.model))
+        write_page(Path(result.model))
 
 
 RUNS = {"text": run_texts, "images": run_classified}

@@ -37,19 +37,7 @@ from snp_llm.runtime.terminal import print_json, print_table, table_of
 def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
     """Print what a config says."""
     model = load_skeleton(recipe.model, recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-    same = (
-        "sparsity",
-        "head_unit",
-        "experts",
-        "depth",
-        "num_samples",
-        "seq_len",
-        "batch_size",
-        "hidden_device",
-        "device",
-        "dtype",
-    )
-    facts = inspect(model, Recipe(recipe.model, **{name: getattr(recipe, name) for name in same}))
+    facts = inspect(model, Recipe(**vars(recipe)))  # all of whose settings a prune has as well
     if talk.json:
         print_json(facts)
     else:
@@ -242,13 +230,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print_sparsity(facts["sparsity"])
     print()
     columns = (
-        "layout",
-        "widths",
-        "FFN in multiples of",
-        "heads",
-        "FFN",
-        "saved as",
-        "loads in",
+        *("layout", "widths", "FFN in multiples of", "heads", "FFN", "saved as", "loads in"),
         "with all heads also in",
     )
     rows = [

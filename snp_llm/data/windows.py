@@ -191,13 +191,8 @@ def evaluation_windows(
     Raises:
         SnpError: no such dataset, split or column, not one full window of text, or no BOS where it is to stand.
     """
-    first = _first_token(tokenizer, bos)
-    documents, source, label = open_dataset(dataset, "evaluation")
-    texts = (_rendered(tokenizer, d, dataset.name) for d in islice(documents, source.evaluation_documents))
-    text = source.joiner.join(texts)
-    return windows_of(
-        cut_windows(_tokenize(tokenizer, text, bos), seq_len, dataset.name, first)[:max_windows], label, bos
-    )
+    tokens, first, label = _whole_split(tokenizer, dataset, bos)
+    return windows_of(cut_windows(tokens, seq_len, dataset.name, first)[:max_windows], label, bos)
 
 
 def evaluation_text(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, bos: Bos = "once") -> Windows:
@@ -212,16 +207,20 @@ def evaluation_text(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, *, bos
     Raises:
         SnpError: no such dataset, split or column, less than two tokens of text, or no BOS where it is to stand.
     """
-    first = _first_token(tokenizer, bos)
-    documents, source, label = open_dataset(dataset, "evaluation")
-    texts = (_rendered(tokenizer, d, dataset.name) for d in islice(documents, source.evaluation_documents))
-    text = source.joiner.join(texts)
-    tokens = _tokenize(tokenizer, text, bos)
+    tokens, first, label = _whole_split(tokenizer, dataset, bos)
     if len(tokens) < 2:
         raise SnpError(f"dataset {dataset.name}: expected at least two tokens of text, got {len(tokens)}.")
     counted = tokens if first is None else torch.cat([tokens, torch.tensor([first])])
     digest = hashlib.sha256(counted.numpy().tobytes()).hexdigest()
     return Windows(tokens[None], f"{label}, {len(tokens):,} tokens", digest, label, bos)
+
+
+def _whole_split(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, bos: Bos) -> tuple[Tensor, int | None, str]:
+    """Tokens of all documents of a split, what stands before every window, and what people call the split."""
+    first = _first_token(tokenizer, bos)
+    documents, source, label = open_dataset(dataset, "evaluation")
+    texts = (_rendered(tokenizer, d, dataset.name) for d in islice(documents, source.evaluation_documents))
+    return _tokenize(tokenizer, source.joiner.join(texts), bos), first, label
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, document: Any, name: str) -> str:

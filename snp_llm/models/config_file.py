@@ -36,7 +36,7 @@ def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
         scaled = local.get("rope_type", "default") != "default"
         more["rope_local_base_freq"] = (
             None if scaled else local.get("rope_theta")
-        )  # null makes 4 fail, not compute wrong
+        )  # null makes 4 fail, and not compute wrong
         rope = rope["full_attention"]
     base, share = ROPE_KEYS.get(family, ("rope_theta", "partial_rotary_factor"))
     if "rope_theta" in rope:

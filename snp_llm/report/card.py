@@ -155,14 +155,10 @@ def _yaml(front: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True).rstrip()
 
 
-def _has_figures(report: dict[str, Any]) -> bool:
-    return bool(measured_by(report)) and report.get("evaluation") is not None
-
-
 def _measured_on(report: dict[str, Any]) -> str:
     """What the figures of the table were measured on, text and device, in sentences."""
     said = []
-    if _has_figures(report):
+    if measured_by(report) and report.get("evaluation") is not None:
         named = " and ".join(measured_by(report))
         said.append(f"{named[0].upper()}{named[1:]} on {report['evaluation']}.")
     if report["pruned"]["speed"] is not None and "device" in report:

@@ -9,15 +9,7 @@ from snp_llm.report.parts import Picture, as_picture
 from snp_llm.report.rows import words_of
 from snp_llm.report.words import count
 
-KINDS = {
-    "attention": "Attention",
-    "ffn": "FFN",
-    "experts": "Experts",
-    "convolution": "Convolutions",
-    "stream": "Streams",
-    "linear": "Linear layers",
-}
-
+KINDS = {kind: f"{name[0].upper()}{name[1:]}" for kind, name in drawing.NAMES.items() if kind != "block"}
 
 LAYERS = ("convolution", "stream", "linear")  # kinds of site of convolutional networks
 

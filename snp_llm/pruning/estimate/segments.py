@@ -51,20 +51,13 @@ def _memory(anatomy: Anatomy, recipe: ResolvedRecipe) -> Iterator[Part]:
     both = max(a + b for a, b in zip([0, *maps], [*maps, 0], strict=True))
     yield Part("prune", waiting, "hidden", "feature maps of all images", recipe.num_samples * both * item)
     if recipe.needs_gradients:
-        yield Part(
-            "gradients",
-            waiting,
-            "visit",
-            "what enters every block, kept for the way back",
-            gone_back * sum(maps) * item,
-        )
+        entering = gone_back * sum(maps) * item
+        yield Part("gradients", waiting, "visit", "what enters every block, kept for the way back", entering)
     parts = {"drifting": False, "holding_out": recipe.holds_out}
-    for site, outputs in _sites(anatomy):
-        dtype = model.dtype
-        sums = sums_bytes(site.channels, site.channels if site.taps else outputs, dtype, **parts)
+    for site, d in _sites(anatomy):
+        sums = sums_bytes(site.channels, d, model.dtype, **parts)
         yield Part(f"prune {site.name}", device, "sums", "sums of inputs", sums)
-        rows = site.channels if site.taps else outputs
-        algebra = algebra_bytes(rows, site.channels, dtype, recipe)
+        algebra = algebra_bytes(d, site.channels, model.dtype, recipe)
         yield Part(f"prune {site.name}", device, "algebra", "linear algebra of a site", algebra)
         patches = 3 * batch * _positions(anatomy, site) * site.channels * 4
         yield Part(f"prune {site.name}", device, "activations", "patches of one batch", patches)
@@ -82,8 +75,8 @@ def _work(anatomy: Anatomy, recipe: ResolvedRecipe) -> Iterator[Work]:
         yield Work("visit: sums", moments * count, sums)
     yield Work("pruned pass", 2 * forward * count, dtype)
     yield Work("sums", moments * count, sums)
-    for site, outputs in _sites(anatomy):
-        d, n, kind = site.channels if site.taps else outputs, site.channels, algebra_dtype(site.channels, dtype)
+    for site, d in _sites(anatomy):
+        n, kind = site.channels, algebra_dtype(site.channels, dtype)
         if needs_curves(recipe, anatomy.sites):
             curves = factor_flops(d, n, recipe) + (loss_curve_flops(d, n) if recipe.needs_gradients else 0)
             yield Work("visit: linear algebra", curves, kind, algebra=True)
@@ -92,7 +85,8 @@ def _work(anatomy: Anatomy, recipe: ResolvedRecipe) -> Iterator[Work]:
 
 
 def _sites(anatomy: Anatomy) -> list[tuple[Site, int]]:
-    return [(site, outputs_of(anatomy.blocks[site.block], site)) for site in anatomy.sites]
+    """Sites, each with what is repaired to be right there: outputs or, where these are mixed, its own channels."""
+    return [(s, s.channels if s.taps else outputs_of(anatomy.blocks[s.block], s)) for s in anatomy.sites]
 
 
 def _positions(anatomy: Anatomy, site: Site) -> int:
