@@ -1,4 +1,4 @@
-"""Models from and to disk: load and check, save, reload in a fresh process and compare. Knows nothing of pruning."""
+"""Models from disk or the Hub: found, checked by their configs, loaded with what reads their inputs. Saves nothing."""
 
 import logging
 import pickle
@@ -33,7 +33,6 @@ from snp_llm.recipe.recipe import TINY_OPT
 from snp_llm.runtime.errors import SnpError, reason
 
 log = logging.getLogger(__name__)
-
 
 # Config keys with an entry for every layer, beside others that a type checks itself.
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "num_attention_heads_per_layer", "no_rope_layers")

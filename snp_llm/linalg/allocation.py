@@ -22,7 +22,7 @@ class SiteBudget:
     """What an allocation may know of one site.
 
     Attributes:
-        kind: "attention" or "ffn".
+        kind: what sites are called that share a width where there is one for all of them, such as "attention".
         units: units now.
         costs: what the site costs at every width, (units + 1,), never falling: parameters, bytes, FLOPs or seconds.
         multiple: the width is a multiple of this, or all units.

@@ -175,7 +175,7 @@ def find_ffn(block: nn.Module) -> Ffn | None:
     found = {}
     for path, module in block.named_modules():
         if of_experts(path):
-            continue  # they stay as they are
+            continue  # which `find_experts` reads
         names = next((names for names in FFNS if _has(module, *names[0], names[1])), None)
         children = [name for name, child in module.named_children() if isinstance(child, Projection)]
         if names is not None and (path == "" or {*children} == {*names[0], names[1]}):

@@ -1,1 +1,1 @@
-"""A short training of a pruned model to say what the dense one says. Knows no files but the journal's."""
+"""A short training of a pruned model to say what the dense one says. Knows no files but its own."""

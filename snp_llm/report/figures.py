@@ -1,4 +1,4 @@
-"""Pictures of widths, spectra, errors and perplexities: from plain numbers to a matplotlib figure, and that to SVG.
+"""Pictures of widths, spectra, errors and perplexities: from plain numbers to a matplotlib figure.
 
 Knows no model and no report. Matplotlib is imported when the first figure is made: a command line starts without it.
 """
@@ -36,7 +36,7 @@ class SitePoint:
 
     Attributes:
         block: its index.
-        kind: "attention" or "ffn".
+        kind: of the site.
         value: in the unit of the picture.
     """
 
@@ -86,7 +86,7 @@ def widths_figure(kind: str, kept: Sequence[int], before: Sequence[int], unit: s
     """Units kept at every block's site of one kind, before the faint bars of what there was.
 
     Args:
-        kind: "attention" or "ffn".
+        kind: of these sites.
         kept, before: units, by block.
         unit: what they are, in the plural.
     """
@@ -130,7 +130,7 @@ def spectrum_figure(
     """Latent variances on a logarithmic axis: in the site's order, kept and removed, and sorted; the cut marked.
 
     Args:
-        kind: "attention" or "ffn".
+        kind: of the site.
         channels: positions, ascending.
         variance: of the latents there, in order.
         spectrum: of the latents there when sorted, the largest first.
@@ -157,7 +157,7 @@ def error_figure(
     """Relative reconstruction error of every width on a logarithmic axis, with the cut and what was measured there.
 
     Args:
-        kind: "attention" or "ffn".
+        kind: of the site.
         channels: widths, ascending.
         error: relative squared output error when the first so many channels are kept.
         cut: channels kept.
@@ -209,7 +209,7 @@ def prediction_figure(
 
 
 def loss_figure(points: Sequence[SitePoint]) -> "Figure":
-    """Predicted rise of the mean loss at every site, bars of attention and FFN side by side.
+    """Predicted rise of the mean loss at every site, bars of each kind side by side.
 
     Args:
         points: values in nats a token, at least one.
@@ -237,7 +237,7 @@ def loss_figure(points: Sequence[SitePoint]) -> "Figure":
 
 
 def site_figure(points: Sequence[SitePoint], y_label: str, *, log: bool) -> "Figure":
-    """A value at every site against its block, attention and FFN by marker and colour.
+    """A value at every site against its block, kinds told apart by marker and colour.
 
     Args:
         points: with `log`, those that are not positive are left out.

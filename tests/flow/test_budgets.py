@@ -157,7 +157,7 @@ def test_all_blocks_count_in_a_latency_whatever_is_in_them(model_type, monkeypat
     def run(block, *_args):
         clock[0] += sum(parameter.numel() for parameter in block.parameters())
 
-    monkeypatch.setattr("snp_llm.pruning.widths.latency.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("snp_llm.evaluate.turns.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("snp_llm.pruning.widths.latency.run_block", run)
     anatomy = find_anatomy(dense)
     table = measure_table(anatomy, resolve(small_recipe(target_latency="0.9x"), dense))

@@ -5,27 +5,28 @@ import logging
 import math
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from snp_llm.evaluate.turns import timed
 from snp_llm.linalg.units import deal_from_groups, unit_channels
 from snp_llm.models.anatomy import Anatomy, embedding_rows
-from snp_llm.models.blocks import BlockCall, capture_calls, move, run_block, run_without_blocks
+from snp_llm.models.blocks import capture_calls, run_block, run_without_blocks
+from snp_llm.models.calls import BlockCall, move
 from snp_llm.models.offload import copy_unhooked, on_device, rest_on_device
 from snp_llm.models.site import Site, site_bias, site_weight
 from snp_llm.models.surgery import drop_experts, narrow_experts, prune_site
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe
-from snp_llm.runtime.device import compute_device, synchronize
+from snp_llm.runtime.device import compute_device
 from snp_llm.runtime.errors import SnpError, reason
 from snp_llm.runtime.json_files import read_json
 
 log = logging.getLogger(__name__)
-
 
 STEPS = 8  # widths measured of a site, besides all units
 
@@ -162,13 +163,7 @@ def measure_table(anatomy: Anatomy, recipe: ResolvedRecipe) -> LatencyTable:
         whole += dense_seconds[shape]
     tokens = tokens.to(device)
     with rest_on_device(model, blocks, device):
-        times = []
-        for _ in range(ROUNDS):
-            synchronize(device)
-            start = time.perf_counter()
-            run_without_blocks(model, blocks, tokens)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
+        times = [timed(partial(run_without_blocks, model, blocks, tokens), device) for _ in range(ROUNDS)]
     whole += statistics.median(times)
     log.info("latency: %.4g s for one window of %d tokens, blocks timed at %d widths", whole, recipe.seq_len, STEPS)
     return LatencyTable(str(device), str(model.dtype).removeprefix("torch."), 1, recipe.seq_len, whole, found)
@@ -199,11 +194,8 @@ def _time_all(block: nn.Module, sites: Sequence[Site], hidden: Tensor, call: Blo
         for site, width in turns or [(None, 0)]:
             # Made anew each time: all of them at once are many blocks.
             narrow = block if site is None else _narrow(block, site, width)
-            synchronize(hidden.device)
-            start = time.perf_counter()
-            run_block(narrow, hidden, call)
-            synchronize(hidden.device)
-            times.setdefault(("" if site is None else key(site), width), []).append(time.perf_counter() - start)
+            seconds = timed(partial(run_block, narrow, hidden, call), hidden.device)
+            times.setdefault(("" if site is None else key(site), width), []).append(seconds)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first warms up
 
 
