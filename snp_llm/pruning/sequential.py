@@ -1,27 +1,24 @@
 """The sequential loop: stage after stage of block after block is gathered, cut and fixed. Chooses no widths."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snp_llm.linalg.units import unit_channels
 from snp_llm.models.anatomy import Anatomy, by_now
-from snp_llm.models.blocks import arrived_at, fixed_output, output_of, run_block
-from snp_llm.models.calls import move, with_first_tensor
+from snp_llm.models.blocks import arrived_at, run_block
+from snp_llm.models.calls import move
 from snp_llm.models.experts import Arrived, find_experts
 from snp_llm.models.offload import copy_unhooked, on_device
-from snp_llm.models.projections import projection, weight_of
 from snp_llm.models.site import Site, site_weight
 from snp_llm.models.surgery import NoBlock
 from snp_llm.pruning.cut import cut_site
 from snp_llm.pruning.experts import Arrivals, cut_experts, uncut_experts
 from snp_llm.pruning.finished import facts_of, finished_block, keep_block, result_of
+from snp_llm.pruning.fixed import FixedSite, fix, fixing, returned_form
 from snp_llm.pruning.norms import estimate, norms_left, norms_of
 from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.refine import gains_nothing, refine_block
@@ -87,36 +84,6 @@ def prune_blocks(
 def steps_a_block(recipe: Recipe) -> int:
     """How often a block is spoken of: once for each of its sites, and once more where it is refined."""
     return 2 + bool(recipe.refine_steps)
-
-
-@dataclass
-class FixedSite:
-    """A site that has been cut, in a stage that others come after: what it puts out is computed once and kept.
-
-    Attributes:
-        module: whose output it is; nothing inside is run any more.
-        form: what the module returns, with its hidden states left out.
-        inputs: of the consumer before it was pruned, (windows, T, channels); None once outputs are known.
-        outputs: of the pruned consumer, (windows, T, d).
-        channels: of the inputs that were kept.
-        out: the pruned consumer.
-    """
-
-    module: nn.Module
-    form: Any
-    inputs: Tensor | None
-    outputs: Tensor
-    channels: Tensor
-    out: nn.Module
-
-    def output(self, at: slice, device: torch.device) -> Tensor:
-        """What the site puts out for the windows `at`."""
-        if self.inputs is None:
-            known: Tensor = move(self.outputs[at], device)
-            return known
-        output: Tensor = self.out(move(self.inputs[at], device)[..., self.channels])
-        store(self.outputs, at, output)
-        return output
 
 
 @dataclass(frozen=True)
@@ -187,7 +154,7 @@ def prune_block(cutting: Cutting) -> tuple[nn.Module, list[SiteResult]]:
             cutting.fixed.clear()  # what they put out is no longer what the block does
 
     def run_on(at: slice) -> Tensor:
-        with _fixing(cutting.fixed, at, run.clock.device):
+        with fixing(cutting.fixed, at, run.clock.device):
             return run_block(block, stream.hidden[at], stream.call)
 
     with run.clock.phase("forward passes"):
@@ -205,7 +172,7 @@ def cut_stage(cutting: Cutting, stage: Sequence[Site]) -> list[SiteResult]:
     mixtures = [site for site in stage if site.mixture is not None]
     plain = [site for site in stage if site.mixture is None]
     with run.clock.phase("forward passes"), torch.no_grad():
-        forms = [_form(block, site, stream, fixed) if keep and site.module else None for site in plain]
+        forms = [returned_form(block, site, stream, fixed) if keep and site.module else None for site in plain]
         sums, inputs = gather(cutting, plain, keep=keep) if plain else ([], [])
         going = [site for site in mixtures if cutting.width(site) < site.units]
         arrivals = {site: gather_arrivals(cutting, site) for site in going}
@@ -279,7 +246,7 @@ def gather(cutting: Cutting, stage: Sequence[Site], *, keep: bool) -> tuple[list
 
     def to_consumers(at: slice) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         hidden: Tensor = move(stream.hidden[at], device)
-        with _fixing(fixed, at, device) as before:
+        with fixing(fixed, at, device) as before:
             return hidden, before, inputs_at(block, stage, hidden, stream.call)
 
     for at, (hidden, before, inputs) in in_batches(windows, stream.batch, to_consumers):
@@ -302,44 +269,9 @@ def gather_arrivals(cutting: Cutting, site: Site) -> Arrivals:
 
     def to_experts(at: slice) -> Arrived:
         hidden: Tensor = move(stream.hidden[at], device)
-        with _fixing(cutting.fixed, at, device):
+        with fixing(cutting.fixed, at, device):
             return arrived_at(mixture, block, hidden, stream.call)
 
     for at, came in in_batches(len(stream.windows), stream.batch, to_experts):
         arrivals.put(at, came)
     return arrivals
-
-
-def fix(block: nn.Module, result: SiteResult, form: Any, inputs: Tensor, stream: Stream) -> FixedSite:
-    """What the later stages of a block need of a site that has just been cut."""
-    site = result.site
-    assert site.module is not None
-    out = projection(block, site.consumers[0])
-    channels = unit_channels(result.kept, site.unit_size).to(out.weight.device)
-    return FixedSite(
-        block.get_submodule(site.module), form, inputs, stream.room_for(len(weight_of(out))), channels, out
-    )
-
-
-def _form(block: nn.Module, site: Site, stream: Stream, fixed: Sequence[FixedSite]) -> Any:
-    """What a site's module returns, a tensor or what else there is beside it, with its hidden states left out."""
-    assert site.module is not None
-    module = block.get_submodule(site.module)
-
-    def returned(at: slice) -> Any:
-        with _fixing(fixed, at, next(block.parameters()).device):
-            return output_of(module, block, stream.hidden[at], stream.call)
-
-    _, found = next(in_batches(1, stream.batch, returned))
-    return with_first_tensor(found, stream.hidden.new_empty(0))
-
-
-@contextmanager
-def _fixing(fixed: Sequence[FixedSite], at: slice, device: torch.device) -> Iterator[list[Tensor]]:
-    """Lets the sites that have been cut return what they do for the windows `at`; gives these outputs."""
-    outputs: list[Tensor] = []
-    with ExitStack() as stack:
-        for site in fixed:  # each before the next: what it puts out may be what that computes from
-            outputs.append(site.output(at, device))
-            stack.enter_context(fixed_output(site.module, with_first_tensor(site.form, outputs[-1])))
-        yield outputs
