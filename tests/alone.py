@@ -17,6 +17,19 @@ from subprocess import PIPE, CompletedProcess, Popen
 from types import SimpleNamespace
 from typing import Any
 
+# Logits of every model in a folder, on the tokens that are there, beside each.
+RELOAD = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+tokens = torch.load(sys.argv[1] + "/tokens.pt")
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    if folder.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        torch.save(model(tokens).logits.detach(), folder / "logits.pt")
+assert "snp_llm" not in sys.modules
+"""
+
 
 def serve() -> None:
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401 - the forks need them

@@ -139,6 +139,16 @@ def pruned_opt(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
+def no_weights(tmp_path, tokenizer):
+    """A config without weights beside a tokenizer that cannot be read: whoever reads more than the config fails."""
+    folder = tmp_path / "model"
+    small_opt().config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{")
+    (tmp_path / "text.jsonl").write_text("no JSON")
+    return folder
+
+
+@pytest.fixture
 def opt_folder(tmp_path, tokenizer) -> Path:
     """A small random OPT on disk."""
     return save_model(small_opt(), tokenizer, tmp_path / "small-opt")
@@ -148,6 +158,14 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def refused(capsys, main, *arguments) -> str:
+    """The one line that a command is refused with."""
+    assert main([*map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("snp-llm: error: ") and printed.err.count("\n") == 1
+    return printed.err
 
 
 def zeroed(dense: PreTrainedModel, pruned) -> PreTrainedModel:

@@ -27,6 +27,7 @@ from snp_llm.models.size import model_size
 from snp_llm.models.staying import what_stays
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
+from tests.alone import RELOAD
 from tests.conftest import small_recipe, zeroed
 from tests.differing import differing_model
 
@@ -353,19 +354,6 @@ def test_blocks_and_experts_go_under_one_budget(experts, tokenizer):
     assert len(shorter.gone) == 1 and shorter.model.config.num_hidden_layers == 2
     with torch.no_grad():
         assert torch.isfinite(shorter.model(TOKENS).logits).all() and torch.isfinite(pruned.model(TOKENS).logits).all()
-
-
-RELOAD = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-tokens = torch.load(sys.argv[1] + "/tokens.pt")
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    if folder.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        torch.save(model(tokens).logits.detach(), folder / "logits.pt")
-assert "snp_llm" not in sys.modules
-"""
 
 
 def reloads(names, tokenizer, alone, folder) -> None:

@@ -14,6 +14,7 @@ from snp_llm.models.size import model_size
 from snp_llm.models.staying import has_more, what_stays
 from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.plan import check_budget
+from tests.alone import RELOAD
 from tests.conftest import FAMILY_CONFIGS, small_model, small_recipe, zeroed
 from tests.differing import DIFFERING, HYBRIDS, LATENTS, MIXTURES, differing_model
 from tests.families import MORE
@@ -140,19 +141,6 @@ def test_a_pruned_model_is_an_input_like_any_other(model_type, tokenizer):
     )
     assert [r.site.channels for r in twice.sites] == [len(r.kept) * r.site.unit_size for r in once.sites]
     assert torch.isfinite(twice.model(TOKENS).logits).all()
-
-
-RELOAD = """
-import sys, torch
-from pathlib import Path
-from transformers import AutoModelForCausalLM
-tokens = torch.load(sys.argv[1] + "/tokens.pt")
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    if folder.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-        torch.save(model(tokens).logits.detach(), folder / "logits.pt")
-assert "snp_llm" not in sys.modules
-"""
 
 
 def reloads(names, tokenizer, alone, folder, record) -> None:
