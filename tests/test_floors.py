@@ -1,6 +1,7 @@
 """Imports go down one list of folders, and never in a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,11 @@ def test_every_folder_is_on_the_list():
     }
     shown = [path for path in ROOT.iterdir() if path.name not in ("__pycache__", "py.typed")]
     assert len(shown) <= ENTRIES, sorted(path.name for path in shown)
+
+
+def test_the_table_for_contributors_has_every_folder_in_that_order():
+    table = re.findall(r"^\|[^|]*\| `(\w+)/` \|", (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    assert table == list(FLOORS[1:])
 
 
 def test_imports_go_down():
