@@ -14,6 +14,7 @@ from torch import nn
 from snp_llm import checkpoint
 from snp_llm.evaluate.cells import Cell
 from snp_llm.evaluate.speed import INPUTS, PASSES, decode
+from snp_llm.runtime.device import ran_out
 from snp_llm.runtime.errors import SnpError
 
 
@@ -42,7 +43,9 @@ def main() -> int:
     except SnpError as error:
         print(json.dumps({"error": str(error)}))
         return 0
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         print(json.dumps({"error": f"out of memory: {str(error).splitlines()[0]}"}))
         return 0
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

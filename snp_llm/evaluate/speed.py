@@ -26,7 +26,7 @@ from snp_llm.models.task import image_shape, task_of
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.checks import flag
 from snp_llm.recipe.commands import BenchRecipe
-from snp_llm.runtime.device import compute_device, versions
+from snp_llm.runtime.device import compute_device, ran_out, versions
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.signs import Signs
 from snp_llm.runtime.version import __version__
@@ -99,7 +99,9 @@ def bench(recipe: BenchRecipe, command: str, signs: Signs) -> dict[str, Any]:
             found = compare(models, cell, device, recipe)
             signs.step(f"{cell.name}: {speed_words(found.speedup, found.speedup_low, found.speedup_high)}")
             results.append(found)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise SnpError(
             f"bench: both models do not fit on {device} together ({str(error).splitlines()[0]}). Use smaller "
             "--batch-sizes or --prompt-lengths, or --dtype bfloat16."
@@ -149,10 +151,8 @@ def compare(models: Sequence[PreTrainedModel], cell: Cell, device: torch.device,
         for once in passes:  # the first warms up, and compiles
             once()
             once()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        if not recipe.compile:
+        if ran_out(error) or not recipe.compile:
             raise
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SnpError(

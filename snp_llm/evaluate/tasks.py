@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from snp_llm.models.offload import on_device
+from snp_llm.runtime.device import ran_out
 from snp_llm.runtime.errors import SnpError, near
 
 
@@ -123,9 +124,11 @@ def _harness() -> Any:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
-        except (SnpError, torch.OutOfMemoryError):
+        except SnpError:
             raise
         except Exception as error:
+            if ran_out(error):
+                raise
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SnpError(
                 f"--tasks: lm-evaluation-harness failed: {first_line[:300]}. Check the task files and the network."

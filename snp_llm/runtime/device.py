@@ -32,8 +32,12 @@ PROBE_SECONDS = 0.2
 
 ANOTHERS_SHARE = 0.25  # of what is free on a GPU
 
-# What errors say that have no class of their own; the last is the host's.
-OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+# What errors say that have no class of their own. Libraries that find no room for their handle say that they are not
+# initialised, or of an internal error. The last is the host's.
+OUT_OF_MEMORY = (
+    *("out of memory", "_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "`cublasCreate", "`cublasLtCreate"),
+    *("`cusolverDnCreate", "CUDNN_STATUS_NOT_INITIALIZED", "DefaultCPUAllocator: can't allocate memory"),
+)
 
 T = TypeVar("T")
 

@@ -122,6 +122,15 @@ def test_bench_refuses(folders, capsys):
     )
 
 
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_bench_says_so_where_a_library_finds_no_memory(options, folders, capsys, monkeypatch):
+    def run_out(*_):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(speed, "seconds_of", run_out)
+    refuse(capsys, [*folders, *SHORT, "--no-memory", *options], "both models do not fit on cpu together", bench_main)
+
+
 def test_a_section_of_the_card_is_replaced(tmp_path):
     (tmp_path / "README.md").write_text("---\na: b\n---\n\n# Model\n\nText.\n")
     model_cards.update_card(tmp_path, "Speed", ["slow"])

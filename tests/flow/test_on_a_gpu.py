@@ -218,6 +218,8 @@ def test_ranks_over_nccl_sum_on_the_device_and_hold_no_sum_twice(monkeypatch):
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
     ],
 )
 def test_what_runs_out_on_a_device_is_computed_on_the_cpu(error, caplog):
