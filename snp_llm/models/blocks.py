@@ -315,13 +315,15 @@ def _run_past(blocks: nn.ModuleList, forward: Callable[..., Tensor], run: Callab
     def in_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         return given(*args, **kwargs), None
 
-    failed: Exception | None = None
-    for form in (given, in_tuple):
-        shapes: list[torch.Size] = []
-        try:
-            with _replaced_forwards({block: partial(form, index) for index, block in enumerate(blocks)}):
-                return run()
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            failed = failed or error
-    assert failed is not None
-    raise failed
+    failed: list[Exception] = []
+    try:
+        for form in (given, in_tuple):
+            shapes: list[torch.Size] = []
+            try:
+                with _replaced_forwards({block: partial(form, index) for index, block in enumerate(blocks)}):
+                    return run()
+            except (ValueError, IndexError, TypeError, AttributeError) as error:
+                failed.append(error)
+        raise failed[0]
+    finally:
+        failed.clear()  # or what their frames hold of a device stays until Python looks for cycles

@@ -19,7 +19,8 @@ from snp_llm.pruning.stream import Stream
 from snp_llm.recipe.recipe import Recipe
 from snp_llm.runtime import ranks
 from snp_llm.runtime.batches import in_batches
-from snp_llm.runtime.device import rough_products
+from snp_llm.runtime.device import ran_out, rough_products
+from snp_llm.runtime.errors import SnpError, reason
 
 TOKENS = 65_536  # at most, that blocks are refined on
 
@@ -74,7 +75,20 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
 
     Returns:
         Error on the held-out windows after the refinement over that before it, at most 1.
+
+    Raises:
+        SnpError: a device has no memory left for that.
     """
+    try:
+        return _refined(block, stream, behind, run)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        said = f"block {stream.index}: no memory left to refine it ({reason(error)[:200]}). Use --refine none."
+        raise SnpError(said) from error
+
+
+def _refined(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> float:
     task = _Task(block, stream, behind, run.clock.device)
     held, steps = held_out(behind.total), run.recipe.refine_steps or 0
     fitted, judged = (~held).nonzero()[:, 0], held.nonzero()[:, 0].tolist()

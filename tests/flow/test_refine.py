@@ -102,6 +102,17 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(tokenizer, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
+def test_no_memory_for_the_optimizer_is_said_with_what_helps(tokenizer, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", full)
+    with pytest.raises(
+        SnpError, match=r"block 0: no memory left to refine it \(CUDA out of memory\). Use --refine none"
+    ):
+        prune(small_model("opt"), tokenizer, small_recipe(**CUTS, refine=4))
+
+
 def test_half_precision_is_refined_in_float32(tokenizer):
     refined = prune(small_model("llama", torch.bfloat16), tokenizer, small_recipe(**CUTS, refine=20))
     assert {p.dtype for p in refined.model.parameters()} == {torch.bfloat16}

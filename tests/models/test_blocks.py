@@ -1,7 +1,11 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import Cache
 
+from snp_llm.models import blocks as running
 from snp_llm.models.anatomy import find_blocks
 from snp_llm.models.blocks import capture_calls, fixed_output, input_of, output_of, run_block
 from snp_llm.models.calls import move, with_first_tensor
@@ -64,3 +68,22 @@ def test_blocks_are_called_without_a_cache(model_type):
     model = differing_model(model_type, use_cache=True)
     _, calls = capture_calls(model, find_blocks(model), torch.randint(3, 2048, (1, 8)))
     assert not any(isinstance(value, Cache) for call in calls for value in (*call.args, *call.kwargs.values()))
+
+
+def test_what_a_form_that_fails_has_made_is_gone_with_it():
+    """Of a model whose blocks give tuples every call fails once: on a device its tensors would pile up."""
+    made = []
+
+    def run() -> int:
+        values = torch.zeros(3)
+        made.append(weakref.ref(values))
+        if len(made) == 1:
+            raise ValueError("a tuple was expected")
+        return 7
+
+    gc.disable()
+    try:
+        assert running._run_past(torch.nn.ModuleList(), lambda _index, hidden: hidden, run) == 7
+        assert [values() for values in made] == [None, None]
+    finally:
+        gc.enable()
