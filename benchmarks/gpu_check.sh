@@ -8,21 +8,24 @@
 #   env       versions, card, memory
 #   tests     the suite's own tests that need CUDA
 #   prune     the command itself, as users type it, on the bundled model: prune, eval, bench
-#   same      CPU against GPU, hidden states on cpu, cuda and disk, float32 and bfloat16, on a small trained OPT
+#   same      CPU against GPU, hidden states on cpu, cuda and disk, float32 and bfloat16, with TF32 allowed, on a small
+#             trained OPT
 #   micro     copies from and to the host; factorisations and greedy elimination at the widths of OPT
 #   cost13    opt-1.3b's shape, four blocks, hidden states on cpu and on cuda: seconds by phase, peak against estimate
 #   whole13   opt-1.3b's shape, all blocks, the whole command with evaluation and reloading, hidden states on cuda
 #   cost67    opt-6.7b's shape, two blocks, hidden states on cuda
 #   cost130   opt-13b's shape, two blocks, likewise
 #   profile   kernels by time of a prune of two blocks of opt-1.3b's shape
-#   memory    a prune in a card that is nearly full: halved batches, sums and algebra on the CPU
+#   memory    a prune and a perplexity in a card that is nearly full: halved batches, sums and algebra on the CPU
 # Weights are random and made here; nothing is downloaded. The last lines are a table; everything is in $OUT/gpu_check.log
 # and, a line of JSON a result, in $OUT/gpu_check.jsonl.
 #
 # Needs torch with CUDA, transformers, accelerate, rich. tyro may be missing: then the commands are called without their
 # parser. Wheels in .whl/ of the working directory are installed first (tyro, docstring-parser, typeguard, rich).
 # GPU_CHECK_MODEL is a folder with a small trained OPT for the stage "same"; without it that takes the bundled one.
-# GPU_CHECK_SECONDS (520) is for all of it; GPU_CHECK_TINY=1 runs everything in miniature, to try the script elsewhere.
+# GPU_CHECK_SECONDS (430) is for all of it, so that two runs fit into a quarter of an hour; what is left over is said, to be
+# named as stages of a second run. GPU_CHECK_TINY=1 runs everything in miniature, to try the script elsewhere; with
+# GPU_CHECK_REHEARSE=1 too on a simulated device, but for "profile", which nothing simulates.
 set -u
 HERE=$(cd "$(dirname "$0")" && pwd)
 PROJECT=${1:-}
@@ -41,7 +44,7 @@ if ls .whl/*.whl >/dev/null 2>&1; then
   $PYTHON -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$WORK/site" .whl/*.whl \
     && export PYTHONPATH="$PYTHONPATH:$WORK/site"
 fi
-END=$((SECONDS + ${GPU_CHECK_SECONDS:-520}))
+END=$((SECONDS + ${GPU_CHECK_SECONDS:-430}))
 : >"$OUT/gpu_check.jsonl"
 
 cat >"$WORK/check.py" <<'P'
@@ -262,11 +265,13 @@ def same():
         "cuda float32, hidden cuda": {"device": "cuda", "dtype": "float32", "hidden_device": "cuda"},
         "cuda float32, hidden disk": {"device": "cuda", "dtype": "float32", "hidden_device": "disk"},
         "cuda float32 again": {"device": "cuda", "dtype": "float32"},
+        "cuda float32, TF32 allowed": {"device": "cuda", "dtype": "float32"},
         "cuda bfloat16": {"device": "cuda", "dtype": "bfloat16"},
         "cuda float16": {"device": "cuda", "dtype": "float16"},
     }
     kept, weights, ppl = {}, {}, {}
     for name, settings in runs.items():
+        torch.set_float32_matmul_precision("high" if "TF32" in name else "highest")  # must make no difference
         try:
             report, elapsed, peak, needed = prune(model, "same", **base, **settings)
         except Exception as error:
@@ -399,8 +404,11 @@ def profile():
 
 def memory():
     """Takes most of the card, with plain allocations, so that fallbacks have to be used; results must not change."""
+    from snp_llm.evaluate.perplexity import perplexity
+
     folder = make_shape("opt-1.3b", 2)
     spare = {}
+    windows = torch.randint(4, VOCABULARY, (2 if TINY else 96, POSITIONS), generator=torch.Generator().manual_seed(0))
     for room in (None, 4e9, 1.6e9):
         if room is not None and not TINY:
             torch.cuda.empty_cache()
@@ -410,6 +418,8 @@ def memory():
             pruned, elapsed, peak, _ = prune_only(folder, sparsity=0.3, refine="none")
             note(what=f"room {room}", seconds=round(elapsed, 1), peak_GB=round((peak - (spare["taken"].numel() if spare else 0)) / 1e9, 2),
                  kept=[len(site.kept) for site in pruned.sites], units=[sum(site.kept.tolist()) for site in pruned.sites])
+            del pruned
+            note(what=f"room {room}, perplexity", value=perplexity(load(folder, "auto", WORK / "again")[0], windows, device="cuda"))
         except Exception as error:
             note(what=f"room {room}", FAILED=f"{type(error).__name__}: {str(error)[:300]}")
         spare.clear()
