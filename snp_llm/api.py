@@ -25,7 +25,7 @@ from snp_llm.report import facts
 from snp_llm.report.folder import describe
 from snp_llm.report.words import asked
 from snp_llm.runtime.device import compute_device, hand_back, place_for_another
-from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.errors import SnpError, shown
 from snp_llm.runtime.signs import UNWATCHED, Signs
 
 OF_COMMANDS = {*EVALUATION, *ONCE, "save_every"} - {"trust_remote_code"}
@@ -68,7 +68,8 @@ class PrunedModel(pipeline.PrunedModel):
         dense, kind = self.dense or self.model, compute_device(self.recipe.device)
         with output.finished_folder(folder, overwrite=overwrite) as partial:
             checkpoint.save(self.model, self.tokenizer, partial)
-            sizes = [size.model_size(model, self.recipe.seq_len) for model in (dense, self.model)]
+            counted_as = self.recipe.seq_len, self.recipe.experts
+            sizes = [size.model_size(model, *counted_as) for model in (dense, self.model)]
             hand_back(kind)
             compared = material_of(dense.config).compared(self.calibration)
             on = place_for_another(kind, sizes[1].bytes)
@@ -152,6 +153,10 @@ def prune(
         raise SnpError(f"prune: recipe: expected a Recipe, got {recipe!r}. {HINT}")
     name = model if isinstance(model, str) else str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    if isinstance(data, str) and not data.isprintable():
+        raise SnpError(
+            f"data: expected a list of texts, or a dataset's name, got one text, {shown(data)}. Pass [text]."
+        )
     if isinstance(data, str | Path):
         settings, data = {**settings, "calibration": str(data)}, None
     elif data is not None:
@@ -173,6 +178,7 @@ def prune(
     signs = UNWATCHED if on_progress is None else counted(on_progress)
     with at_rest(model):
         result = pipeline.prune(model, tokenizer, chosen, given=pipeline.Given(data, measure, loss), signs=signs)
+    result.model.config._name_or_path = ""  # pruned again, it is not the model that the dense one was loaded from
     return PrunedModel(**vars(result), dense=model)
 
 

@@ -1,6 +1,7 @@
 """The Python interface: what people hold in memory, against windows that are cut by hand."""
 
 import copy
+import json
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ import snp_llm
 from snp_llm import Recipe, SnpError
 from snp_llm.data.given import given_windows
 from tests.conftest import small_opt
+from tests.differing import differing_model
 
 TEXTS = [f"This is text number {n}, and it says that {n} squared is {n * n}." for n in range(120)]
 TALKS = [
@@ -148,6 +150,33 @@ def test_saved_it_is_what_the_command_would_have_saved(tokenizer, tmp_path):
     assert {"README.md", "prune_report.json", "recipe.yaml", "report.html"} <= {file.name for file in folder.iterdir()}
     with pytest.raises(SnpError, match="overwrite"):
         pruned.save(folder)
+
+
+def test_sparsity_of_a_saved_mixture_counts_the_experts_that_may_go(tokenizer, tmp_path):
+    dense = differing_model("qwen3_moe")
+    few = {**FEW, "refine": "none", "measured_cuts": 0}
+    pruned = snp_llm.prune(dense, tokenizer, data=TEXTS, experts="whole", head_sparsity=0.0, ffn_sparsity=0.4, **few)
+    report = json.loads((pruned.save(tmp_path / "out") / "prune_report.json").read_text())
+    before, after = (
+        sum(p.numel() for n, p in m.named_parameters() if "proj" in n and n.endswith(("weight", "proj")))
+        for m in (dense, pruned.model)
+    )
+    assert report["dense"]["size"]["block_linear"] == before and report["pruned"]["size"]["block_linear"] == after
+    assert report["sparsity"]["achieved"] == (before - after) / before > 0.1
+
+
+def test_a_model_that_is_pruned_again_is_not_called_what_the_first_one_was(tokenizer):
+    dense = small_opt()
+    dense.config._name_or_path = "user/small"
+    first = snp_llm.prune(dense, tokenizer, data=TEXTS, sparsity=0.3, **FEW)
+    again = snp_llm.prune(first.model, tokenizer, data=TEXTS, sparsity=0.3, **FEW)
+    assert first.recipe.model == dense.config._name_or_path == "user/small"
+    assert again.recipe.model == type(first.model).__name__
+
+
+def test_one_text_in_the_place_of_a_list_is_said(tokenizer):
+    with pytest.raises(SnpError, match=r"data: expected a list of texts, or a dataset's name, got one text.*\[text\]"):
+        snp_llm.prune(small_opt(), tokenizer, data="\n".join(TEXTS), sparsity=0.3, **FEW)
 
 
 @pytest.mark.parametrize(
