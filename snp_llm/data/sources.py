@@ -115,6 +115,22 @@ def check_dataset(dataset: Dataset, purpose: Purpose) -> None:
         _find(dataset, purpose)
 
 
+def both_of(calibration: Dataset, evaluation: Dataset) -> str | None:
+    """Name of the dataset of an evaluation if it is calibrated on as well, in the same split; None if it is not."""
+    parts = {_place(part, "calibration") for part, _ in mixture(calibration)}
+    return evaluation.name if _place(evaluation, "evaluation") in parts else None
+
+
+def _place(dataset: Dataset, purpose: Purpose) -> tuple[str, str]:
+    """What tells a text from others: where it is, and its split; a file has none."""
+    path = Path(dataset.name)
+    if path.is_file():
+        return str(path.resolve()), ""
+    where, _, config = (str(path.resolve()), "", "") if path.is_dir() else dataset.name.partition(":")
+    source = NAMED.get(dataset.name) or Source(where, {"name": config or None})
+    return f"{source.path}:{source.options.get('name')}", dataset.split or source.usual_split(purpose)
+
+
 def open_dataset(dataset: Dataset, purpose: Purpose) -> tuple[Iterator[Any], Source, str]:
     """Documents of a dataset, streamed, where they come from, and the name and split as people are told.
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from snp_llm.data.given import ORIGIN, given_windows
 from snp_llm.data.images import Form, calibration_images, given_images, labelled_batches
 from snp_llm.data.pictures import NOISE, Pictures, check_pictures
-from snp_llm.data.sources import Dataset, Purpose, check_dataset
+from snp_llm.data.sources import Dataset, Purpose, both_of, check_dataset
 from snp_llm.data.windows import Windows, evaluation_windows, mixed_windows
 from snp_llm.evaluate.accuracy import accuracy, image_times
 from snp_llm.evaluate.continuations import continuations
@@ -31,6 +31,7 @@ from snp_llm.models.text import LONGEST_DEFAULT_WINDOW, check_tokens, resolve_bo
 from snp_llm.models.text_part import text_config
 from snp_llm.recipe.recipe import Recipe, ResolvedRecipe, usual_text
 from snp_llm.runtime.errors import SnpError
+from snp_llm.runtime.errors import shown as as_shown
 from snp_llm.runtime.signs import Watch
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ def by_perplexity(tokenizer: Any, recipe: ResolvedRecipe, model: PreTrainedModel
     dataset = Dataset(recipe.eval_dataset, recipe.eval_split, recipe.text_column)
     windows = evaluation_windows(tokenizer, dataset, seq_len=recipe.seq_len, bos=recipe.bos)
     check_tokens(windows, model)
+    if same := both_of(Dataset(recipe.calibration, recipe.calibration_split), dataset):
+        log.warning("%s is calibrated on and measured by: perplexity of another text will rise by more", as_shown(same))
 
     def measure(models: Sequence[PreTrainedModel], device: torch.device, watch: Watch) -> tuple[list[Figures], str]:
         found: list[Figures] = []

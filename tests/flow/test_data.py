@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from snp_llm.data.sources import NAMED, Dataset, check_dataset, mixture
+from snp_llm.data.sources import NAMED, Dataset, both_of, check_dataset, mixture
 from snp_llm.data.windows import calibration_windows, evaluation_windows, mixed_windows, split_windows, windows_of
 from snp_llm.runtime.errors import SnpError
 
@@ -260,3 +260,23 @@ def test_only_as_much_is_read_as_the_windows_need(monkeypatch, tokenizer):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: endless())
     calibrate(tokenizer, "user/endless")
     assert read * 500 <= 2 * 32 * 4 * 16 + 500
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "same"),
+    [
+        (("notes.txt", None), ("./notes.txt", "test"), "./notes.txt"),
+        (("wikitext2,notes.txt=2", None), ("notes.txt", None), "notes.txt"),
+        (("wikitext2", None), ("wikitext2", None), None),
+        (("wikitext2", "test"), ("wikitext2", None), "wikitext2"),
+        (("Salesforce/wikitext:wikitext-2-raw-v1", "test"), ("wikitext2", None), "wikitext2"),
+        (("bundled", None), ("bundled", None), None),
+        (("bundled", "test"), ("bundled", None), "bundled"),
+        (("user/a", "test"), ("user/b", "test"), None),
+        (("random", None), ("notes.txt", None), None),
+    ],
+)
+def test_a_text_that_is_calibrated_on_and_measured_by_is_known(calibration, evaluation, same, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("A text.")
+    assert both_of(Dataset(*calibration), Dataset(*evaluation)) == same
