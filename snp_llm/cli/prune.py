@@ -270,8 +270,6 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
     """What `--dry-run` shows: the widths of every block and the sizes that follow from them."""
     size = model_sizes.model_size(dense, recipe.seq_len, recipe.experts)
     removed = removed_weights(dense, size.block_linear, plan)
-    if any(site.heads is not None or site.kind == "ffn" for site, _ in plan):
-        print("block  heads         FFN channels")
     blocks: dict[int, dict[str, str]] = {}
     for site, width in plan:
         if site.heads is None and site.kind != "ffn":
@@ -279,6 +277,8 @@ def print_plan(dense: PreTrainedModel, plan: list[tuple[Any, int]], recipe: Reso
             continue
         kept, units = (width, site.units) if site.heads is None else (site.heads_after(width).query, site.heads.query)
         blocks.setdefault(site.block, {})[site.kind] = f"{kept:,} of {units:,}"
+    if blocks:
+        print("block  heads         FFN channels")
     for block, kinds in blocks.items():
         print(f"{block:5d}  {kinds.get('attention', '-'):12s}  {kinds.get('ffn', '-')}")
     print(

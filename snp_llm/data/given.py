@@ -111,4 +111,9 @@ def _documents(items: Iterator[Any], column: str) -> Iterator[Any]:
             continue
         if not isinstance(value, str | list):
             raise SnpError(f"data: expected a text or a list of messages, record {number:,} is {shown(value)[:60]}.")
+        if isinstance(value, list) and any(not isinstance(message, Mapping) for message in value):
+            raise SnpError(
+                f"data: expected a text or a list of messages, record {number:,} is {shown(value)[:60]}. Token ids "
+                f"come as a tensor, or in a column {IDS!r}."
+            )
         yield value

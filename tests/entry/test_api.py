@@ -85,6 +85,7 @@ def test_token_ids_are_taken_as_they_are(tokenizer):
         ({"text": "a"}, "iterable of texts"),
         (3, "iterable of texts"),
         ([3, 4], "record 1 is 3"),
+        ([[1, 2, 3]], r"record 1 is \[1, 2, 3\]. Token ids come as a tensor"),
         ([{"body": "a"}], "column 'text' of texts, or 'messages'; record 1 has body"),
         (["short"], "at least one window of 32 tokens"),
         (torch.rand(4, 32), "token ids, integers"),

@@ -146,6 +146,12 @@ def test_dry_run_prints_widths_and_writes_nothing(opt_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_names_the_columns_above_them(opt_folder, tmp_path, capsys):
+    options = ["--dry-run", "--depth", "only", "--measured-cuts", "0", "--output", str(tmp_path / "out")]
+    assert prune_main([str(opt_folder), *options, *QUICK]) == 0
+    assert re.search(r"^block  heads +FFN channels\n +0  \d of 4", capsys.readouterr().out, re.M)
+
+
 @pytest.mark.parametrize("layout", ["uniform", "padded"])
 def test_the_layout_is_announced_before_and_holds_afterwards(layout, tokenizer, tmp_path, capsys):
     save_model(small_model("llama", torch.float32, num_key_value_heads=6), tokenizer, tmp_path / "llama")
