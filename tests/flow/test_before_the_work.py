@@ -154,7 +154,7 @@ def pruned_before(folder, model_type, changes):
     [
         ("opt", {"num_attention_heads": 5}, "5 query and 5 key-value heads"),
         ("gpt2", {"n_head": 5}, "5 query and 5 key-value heads"),
-        ("llama", {"intermediate_size": 0}, "0 and 8 FFN channels"),
+        ("llama", {"intermediate_size": 0}, "6 query and 3 key-value heads, and 0 and 64 FFN channels"),
         ("qwen3_moe", {"moe_intermediate_size": 16}, "FFN channels, and 4 experts of 16 and 32 channels"),
     ],
 )

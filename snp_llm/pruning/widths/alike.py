@@ -34,11 +34,18 @@ def check_uniform_at_all(anatomy: Anatomy, recipe: ResolvedRecipe) -> None:
         alike = [budget for budget in budgets if budget.kind == kind]
         common = set.intersection(*(set(budget.widths()) for budget in alike))
         fewest[kind] = min(common, default=min(budget.units for budget in alike))
-    check_uniform(anatomy, [fewest[budget.kind] for budget in budgets])
+    now = [block_widths(block) for block in anatomy.blocks]
+    check_uniform(anatomy, [fewest[budget.kind] for budget in budgets], now)
 
 
-def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
-    """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before."""
+def check_uniform(anatomy: Anatomy, widths: Sequence[int], now: Sequence[Widths] | None = None) -> None:
+    """Raises SnpError if the widths are not one plain config's: in models whose blocks differed before.
+
+    Args:
+        anatomy: of the dense model.
+        widths: of every site.
+        now: those of every block that the error names; None: these.
+    """
     family, sites, gone = anatomy.family, anatomy.sites, gone_blocks(anatomy.sites, widths)
     kept = [index for index in range(len(anatomy.blocks)) if index not in gone]
     chosen: list[Widths] = []
@@ -52,7 +59,7 @@ def check_uniform(anatomy: Anatomy, widths: Sequence[int]) -> None:
     if plain_config(shortened(anatomy.model, kept) if gone else anatomy.model, family, chosen) is None:
         raise SnpError(
             f"layout uniform: expected head counts and widths that one plain {family.name} config can hold in every "
-            f"block, got {_said(chosen)}. The model was pruned before, block by block. Use --layout compact."
+            f"block, got {_said(now or chosen)}. The model was pruned before, block by block. Use --layout compact."
         )
 
 
