@@ -105,10 +105,10 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     return (values, text[found.end() :]) if found and isinstance(values, dict) else ({}, text)
 
 
-def check_own_folder(flag: str, folder: str) -> None:
+def check_own_folder(folder: str) -> None:
     """Raises SnpError if a result has no place in a folder, before it is computed."""
     missing = [name for name in (REPORT, CARD) if not (Path(folder) / name).is_file()]
     if missing:
         raise SnpError(
-            f"{flag}: expected an output folder of `snp-llm prune`; {folder} has no {' and no '.join(missing)}."
+            f"--save: expected an output folder of `snp-llm prune`; {folder} has no {' and no '.join(missing)}."
         )

@@ -15,7 +15,7 @@ from snp_llm.runtime.terminal import print_json, print_table, progress
 def run_bench(recipe: BenchRecipe, command: Sequence[str], talk: Talk) -> None:
     """Measure two models and print them side by side."""
     if recipe.save:
-        check_own_folder("--save", recipe.pruned)
+        check_own_folder(recipe.pruned)
         bench_report.check_folder(Path(recipe.pruned))
     typed = shlex.join(command)
     with progress(len(speed.cells(recipe)) + 2 * recipe.memory, "looking at both models") as signs:

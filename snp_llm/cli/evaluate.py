@@ -70,7 +70,7 @@ def run_evaluate(recipe: EvaluationRecipe, talk: Talk) -> None:
     first = load_config(recipe.models[0], trust_remote_code=recipe.trust_remote_code)
     own = [name for name in recipe.models if recipe.save and (Path(name) / contents.REPORT).is_file()]
     if recipe.save and not own:
-        contents.check_own_folder("--save", recipe.models[0])
+        contents.check_own_folder(recipe.models[0])
     for name in own:
         evaluation_report.check_folder(Path(name))
     RUNS[task_of(first).name](recipe, talk, own)

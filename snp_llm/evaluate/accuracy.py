@@ -16,6 +16,8 @@ from snp_llm.runtime.signs import UNWATCHED, Signs
 
 TOP5_FROM = 20  # classes, from which on the first five are counted as well
 
+TURNS = 7  # passes of each model that are timed, after one that warms up
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -73,7 +75,7 @@ def accuracy(
 
 @torch.no_grad()
 def image_times(
-    models: Sequence[PreTrainedModel], pixels: Tensor, *, device: torch.device | str = "cpu", turns: int = 7
+    models: Sequence[PreTrainedModel], pixels: Tensor, *, device: torch.device | str = "cpu"
 ) -> list[list[float]]:
     """Seconds that each model takes to classify a batch, in every turn, the models taking turns.
 
@@ -81,7 +83,6 @@ def image_times(
         models: classifiers; left where they are.
         pixels: one batch, (batch, channels, height, width).
         device: to compute on.
-        turns: timed passes of each, after a warm-up.
     """
     device = torch.device(device)
     given = pixels.to(device)
@@ -90,4 +91,4 @@ def image_times(
             stack.enter_context(on_device(model.eval(), device))
         passes = [partial(timed, partial(model, given.to(model.dtype)), device) for model in models]
         in_turns(passes, 1)  # warms up
-        return in_turns(passes, turns)
+        return in_turns(passes, TURNS)

@@ -30,8 +30,8 @@ def says(model_type: str, values: str, changed: str, structure: str, part: str) 
         values: of the config for the dense model, as `as_text` gives them.
         changed: of the config with other numbers, likewise.
         structure: of the dense model, as text.
-        part: which blocks get narrower, and how: `of` is "attention" or "ffn", `was` what `structure` says of it
-            there, `new` the widths by the keys of `structure`; as text.
+        part: which blocks get narrower, and how: `of` is "attention", "ffn" or "experts", `was` what `structure`
+            says of it there, `new` the widths by the keys of `structure`; as text.
     """
     wanted = json.loads(part)
     try:

@@ -29,7 +29,6 @@ from snp_llm.runtime.signs import Signs
 
 log = logging.getLogger("snp_llm")
 
-
 WIDE = 200  # columns where there is no terminal that would wrap them
 
 SAID_FROM = 2.0  # seconds left that are worth a word
@@ -37,9 +36,9 @@ SAID_FROM = 2.0  # seconds left that are worth a word
 SELDOM = 10.0  # seconds between two lines of the same piece of work
 
 
-def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table whose first column stands left and all others right; brackets in names are no markup."""
-    table = Table(title=None if title is None else Text(title), title_justify="left", title_style="bold")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if index else "left")
     for row in rows:
