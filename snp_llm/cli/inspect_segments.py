@@ -25,12 +25,12 @@ def inspect_segments(anatomy: Anatomy, recipe: Recipe) -> dict[str, Any]:
     size, shared = model_size(model, 1), readers(anatomy)
     sites = [
         {
-            "site": f"{blocks.prefixes[site.block]}.{site.path}".removeprefix("."),
+            "site": blocks.named(site.block, site.path),
             "kind": site.kind,
             "units": site.units,
             "columns_a_unit": site.taps or site.unit_size,
             "mixed": bool(site.taps),
-            "positions": counts.get(f"{blocks.prefixes[site.block]}.{site.path}".removeprefix("."), 1),
+            "positions": counts.get(blocks.named(site.block, site.path), 1),
             "shared": None if site.shared is None else site.shared.name,
             "readers": 1 if site.shared is None else len(shared[site.shared]),
         }

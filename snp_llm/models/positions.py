@@ -22,8 +22,7 @@ def positions(model: PreTrainedModel) -> int:
 
 def site_positions(model: PreTrainedModel, blocks: Segments, site: Site) -> int:
     """Positions of one image at which a site of a convolutional network is read."""
-    name = f"{blocks.prefixes[site.block]}.{site.consumers[0]}".removeprefix(".")
-    found = layer_positions(model).get(name, 1)
+    found = layer_positions(model).get(blocks.named(site.block, site.consumers[0]), 1)
     return max(found, site.taps if found == 1 else 1)
 
 

@@ -27,10 +27,10 @@ def segments_config(dense: PreTrainedModel, blocks: Segments, pruned: nn.ModuleL
     """
     shapes: dict[str, list[int]] = {}
     widths: dict[str, int] = {}
-    for prefix, old, new in zip(blocks.prefixes, blocks, pruned, strict=True):
+    for index, (old, new) in enumerate(zip(blocks, pruned, strict=True)):
         modules = dict(new.named_modules())
         for path, module in old.named_modules():
-            name = f"{prefix}.{path}".removeprefix(".")
+            name = blocks.named(index, path)
             if isinstance(module, Projection | nn.BatchNorm2d):
                 widths[name], shape = len(modules[path].weight), _shape(modules[path])
                 if shape != _shape(module):

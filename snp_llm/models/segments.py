@@ -34,6 +34,10 @@ class Segments(nn.ModuleList):
         self.prefixes = [prefix for prefix, _ in blocks]
         self.chain = chain
 
+    def named(self, block: int, path: str) -> str:
+        """What is at a path of a block, by its path in the model."""
+        return f"{self.prefixes[block]}.{path}".removeprefix(".")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -158,8 +162,8 @@ def segment_sites(blocks: Segments) -> list[Site]:
         for made in makers:
             if _outputs(blocks, made) != units:
                 raise SnpError(
-                    f"{_named(blocks, made)}: has {_outputs(blocks, made)} channels where {units} are added to; "
-                    "expected as many. Shortcuts that fill up with zeros cannot lose channels."
+                    f"{blocks.named(made.block, made.path)}: has {_outputs(blocks, made)} channels where {units} are "
+                    "added to; expected as many. Shortcuts that fill up with zeros cannot lose channels."
                 )
         for reader in readers:
             order[reader.block, reader.path] = 0
@@ -183,7 +187,8 @@ def _site(
     module = _module(blocks, reader)
     columns = weight_of(module).shape[1]
     if columns % units:
-        raise SnpError(f"{_named(blocks, reader)}: reads {columns:,} columns; expected a multiple of {units} channels.")
+        name = blocks.named(reader.block, reader.path)
+        raise SnpError(f"{name}: reads {columns:,} columns; expected a multiple of {units} channels.")
     taps = columns // units
     mixed = columns > WIDEST_PATCH and taps > 1
     return Site(
@@ -216,10 +221,6 @@ def _outputs(blocks: Segments, layer: Layer) -> int:
     return len(weight_of(_module(blocks, layer)))
 
 
-def _named(blocks: Segments, layer: Layer) -> str:
-    return f"{blocks.prefixes[layer.block]}.{layer.path}".removeprefix(".")
-
-
 def _check_apart(model: PreTrainedModel) -> None:
     """Refuses layers in two places, and two layers of one tensor: a cut of one would be one of the other."""
     seen: dict[int, str] = {}
@@ -230,9 +231,9 @@ def _check_apart(model: PreTrainedModel) -> None:
 
 def _check_layers(blocks: Segments) -> None:
     """Refuses layers whose channels belong together in another way than these sites say."""
-    for prefix, block in zip(blocks.prefixes, blocks, strict=True):
+    for index, block in enumerate(blocks):
         for path, module in block.named_modules():
-            name = f"{prefix}.{path}".removeprefix(".")
+            name = blocks.named(index, path)
             if isinstance(module, nn.Conv2d) and (module.groups > 1 or isinstance(module.padding, str)):
                 what = "depthwise" if module.groups == module.in_channels else "grouped"
                 raise SnpError(f"{name}: is a {what} convolution; expected one of one group. It is not supported.")
