@@ -67,21 +67,23 @@ class Arrivals:
         for into, values in ((self.inputs, came.inputs), (self.chosen, came.chosen), (self.weights, came.weights)):
             store(into, at, values.detach().reshape(at.stop - at.start, *into.shape[1:]))
 
-    def batches(self, block: nn.Module) -> Iterator[tuple[slice, Arrived]]:
-        """What arrived, some windows at a time, where the block is."""
-        device, batch = next(block.parameters()).device, self.stream.batch.windows
-        for start in range(0, len(self.inputs), batch):
-            at = slice(start, min(start + batch, len(self.inputs)))
+    def batches(self, device: torch.device) -> Iterator[tuple[slice, Arrived]]:
+        """What arrived, some windows at a time, on a device."""
+        for start in range(0, len(self.inputs), self.stream.batch.windows):
+            at = slice(start, min(start + self.stream.batch.windows, len(self.inputs)))
             parts = (self.inputs[at], self.chosen[at], self.weights[at])
             yield at, Arrived(*(move(part, device).flatten(0, 1) for part in parts))
 
     def rows(self, block: nn.Module, mixture: Mixture, number: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """What arrives at one expert's out-projection, weighted, (t, channels); of which windows and tokens."""
-        expert = expert_of(block, mixture, number)
-        for at, came in self.batches(block):
+        """What arrives at one expert's out-projection, weighted, (t, channels); of which windows and tokens.
+
+        They are picked out where they wait: of many experts each needs few of the tokens on its device.
+        """
+        expert, device = expert_of(block, mixture, number), next(block.parameters()).device
+        for at, came in self.batches(self.inputs.device):
             tokens, inputs, weights = came.at(number)
             if len(tokens):
-                yield at, tokens, activated(block, mixture, expert, inputs) * weights
+                yield at, tokens, activated(block, mixture, expert, move(inputs, device)) * move(weights, device)
 
     def held_out(self, at: slice, tokens: Tensor, held: Tensor) -> Tensor:
         """Which of some tokens of the windows `at` are held out, (t,), bool, on the CPU."""

@@ -38,7 +38,7 @@ def scores(block: nn.Module, site: Site, arrivals: Arrivals, gradient: Tensor | 
         draw = torch.Generator().manual_seed(seed + site.block)
         return torch.rand(mixture.count, dtype=torch.float64, generator=draw)
     sums, counts = (torch.zeros(mixture.count, dtype=torch.float64) for _ in range(2))
-    for _, came in arrivals.batches(block):
+    for _, came in arrivals.batches(next(block.parameters()).device):
         for number in range(mixture.count):
             tokens, inputs, weights = came.at(number)
             expert = expert_of(block, mixture, number)
@@ -110,7 +110,7 @@ def cut_whole(
     kept = order[:width].sort().values
     lacking = arrivals.stream.room_for(mixture.outputs)
     with run.clock.phase("forward passes"):
-        for at, came in arrivals.batches(block):
+        for at, came in arrivals.batches(next(block.parameters()).device):
             store(lacking, at, put_together(block, mixture, came).view(*lacking[at].shape))
     whole = float(in_float64(lacking).square().sum())
     drop_experts(block, mixture, kept)
@@ -118,7 +118,7 @@ def cut_whole(
     assert left is not None
     now = arrive(site)
     with run.clock.phase("forward passes"):
-        for at, came in now.batches(block):
+        for at, came in now.batches(next(block.parameters()).device):
             lacking[at] -= put_together(block, left, came).view(*lacking[at].shape).to(lacking)
     most_important_first = (int((kept == unit).nonzero()) for unit in order[:width])
     results = {n: _take_up(block, site, now, n, lacking, held, gradient, run) for n in most_important_first}
