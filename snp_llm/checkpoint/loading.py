@@ -262,4 +262,5 @@ def explained(name: str, what: str = "model ", part: str = "") -> Iterator[None]
                 f"{what}{name}: needs Python code from its own repository, which is not run unasked. If you have read "
                 "that code and trust it, allow it with --trust-remote-code."
             ) from error
-        raise SnpError(f"{what}{name}: {part}cannot be loaded. {reason(error)}") from error
+        here = f" There is no folder {name} here." if is_hub_id(name) else ""
+        raise SnpError(f"{what}{name}: {part}cannot be loaded. {reason(error)}{here}") from error

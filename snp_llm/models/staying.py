@@ -6,7 +6,7 @@ from torch import nn
 
 from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.experts import of_experts
-from snp_llm.models.projections import Projection
+from snp_llm.models.projections import Projection, bias_of, weight_of
 
 
 def what_stays(anatomy: Anatomy) -> list[str]:
@@ -36,10 +36,11 @@ def expert_parameters(blocks: nn.ModuleList) -> int:
 
 def has_more(anatomy: Anatomy, index: int) -> bool:
     """Whether a block adds more to the stream than its sites put out: what a mixer does, or experts."""
-    named = [*anatomy.blocks[index].named_parameters()]
-    if any(not weight.numel() for _, weight in named):  # of an attention or FFN that has gone its last bias is left
+    block = anatomy.blocks[index]
+    gone = [m for m in block.modules() if isinstance(m, Projection) and not weight_of(m).numel()]
+    if any((bias := bias_of(m)) is not None and bias.numel() for m in gone):  # of an attention or an FFN: it is left
         return True
-    return bool(mixers(anatomy, index)) or any(of_experts(name) for name, _ in named)
+    return bool(mixers(anatomy, index)) or any(of_experts(name) for name, _ in block.named_parameters())
 
 
 def mixers(anatomy: Anatomy, index: int) -> list[tuple[str, nn.Module]]:

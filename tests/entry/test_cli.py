@@ -233,6 +233,7 @@ def test_too_little_calibration_text(opt_folder, tmp_path, capsys):
 
 def test_bad_models(tmp_path, tokenizer, capsys):
     refuse(capsys, ["nobody/nothing"], "model nobody/nothing: its config cannot be loaded")
+    refuse(capsys, ["nobody/nothing"], "There is no folder nobody/nothing here.")
     refuse(capsys, ["./nowhere"], "no such folder")
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     bert.save_pretrained(tmp_path / "bert")
