@@ -33,6 +33,18 @@ from snp_llm.recipe.recipe import Layout, Recipe, ResolvedRecipe
 from snp_llm.runtime.numbers import human_bytes
 from snp_llm.runtime.terminal import print_json, print_table, table_of
 
+# Columns of the table of layouts, by what they have of `layout_facts`.
+OF_LAYOUTS = {
+    "widths": "widths",
+    "round_to": "FFN in multiples of",
+    "heads": "heads",
+    "channels": "FFN",
+    "experts": "experts",
+    "saved_as": "saved as",
+    "loads_in": "loads in",
+    "with_all_heads_also_in": "with all heads also in",
+}
+
 
 def run_inspect(recipe: InspectRecipe, talk: Talk) -> None:
     """Print what a config says."""
@@ -66,7 +78,7 @@ def inspect(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     shaped = {
         layout: resolve(replace(recipe, layout=layout), model)
         for layout in LAYOUTS
-        if recipe.depth == "never" or layout != "padded"  # which has no place for blocks that are gone
+        if layout != "padded" or (recipe.depth == "never" and recipe.experts not in ("whole", "both"))  # none go there
     }
     resolved = shaped[recipe.layout]
     size = model_size(model, resolved.seq_len, recipe.experts)
@@ -229,10 +241,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
     print()
     print_sparsity(facts["sparsity"])
     print()
-    columns = (
-        *("layout", "widths", "FFN in multiples of", "heads", "FFN", "saved as", "loads in"),
-        "with all heads also in",
-    )
+    columns = ("layout", *(OF_LAYOUTS[key] for key in next(iter(facts["layouts"].values()))))
     rows = [
         (layout, *(", ".join(v) if isinstance(v, list) else str(v) for v in values.values()))
         for layout, values in facts["layouts"].items()

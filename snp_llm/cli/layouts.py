@@ -6,7 +6,7 @@ from snp_llm.models.anatomy import Anatomy
 from snp_llm.models.families.family import PRUNED
 from snp_llm.models.layouts import needs_code
 from snp_llm.models.outline import ffn_kinds, structure_of
-from snp_llm.models.plain import ffn_key, uniform_types
+from snp_llm.models.plain import expert_keys, ffn_key, uniform_types
 from snp_llm.models.registry import dense_type
 from snp_llm.models.segments import Segments
 from snp_llm.models.text_part import text_config
@@ -56,17 +56,40 @@ def layout_facts(anatomy: Anatomy, layout: Layout, round_to: int) -> dict[str, A
         "widths": LAYOUTS[layout],
         "round_to": round_to,
         "heads": "go" if heads_go else "stay",
-        "channels": "stay" if not going else "go" if len(going) == len(kinds) else f"go in {blocks} blocks",
+        "channels": _gone(len(going), len(kinds), blocks),
+        **_of_experts(anatomy, layout),
         "saved_as": [*dict.fromkeys(types)],
         "loads_in": [*engines],
         "with_all_heads_also_in": [e for e in family.engines if layout == "uniform" and e not in engines],
     }
 
 
+def _gone(going: int, kinds: int, blocks: int) -> str:
+    """Whether channels of FFNs of so many kinds go."""
+    if not kinds:
+        return "none"
+    return "stay" if not going else "go" if going == kinds else f"go in {blocks} blocks"
+
+
+def _of_experts(anatomy: Anatomy, layout: Layout) -> dict[str, str]:
+    """Whether experts go, or channels of theirs, where they are cut at all."""
+    cut = {site.whole for site in anatomy.sites if site.mixture is not None}
+    if not cut:
+        return {}
+    keys = [expert_keys(anatomy.model, kind.facts) for kind in ffn_kinds(structure_of(anatomy.model), "experts")]
+    going = [whole for whole in cut if layout != "uniform" or all(found[whole] for found in keys)]
+    words = " and ".join(EXPERTS[whole] for whole in sorted(going, reverse=True))
+    return {"experts": f"{words} go" if words else "stay"}
+
+
+EXPERTS = {True: "whole ones", False: "channels"}  # by whether an expert goes as a whole
+
+
 def layout_line(layout: str, facts: dict[str, Any]) -> str:
     """What a layout writes and what loads it, on one line."""
     also = f", with --head-sparsity 0 also in {', '.join(more)}" if (more := facts["with_all_heads_also_in"]) else ""
-    channels = "" if facts["channels"] == "go" else f"FFN channels {facts['channels']}; "
+    channels = "" if facts["channels"] in ("go", "none") else f"FFN channels {facts['channels']}; "
+    channels += f"of experts {facts['experts']}; " if "experts" in facts else ""
     if "heads" not in facts:
         return (
             f"layout {layout}: widths: {facts['widths']}, in multiples of {facts['round_to']}; saved as "

@@ -18,6 +18,7 @@ from snp_llm.models.anatomy import find_anatomy
 from snp_llm.pruning.run import resolve
 from snp_llm.recipe.commands import Talk
 from tests.conftest import save_model, small_model, small_opt, small_recipe
+from tests.differing import differing_model
 from tests.entry.test_cli import QUICK, refuse
 from tests.families import FAMILY_CONFIGS, every_family
 
@@ -131,6 +132,22 @@ def test_blocks_that_may_go_are_told_of(opt_folder, capsys):
     assert facts["prune"]["flops"] > without["prune"]["flops"] and "block" not in without["sites"]
     assert inspect_main([str(opt_folder), "--depth", "only"]) == 0
     assert "block site: blocks, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("experts", "said"),
+    [("never", None), ("channels", "channels go"), ("whole", "whole ones go"), ("both", "whole ones and channels go")],
+)
+def test_what_goes_of_experts_is_said_by_layout(experts, said, tmp_path, capsys):
+    differing_model("qwen3_moe").save_pretrained(tmp_path)
+    assert inspect_main([str(tmp_path), "--experts", experts]) == 0
+    assert (said or "experts stay") in capsys.readouterr().out
+    assert inspect_main([str(tmp_path), "--experts", experts, "--json"]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"]
+    assert ("padded" in layouts) == (experts in ("never", "channels"))
+    for layout, facts in layouts.items():
+        assert facts.get("experts") == said
+        assert (f"of experts {said}; " in layout_line(layout, facts)) == (said is not None)
 
 
 def test_mistral_is_named_where_it_may_come_to_that():
