@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 
 from snp_llm.linalg.gram import Moments, completed
-from snp_llm.pruning.statistics import Statistics, moved, place_for, with_each
-from snp_llm.runtime.device import trim_host_memory, where_it_fits
+from snp_llm.pruning.statistics import Statistics, moved, with_each
+from snp_llm.runtime.device import place_for, trim_host_memory, where_it_fits
 
 T = TypeVar("T")
 

@@ -1,6 +1,7 @@
 """What the widths of every site of the dense model would cost, in one pass. Chooses nothing."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from snp_llm.pruning.experts import Arrivals, experts_curves
 from snp_llm.pruning.factor import FactoredSite, factor_site
 from snp_llm.pruning.measured import measures, tried_cuts
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Statistics, Sums, add_inputs, empty_sums, held_out, over_all_ranks
+from snp_llm.pruning.statistics import Statistics, Sums, add_inputs, empty_sums, give_way, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, Visit, check_finite
 from snp_llm.pruning.taps import tapped
 from snp_llm.pruning.whole_experts import whole_curves
@@ -46,14 +47,14 @@ def read_curves(visit: Visit, gradients: Journal) -> None:
     known: dict[int, dict[str, Tensor]] = {}  # curves of experts
     for index in range(first, len(blocks)):
         block, (here, mixtures) = blocks[index], _apart(visit.anatomy.sites_of(index))
-        weights = [site_weight(block, site) for site in here]
-        sums = [
-            empty_sums(
-                s.name, W, clock.device, stream.storage, drifting=False, holding_out=holding_out, means=s.spatial
-            )
-            for s, W in zip(here, weights, strict=True)
-        ]
         with on_device(block, clock.device):
+            weights = [site_weight(block, site) for site in here]
+            sums = [
+                empty_sums(
+                    s.name, W, clock.device, stream.storage, drifting=False, holding_out=holding_out, means=s.spatial
+                )
+                for s, W in zip(here, weights, strict=True)
+            ]
             arrivals = {site: Arrivals.awaited(block, site, stream) for site in mixtures[:1]}  # at all of its experts
             sums = sum_up(block, here, sums, stream.before(index), held_here, clock, arrivals)
             known[index] = {}
@@ -108,14 +109,15 @@ def sum_up(
         return output, taps.read(hidden, output)
 
     with tapped(block, [*sites, *arrivals]) as taps, clock.phase("forward passes"):
-        for at, (output, inputs) in in_batches(len(stream.windows), stream.batch, run):
+        for at, (output, inputs) in in_batches(len(stream.windows), stream.batch, run, partial(give_way, sums)):
             check_finite(output, stream.index)
             with clock.phase("Gram matrices"):
                 triples = zip(sums, sites, inputs, strict=True)
-                sums = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
+                sums[:] = [add_inputs(s, site, x, None, held[at]) for s, site, x in triples]
             for site, came in arrivals.items():
                 came.put(at, taps.arrived[site])
             stream.put(at, output)
+            del output, inputs, triples  # before those of the next windows are made
     return sums
 
 

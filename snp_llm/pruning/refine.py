@@ -81,10 +81,11 @@ def refine_block(block: nn.Module, stream: Stream, behind: Stream, run: Run) -> 
     """
     try:
         return _refined(block, stream, behind, run)
-    except RuntimeError as error:
-        if not ran_out(error):
+    except (RuntimeError, SnpError) as error:
+        cause = error if isinstance(error, RuntimeError) else error.__cause__
+        if not isinstance(cause, RuntimeError) or not ran_out(cause):
             raise
-        said = f"block {stream.index}: no memory left to refine it ({reason(error)[:200]}). Use --refine none."
+        said = f"block {stream.index}: no memory left to refine it ({reason(cause)[:200]}). Use --refine none."
         raise SnpError(said) from error
 
 

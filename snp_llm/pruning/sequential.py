@@ -24,7 +24,7 @@ from snp_llm.pruning.reference import DenseStream, Reference
 from snp_llm.pruning.refine import gains_nothing, refine_block
 from snp_llm.pruning.result import SiteResult, nothing_left
 from snp_llm.pruning.run import Run
-from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, held_out, over_all_ranks
+from snp_llm.pruning.statistics import Sums, add_inputs, empty_sums, give_way, held_out, over_all_ranks
 from snp_llm.pruning.stream import Stream, check_finite
 from snp_llm.pruning.taps import inputs_at
 from snp_llm.pruning.whole_experts import cut_whole
@@ -249,7 +249,7 @@ def gather(cutting: Cutting, stage: Sequence[Site], *, keep: bool) -> tuple[list
         with fixing(fixed, at, device) as before:
             return hidden, before, inputs_at(block, stage, hidden, stream.call)
 
-    for at, (hidden, before, inputs) in in_batches(windows, stream.batch, to_consumers):
+    for at, (hidden, before, inputs) in in_batches(windows, stream.batch, to_consumers, partial(give_way, sums)):
         for number, (site, given) in enumerate(zip(stage, inputs, strict=True)):
             wanted = None if reference is None else reference.of(site, at, hidden, before)
             with run.clock.phase("Gram matrices"):
@@ -257,6 +257,8 @@ def gather(cutting: Cutting, stage: Sequence[Site], *, keep: bool) -> tuple[list
             whole = kept[number]
             if whole is not None and given is not None:
                 store(whole, at, given)
+            del given, wanted
+        del hidden, before, inputs  # before those of the next windows are made
     return sums, kept  # and nothing of the last batch: its memory goes to the algebra
 
 

@@ -23,7 +23,7 @@ from snp_llm.linalg.gram import (
 )
 from snp_llm.models.site import Site
 from snp_llm.runtime import ranks
-from snp_llm.runtime.device import has_room, where_it_fits
+from snp_llm.runtime.device import has_room, place_for, where_it_fits
 from snp_llm.runtime.storage import Files, Storage
 
 log = logging.getLogger(__name__)
@@ -277,6 +277,15 @@ def _with_room(sums: Sums, inputs: Tensor) -> Sums:
     return moved(sums)
 
 
+def give_way(sums: list[Sums]) -> bool:
+    """Moves sums that are on a device to the CPU, in their list, to make room there; whether there were any."""
+    there = [i for i, found in enumerate(sums) if found.device.type != "cpu"]
+    for i in there:
+        log.info("no room on %s for a window beside sums; they go on on the CPU", sums[i].device)
+        sums[i] = moved(sums[i])
+    return bool(there)
+
+
 def moved(value: Any) -> Any:
     """Sums or statistics on the CPU, each tensor once."""
 
@@ -295,14 +304,6 @@ def _add(sums: TokenSums, inputs: Tensor, reference: Tensor | None) -> TokenSums
     if sums.outputs is not None and reference is not None:
         add_outputs(sums.outputs, reference, inputs)
     return replace(sums, moments=add_moments(sums.moments, inputs))
-
-
-def place_for(name: str, what: str, size: int, device: torch.device) -> torch.device:
-    """A device if it has room for so many bytes of what a site needs, else the CPU, said in a line."""
-    if has_room(device, size):
-        return device
-    log.info("%s: no room for %s of %.1f GB on %s; computed on the CPU", name, what, size / 1e9, device)
-    return torch.device("cpu")
 
 
 def over_all_ranks(sums: Sums) -> Sums:

@@ -23,11 +23,14 @@ class BatchSize:
     windows: int = sys.maxsize
 
 
-def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) -> Iterator[tuple[slice, T]]:
+def in_batches(
+    windows: int, batch: BatchSize, compute: Callable[[slice], T], give_way: Callable[[], bool] = lambda: False
+) -> Iterator[tuple[slice, T]]:
     """Slices of so many windows, one after the other, each with what `compute` makes of it.
 
     Where a batch does not fit into the device's memory, the batch size is halved, for the rest of the run, and the
-    batch repeated: `compute` must leave no trace when it fails.
+    batch repeated: `compute` must leave no trace when it fails. Where one window does not, `give_way` may make room: it
+    says whether it did.
 
     Raises:
         SnpError: not even one window fits.
@@ -40,7 +43,7 @@ def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) ->
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            if batch.windows == 1:
+            if batch.windows == 1 and not give_way():
                 raise SnpError(
                     "not enough memory on the device for one calibration window. Use a smaller --seq-len or --dtype "
                     f"bfloat16 ({str(error).splitlines()[0][:200]})."
@@ -50,6 +53,7 @@ def in_batches(windows: int, batch: BatchSize, compute: Callable[[slice], T]) ->
             del result  # before the next is made
             start = at.stop
             continue
-        batch.windows = max(1, batch.windows // 2)
-        log.warning("batch of %d windows did not fit; going on with %d at a time", at.stop - at.start, batch.windows)
+        if batch.windows > 1:
+            batch.windows //= 2
+            log.warning("batch of %d windows did not fit; going on with %d at a time", at.stop - start, batch.windows)
         hand_back(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

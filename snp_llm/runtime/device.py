@@ -143,6 +143,14 @@ def ran_out(error: BaseException) -> bool:
     return said or isinstance(error, torch.OutOfMemoryError)
 
 
+def place_for(name: str, what: str, size: int, device: torch.device) -> torch.device:
+    """A device if it has room for so many bytes of what a site needs, else the CPU, said in a line."""
+    if has_room(device, size):
+        return device
+    log.info("%s: no room for %s of %.1f GB on %s; computed on the CPU", name, what, size / 1e9, device)
+    return torch.device("cpu")
+
+
 def where_it_fits(what: str, device: torch.device, compute: Callable[[torch.device], T]) -> T:
     """What `compute` gives on a device, or on the CPU where that runs out of memory; a log line says so.
 

@@ -21,8 +21,9 @@ from snp_llm.pruning.run import resolve
 from snp_llm.pruning.widths.latency import measure_table
 from snp_llm.runtime import ranks
 from snp_llm.runtime.device import rough_products, where_it_fits
+from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage
-from tests.conftest import small_model, small_recipe
+from tests.conftest import small_model, small_opt, small_recipe
 from tests.differing import differing_model
 from tests.images import CONVOLUTIONAL, image_recipe, small_classifier, small_processor
 from tests.rehearsal import rehearsed
@@ -268,6 +269,19 @@ def test_with_less_and_less_room_the_units_are_the_same_or_one_line_says_what_he
     reports = [json.loads((tmp_path / at / "prune_report.json").read_text()) for at in ("gpu", "cpu")]
     one, other = ([site["kept"] for site in report["sites"]] for report in reports)
     assert one == other
+
+
+def test_sums_give_way_to_a_window_and_refinement_says_what_it_needs(tokenizer, caplog):
+    """In 7 % of the memory that a run takes where there is enough."""
+    dense, kept = small_opt().float(), []
+    settings = {"device": "cuda", "num_samples": 8, "batch_size": 4, "sparsity": 0.3}
+    for memory in (1e9, 1.2e5):
+        with rehearsed(memory=memory), caplog.at_level(logging.INFO, "snp_llm"):
+            pruned = prune(dense, tokenizer, small_recipe(**settings, refine="none"))
+        kept.append([site.kept.tolist() for site in pruned.sites])
+    assert kept[0] == kept[1] and "for a window beside sums; they go on on the CPU" in caplog.text
+    with rehearsed(memory=1.2e5), pytest.raises(SnpError, match="block .: no memory left to refine .* Use --refine no"):
+        prune(dense, tokenizer, small_recipe(**settings, refine=4))
 
 
 def test_what_the_estimate_knows_not_to_fit_is_refused_before_the_run(capsys, tmp_path, pruned_opt):
