@@ -9,6 +9,7 @@ import torch
 
 from snp_llm import prune
 from snp_llm.pruning import statistics, stream
+from snp_llm.runtime import device
 from snp_llm.runtime.batches import BatchSize, in_batches
 from snp_llm.runtime.errors import SnpError
 from snp_llm.runtime.storage import Storage, let_go
@@ -46,13 +47,13 @@ def test_a_device_with_little_memory_gives_the_same_model(tokenizer, monkeypatch
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
     real = stream.in_batches
 
-    def on_a_small_device(windows, batch, compute):
+    def on_a_small_device(windows, batch, compute, *more):
         def limited(at):
             if at.stop - at.start > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
             return compute(at)
 
-        return real(windows, batch, limited)
+        return real(windows, batch, limited, *more)
 
     for module in ("stream", "sequential", "gradients", "curves", "measured", "reference"):
         monkeypatch.setattr(f"snp_llm.pruning.{module}.in_batches", on_a_small_device)
@@ -70,7 +71,8 @@ def test_sums_and_factors_without_room_on_the_device_go_to_the_cpu_and_the_run_s
     )  # not all have references
     dense = small_model("llama")
     expected = prune(dense, tokenizer, small_recipe(**CUTS))
-    monkeypatch.setattr(statistics, "has_room", lambda _device, size: size < 10_000)
+    for module in (statistics, device):
+        monkeypatch.setattr(module, "has_room", lambda _device, size: size < 10_000)
     caplog.set_level(logging.INFO, logger="snp_llm")
     found = prune(dense, tokenizer, small_recipe(**CUTS))
     assert [m for m in caplog.messages if "mlp.down_proj: no room for sums of" in m and "computed on the CPU" in m]
