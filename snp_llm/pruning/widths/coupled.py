@@ -102,10 +102,10 @@ def coupled_costs(anatomy: Anatomy, kind: str) -> Coupled:
     assert isinstance(anatomy.blocks, Segments)
     positions = layer_positions(anatomy.model) if kind == "flops" else {}
     pieces = []
-    for index, (prefix, block) in enumerate(zip(anatomy.blocks.prefixes, anatomy.blocks, strict=True)):
+    for index, block in enumerate(anatomy.blocks):
         for path, module in block.named_modules():
-            where, name = (index, path), f"{prefix}.{path}".removeprefix(".")
-            weight, beside = _values(module, kind, positions.get(name, 1))
+            where = (index, path)
+            weight, beside = _values(module, kind, positions.get(anatomy.blocks.named(index, path), 1))
             pieces.append(Piece(weight, made.get(where, -1), read.get(where, -1)))
             pieces.append(Piece(beside, made.get(where, -1), -1))
     if kind == "size":  # what files have beside the numbers
